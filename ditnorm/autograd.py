@@ -1,0 +1,33 @@
+"""Gradients of the ``"single"`` ops: inputs are saved, nothing else; the backward pass recomputes the op in plain PyTorch.
+
+The inference call never comes here: a Python autograd formula on the op itself would cost it microseconds even under ``no_grad``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Recompute(torch.autograd.Function):
+    """``op(*tensors, *codes)`` with the gradients of ``expression(*tensors, *options)``, the same op in plain PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Callable[..., Any], codes: tuple[Any, ...], expression: Callable[..., Any], options: tuple[Any, ...], *tensors: Any
+    ) -> Any:
+        ctx.expression, ctx.options = expression, options
+        ctx.save_for_backward(*tensors)
+        return op(*tensors, *codes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        needed = ctx.needs_input_grad[4:]
+        with torch.enable_grad():
+            tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+            outputs = ctx.expression(*tensors, *ctx.options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = iter(torch.autograd.grad(outputs, [t for t, need in zip(tensors, needed, strict=True) if need], grad_outputs))
+        return None, None, None, None, *(next(grads) if need else None for need in needed)

@@ -1,0 +1,151 @@
+"""The fused ops of a diffusion transformer's norm sites.
+
+    r = residual + gate * x                      gated residual
+    y = norm(r) * (1 + scale) + shift            adaptive LayerNorm or RMSNorm (arXiv:2212.09748, adaLN-Zero)
+
+Shapes. ``x`` and ``residual``: [B, S, D], or [S, D] meaning B = 1; any strides (a last dim that isn't dense is copied once).
+``scale``, ``shift``, ``gate``, each on its own: None, [D], [B or 1, D] and [B or 1, 1, D] (per sample), [B or 1, S, D] (per token),
+[B or 1, F, 1, D] with F dividing S (per frame); views with a dense last dim are read in place. With ``index`` (integer or bool,
+[S] or [B, S]) they are rows [M, D] or [B or 1, M, D], the same M for all, and token s takes row ``index[s]``.
+``weight``, ``bias``: the norm's affine, [D], each alone or together. ``*_table``: [D], added to its modulation in float32.
+``y`` and ``r`` are contiguous.
+
+Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of ``x``, ``r`` that of ``residual``.
+
+``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``) or ``"fp32_layer"`` (diffusers' ``FP32LayerNorm``).
+
+``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and rounds ``y`` once. ``"eager"`` equals, bit
+for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It needs ``x`` and ``residual`` of one dtype
+T and modulations in T or float32.
+
+Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the argument. An index out of range is an
+``IndexError`` on the CPU and a row of NaN elsewhere.
+
+All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs the unfused expression.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, kernels, reference
+from .autograd import Recompute
+
+_NORM = {name: code for code, name in enumerate(checks.NORMS)}
+_ROUNDING = {name: code for code, name in enumerate(checks.ROUNDINGS)}
+_REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad arguments raise on the way to the kernel
+
+# Looked up once: an overload packet costs a call half a microsecond.
+_norm_scale_shift = kernels.ops.norm_scale_shift.default
+_scale_residual_norm_scale_shift = kernels.ops.scale_residual_norm_scale_shift.default
+_scale_residual = kernels.ops.scale_residual.default
+
+
+def norm_scale_shift(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    index: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    rounding: str = "single",
+) -> Tensor:
+    """``y = norm(x) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
+
+    Source: ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock``, ``AdaLayerNormZero`` in diffusers.
+    """
+    tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
+    try:
+        codes = (_NORM[norm], eps, _ROUNDING[rounding])
+        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)) and _in_pytorch(tensors, rounding):
+            checks.norm_scale_shift(*tensors, norm, eps, rounding)
+            return _differentiable(_norm_scale_shift, codes, reference.norm_scale_shift, (norm, eps, rounding), tensors)
+        return _norm_scale_shift(*tensors, *codes)
+    except _REJECTED:
+        checks.norm_scale_shift(*tensors, norm, eps, rounding)
+        raise
+
+
+def scale_residual_norm_scale_shift(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    index: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    rounding: str = "single",
+) -> tuple[Tensor, Tensor]:
+    """``(y, r)``: ``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
+
+    Source: the middle of ``QwenImageTransformerBlock``, ``WanTransformerBlock``, ``HunyuanVideoTransformerBlock`` in diffusers.
+    """
+    tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
+    try:
+        codes = (_NORM[norm], eps, _ROUNDING[rounding])
+        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)) and _in_pytorch(tensors, rounding):
+            checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
+            expression = reference.scale_residual_norm_scale_shift
+            return _differentiable(_scale_residual_norm_scale_shift, codes, expression, (norm, eps, rounding), tensors)
+        return _scale_residual_norm_scale_shift(*tensors, *codes)
+    except _REJECTED:
+        checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
+        raise
+
+
+def scale_residual(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None = None,
+    *,
+    gate_table: Tensor | None = None,
+    index: Tensor | None = None,
+    rounding: str = "single",
+) -> Tensor:
+    """``r = residual + gate * x``. Shapes, dtypes and errors: see the module.
+
+    Source: the end of every transformer block in diffusers.
+    """
+    tensors = (residual, x, gate, gate_table, index)
+    try:
+        codes = (_ROUNDING[rounding],)
+        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)) and _in_pytorch(tensors, rounding):
+            checks.scale_residual(*tensors, rounding)
+            return _differentiable(_scale_residual, codes, reference.scale_residual, (rounding,), tensors)
+        return _scale_residual(*tensors, *codes)
+    except _REJECTED:
+        checks.scale_residual(*tensors, rounding)
+        raise
+
+
+def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
+    """Whether autograd needs a graph of this call, or autocast must choose the dtypes of upstream's expression."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return rounding == "eager" and any(t is not None and torch.is_autocast_enabled(t.device.type) for t in tensors)
+
+
+def _differentiable(
+    op: Callable[..., Any],
+    codes: tuple[Any, ...],
+    expression: Callable[..., Any],
+    options: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+) -> Any:
+    if options[-1] == "eager" or torch.compiler.is_compiling():  # a compiler sees the expression and chooses what to save itself
+        return expression(*tensors, *options)
+    return Recompute.apply(op, codes, expression, options, *tensors)

@@ -1,0 +1,201 @@
+"""The ops as PyTorch operators (``torch.ops.ditnorm``): schemas, fakes, the Python body, and the compiled library over it.
+
+One Python body serves every device; ``_C.so`` takes CUDA over at the first CUDA call. Not earlier: asking the driver for its
+version at import would break CUDA in forked children.
+"""
+
+import ctypes
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, reference
+from ..checks import NORMS, ROUNDINGS
+
+_lib = torch.library.Library("ditnorm", "DEF")
+_lib.define(
+    "norm_scale_shift(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? scale_table, Tensor? shift_table, "
+    "Tensor? index, int norm, float eps, int rounding) -> Tensor"
+)
+_lib.define(
+    "scale_residual_norm_scale_shift(Tensor residual, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
+    "Tensor? gate_table, Tensor? scale_table, Tensor? shift_table, Tensor? index, int norm, float eps, int rounding) -> (Tensor, Tensor)"
+)
+_lib.define("scale_residual(Tensor residual, Tensor x, Tensor? gate, Tensor? gate_table, Tensor? index, int rounding) -> Tensor")
+
+ops = torch.ops.ditnorm
+OPS = ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual")
+
+unavailable: str | None = None
+"""Why the compiled kernels can't serve CUDA tensors, or None. Known for certain after the first CUDA call."""
+
+library: Path | None = None
+"""The compiled library, once loaded."""
+
+_lock = threading.Lock()
+_reference_calls = dict.fromkeys(OPS, 0)
+
+
+def counts() -> dict[tuple[str, str], int]:
+    """Calls of each op in this process by path: ``(op, "cuda" or "reference") -> n``. Replays of CUDA graphs aren't counted.
+
+    The path is ``"cpu_sim"`` where DITNORM_LIBRARY names a build of the kernels for the host.
+    """
+    compiled = (ctypes.c_int64 * len(OPS))()
+    if library is not None:
+        ctypes.CDLL(str(library)).ditnorm_counts(compiled)
+    path = "cpu_sim" if "DITNORM_LIBRARY" in os.environ else "cuda"
+    return {(op, path): n for op, n in zip(OPS, compiled, strict=True)} | {(op, "reference"): n for op, n in _reference_calls.items()}
+
+
+def _norm_scale_shift(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_table: Tensor | None,
+    shift_table: Tensor | None,
+    index: Tensor | None,
+    norm: int,
+    eps: float,
+    rounding: int,
+) -> Tensor:
+    if _compiled_serves(x):
+        return ops.norm_scale_shift.default(x, scale, shift, weight, bias, scale_table, shift_table, index, norm, eps, rounding)
+    checks.norm_scale_shift(x, scale, shift, weight, bias, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding])
+    _count("norm_scale_shift", x, index, scale, shift)
+    return reference.norm_scale_shift(x, scale, shift, weight, bias, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding])
+
+
+def _scale_residual_norm_scale_shift(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_table: Tensor | None,
+    scale_table: Tensor | None,
+    shift_table: Tensor | None,
+    index: Tensor | None,
+    norm: int,
+    eps: float,
+    rounding: int,
+) -> tuple[Tensor, Tensor]:
+    if _compiled_serves(x):
+        return ops.scale_residual_norm_scale_shift.default(
+            residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index, norm, eps, rounding
+        )
+    checks.scale_residual_norm_scale_shift(
+        residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding]
+    )
+    _count("scale_residual_norm_scale_shift", x, index, gate, scale, shift)
+    return reference.scale_residual_norm_scale_shift(
+        residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding]
+    )
+
+
+def _scale_residual(
+    residual: Tensor, x: Tensor, gate: Tensor | None, gate_table: Tensor | None, index: Tensor | None, rounding: int
+) -> Tensor:
+    if _compiled_serves(x):
+        return ops.scale_residual.default(residual, x, gate, gate_table, index, rounding)
+    checks.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
+    _count("scale_residual", x, index, gate)
+    return reference.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
+
+
+def _count(op: str, x: Tensor, index: Tensor | None, *modulations: Tensor | None) -> None:
+    if index is not None and x.device.type == "cpu":
+        checks.index_range(index, *modulations)
+    _reference_calls[op] += 1
+
+
+# The fakes check too: a call with one meta tensor among real ones is dispatched to them and must not return uninitialised memory.
+def _fake_norm_scale_shift(x: Tensor, *arguments: Any) -> Tensor:
+    *tensors, norm, eps, rounding = arguments
+    checks.norm_scale_shift(x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])
+    return x.new_empty(x.shape)
+
+
+def _fake_scale_residual_norm_scale_shift(residual: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, norm, eps, rounding = arguments
+    checks.scale_residual_norm_scale_shift(residual, x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])
+    return x.new_empty(x.shape), residual.new_empty(x.shape)
+
+
+def _fake_scale_residual(
+    residual: Tensor, x: Tensor, gate: Tensor | None, gate_table: Tensor | None, index: Tensor | None, rounding: int
+) -> Tensor:
+    checks.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
+    return residual.new_empty(x.shape)
+
+
+for _op, _body, _fake in zip(
+    OPS,
+    (_norm_scale_shift, _scale_residual_norm_scale_shift, _scale_residual),
+    (_fake_norm_scale_shift, _fake_scale_residual_norm_scale_shift, _fake_scale_residual),
+    strict=True,
+):
+    _lib.impl(_op, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ditnorm::{_op}", _fake, lib=_lib)
+
+
+def _compiled_serves(x: Tensor) -> bool:
+    """True once a process: when the Python body gets the first CUDA call and the compiled library could be put over it."""
+    global unavailable, library, _warned
+    if not x.is_cuda or _warned:
+        return False
+    with _lock:
+        if unavailable is None and library is None:
+            unavailable = _register(_path(), "CUDA")
+        if unavailable is None:
+            return True
+        if not _warned:
+            _warned = True
+            warnings.warn(f"ditnorm: CUDA tensors take the slower PyTorch path: {unavailable}", RuntimeWarning, stacklevel=2)
+    return False
+
+
+def _path() -> Path:
+    return Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
+
+
+def _register(path: Path, key: str) -> str | None:
+    """Puts the compiled ops over the Python body for one dispatch key; returns why that can't be done."""
+    global library
+    try:
+        compiled = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"cannot load {path.name}: {error}"
+    compiled.ditnorm_unusable.restype = ctypes.c_char_p
+    reason: bytes | None = compiled.ditnorm_unusable()
+    if reason is not None:
+        return f"{path.name} does not run on this GPU and driver: {reason.decode()}"
+    if compiled.ditnorm_register(key.encode()) != 0:
+        return f"{path.name} could not register its operators"
+    library = path
+    return None
+
+
+def _unavailable() -> str | None:
+    if os.environ.get("DITNORM_KERNELS") == "0":
+        return "DITNORM_KERNELS=0"
+    if "DITNORM_LIBRARY" not in os.environ and torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not _path().exists():
+        return "ditnorm was installed without compiled kernels (no CUDA compiler was found; see README, Installing)"
+    return None
+
+
+_warned = False
+unavailable = _unavailable()
+if unavailable is None and "DITNORM_LIBRARY" in os.environ and torch.version.cuda is None:
+    unavailable = _register(_path(), "CPU")  # the host build of the kernels, for tests without a GPU

@@ -1,0 +1,329 @@
+"""Norm layers that take their modulation, for drop-in use in place of ``nn.LayerNorm``, ``nn.RMSNorm`` and diffusers' norms.
+
+Called with ``x`` alone each is the plain norm. Parameters and state-dict keys are those of the norm that it derives from. Shapes,
+dtypes, rounding laws and errors of the modulation: see :mod:`ditnorm.functional`.
+
+A layer that carries a forward hook runs unfused: the hook sees what it would see on the norm, and PyTorch modulates the result.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, reference
+from .functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+
+L = TypeVar("L", bound="_Norm")
+
+_DEFAULT_EPS = torch.finfo(torch.float32).eps  # what torch's rms_norm takes for eps=None, whatever the dtype of x
+
+
+class _Norm(nn.Module):
+    """What the layers share beside ``weight`` and ``bias`` (Parameters or None)."""
+
+    norm: str = "layer"
+    rounding: str = "single"
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+    elementwise_affine: bool
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    @classmethod
+    def from_norm(cls: type[L], module: nn.Module, rounding: str = "single") -> L:
+        """A layer with the Parameters (the same objects), eps and mode of ``module``.
+
+        Takes ``nn.LayerNorm``, ``nn.RMSNorm``, diffusers' ``FP32LayerNorm`` and, where it computes the same, diffusers' ``RMSNorm``: not
+        with a half-precision weight, to which it rounds before it multiplies. ``TypeError`` for anything else, subclasses included;
+        ``ValueError`` for a norm over more than one dim.
+        """
+        norm, shape = _kind(module)
+        layer = cls._make(norm, shape, module.eps, rounding)
+        for name in ("weight", "bias"):
+            layer.register_parameter(name, getattr(module, name, None))
+        layer.elementwise_affine = layer.weight is not None
+        return layer.train(module.training)
+
+    @classmethod
+    def _make(cls: type[L], norm: str, shape: tuple[int, ...], eps: float | None, rounding: str) -> L:
+        if norm.removeprefix("fp32_") != cls.norm:
+            raise TypeError(f"{cls.__name__}.from_norm: expected a {cls.norm} norm, got a {norm} norm")
+        layer = cls(shape, eps, False, rounding=rounding)  # type: ignore[call-arg]
+        layer._set("norm", norm)
+        return layer
+
+    def _set(self, name: str, value: str) -> None:
+        # The class carries the usual value: a patched module stores nothing on its instance.
+        if value != getattr(self, name):
+            setattr(self, name, value)
+
+    def _configure(self, rounding: str) -> None:
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"normalized_shape: expected the last dim only, got {list(self.normalized_shape)}")
+        if rounding not in checks.ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {', '.join(map(repr, checks.ROUNDINGS))}, got {rounding!r}")
+        self._set("rounding", rounding)
+
+    def _hooked(self) -> bool:
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rounding={self.rounding!r}"
+
+
+class _NormScaleShift(_Norm):
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        scale_table: Tensor | None = None,
+        shift_table: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype."""
+        return norm_scale_shift(
+            x,
+            scale,
+            shift,
+            weight=self.weight,
+            bias=self.bias,
+            scale_table=scale_table,
+            shift_table=shift_table,
+            index=index,
+            norm=self.norm,
+            eps=_DEFAULT_EPS if self.eps is None else self.eps,
+            rounding=self.rounding,
+        )
+
+    def __call__(self, x: Tensor, **modulation: Tensor | None) -> Any:
+        if modulation and self._hooked():
+            return self._unfused(x, **modulation)
+        return super().__call__(x, **modulation)
+
+    def _unfused(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        scale_table: Tensor | None = None,
+        shift_table: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        law = reference.law_dtype(x, ((scale, scale_table), (shift, shift_table)), self.norm, self.rounding)
+        n = super().__call__(x.float() if law is torch.float32 else x)
+        scale, shift = (reference.broadcast(m, t, index, x, law) for m, t in ((scale, scale_table), (shift, shift_table)))
+        return reference.modulate(n, scale, shift).to(x.dtype)
+
+
+class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
+    """``LayerNorm(x) * (1 + scale) + shift`` (adaLN, arXiv:2212.09748) in one kernel.
+
+    Args: those of ``torch.nn.LayerNorm``, ``normalized_shape`` being the last dim D, and ``rounding``: ``"single"`` or ``"eager"``.
+    ``forward(x, *, scale, shift, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
+    """
+
+    norm = "layer"
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rounding: str = "single",
+    ) -> None:
+        nn.LayerNorm.__init__(self, normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._configure(rounding)
+
+
+class RMSNormScaleShift(_NormScaleShift, nn.RMSNorm):
+    """``RMSNorm(x) * (1 + scale) + shift`` (arXiv:1910.07467) in one kernel.
+
+    Args: those of ``torch.nn.RMSNorm``, ``normalized_shape`` being the last dim D, and ``rounding``: ``"single"`` or ``"eager"``.
+    ``forward(x, *, scale, shift, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
+    """
+
+    norm = "rms"
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rounding: str = "single",
+    ) -> None:
+        nn.RMSNorm.__init__(self, normalized_shape, eps, elementwise_affine, device, dtype)
+        self.register_parameter("bias", None)
+        self._configure(rounding)
+
+
+class ScaleResidualNormScaleShift(_Norm):
+    """``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift`` in one kernel; returns ``(y, r)``.
+
+    ``norm_type="layer"`` (default) makes an instance that is also an ``nn.LayerNorm``, ``"rms"`` one that is also an ``nn.RMSNorm``;
+    the other args are those of that class, and ``rounding``: ``"single"`` or ``"eager"``.
+    ``forward(residual, x, *, gate, scale, shift, gate_table, scale_table, shift_table, index)``: [B, S, D] -> two of [B, S, D];
+    with ``residual`` alone, the plain norm of it.
+    """
+
+    def __new__(cls, *args: Any, norm_type: str = "layer", **kwargs: Any) -> "ScaleResidualNormScaleShift":
+        if norm_type not in ("layer", "rms"):
+            raise ValueError(f"norm_type: expected 'layer' or 'rms', got {norm_type!r}")
+        if cls is ScaleResidualNormScaleShift:
+            cls = ScaleResidualLayerNormScaleShift if norm_type == "layer" else ScaleResidualRMSNormScaleShift
+        return super().__new__(cls)
+
+    @classmethod
+    def _make(cls, norm: str, shape: tuple[int, ...], eps: float | None, rounding: str) -> "ScaleResidualNormScaleShift":
+        layer = cls(shape, eps, False, norm_type=norm.removeprefix("fp32_"), rounding=rounding)
+        layer._set("norm", norm)
+        return layer
+
+    def forward(
+        self,
+        residual: Tensor,
+        x: Tensor | None = None,
+        *,
+        gate: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        gate_table: Tensor | None = None,
+        scale_table: Tensor | None = None,
+        shift_table: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``(y, r)``, or the plain norm of ``residual`` where ``x`` is None."""
+        eps = _DEFAULT_EPS if self.eps is None else self.eps
+        if x is None:
+            return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=eps, rounding=self.rounding)
+        return scale_residual_norm_scale_shift(
+            residual,
+            x,
+            gate,
+            scale,
+            shift,
+            weight=self.weight,
+            bias=self.bias,
+            gate_table=gate_table,
+            scale_table=scale_table,
+            shift_table=shift_table,
+            index=index,
+            norm=self.norm,
+            eps=eps,
+            rounding=self.rounding,
+        )
+
+    def __call__(self, residual: Tensor, x: Tensor | None = None, **modulation: Tensor | None) -> Any:
+        if x is None:
+            return super().__call__(residual)
+        if self._hooked():
+            return self._unfused(residual, x, **modulation)
+        return super().__call__(residual, x, **modulation)
+
+    def _unfused(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        gate: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        gate_table: Tensor | None = None,
+        scale_table: Tensor | None = None,
+        shift_table: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        law = reference.law_dtype(x, ((gate, gate_table), (scale, scale_table), (shift, shift_table)), self.norm, self.rounding)
+        r = reference.add_gated(residual, x, reference.broadcast(gate, gate_table, index, x, law), law)
+        n = super().__call__(r.float() if law is torch.float32 else r)
+        scale, shift = (reference.broadcast(m, t, index, x, law) for m, t in ((scale, scale_table), (shift, shift_table)))
+        return reference.modulate(n, scale, shift).to(x.dtype), r
+
+
+class ScaleResidualLayerNormScaleShift(ScaleResidualNormScaleShift, nn.LayerNorm):
+    """:class:`ScaleResidualNormScaleShift` over a LayerNorm."""
+
+    norm = "layer"
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm_type: str = "layer",
+        rounding: str = "single",
+    ) -> None:
+        nn.LayerNorm.__init__(self, normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._configure(rounding)
+
+
+class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):
+    """:class:`ScaleResidualNormScaleShift` over an RMSNorm."""
+
+    norm = "rms"
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm_type: str = "rms",
+        rounding: str = "single",
+    ) -> None:
+        nn.RMSNorm.__init__(self, normalized_shape, eps, elementwise_affine, device, dtype)
+        self.register_parameter("bias", None)
+        self._configure(rounding)
+
+
+class ScaleResidualIdentity(nn.Identity):
+    """The residual alone, where a block has ``nn.Identity`` for its norm (Wan without ``cross_attn_norm``): ``(r, r)``."""
+
+    rounding = "single"
+
+    def forward(  # type: ignore[override]
+        self,
+        residual: Tensor,
+        x: Tensor | None = None,
+        *,
+        gate: Tensor | None = None,
+        gate_table: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``(r, r)`` with ``r = residual + gate * x``, or ``residual`` itself where ``x`` is None."""
+        if x is None:
+            return residual
+        r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
+        return r, r
+
+
+def _kind(module: nn.Module) -> tuple[str, tuple[int, ...]]:
+    cls = type(module)
+    name = f"{cls.__module__}.{cls.__name__}"
+    if cls is nn.LayerNorm:
+        return "layer", module.normalized_shape  # type: ignore[return-value]
+    if cls is nn.RMSNorm:
+        return "rms", module.normalized_shape  # type: ignore[return-value]
+    if name == "diffusers.models.normalization.FP32LayerNorm":
+        return "fp32_layer", module.normalized_shape  # type: ignore[return-value]
+    if name == "diffusers.models.normalization.RMSNorm":
+        if module.weight is not None and module.weight.dtype is not torch.float32:
+            raise TypeError(
+                f"from_norm: diffusers' RMSNorm with a {module.weight.dtype} weight rounds before it multiplies; no layer here does"
+            )
+        return "rms", tuple(module.dim)  # type: ignore[arg-type]
+    raise TypeError(f"from_norm: expected nn.LayerNorm, nn.RMSNorm, or diffusers' FP32LayerNorm or RMSNorm, got {name}")
