@@ -1,0 +1,87 @@
+"""The references to a module's bound ``forward`` that hooks of diffusers and accelerate have captured.
+
+Such a hook keeps ``module.forward``, the bound method, and puts a wrapper into the instance. A class swapped afterwards would never
+be called, so the captured methods are rewritten with it. Where each library keeps them:
+
+* accelerate: ``module._old_forward``; the wrapper is ``partial(new_forward, module)``
+* diffusers: ``forward`` and ``original_forward`` of a ``HookFunctionReference`` that the wrapper closes over
+* both: ``__wrapped__`` of the wrapper; and ``module.forward`` itself, where the last hook was removed
+"""
+
+import functools
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+Slot = tuple[dict[str, Any], str]
+
+
+class Untraceable(Exception):
+    """Calls of the module end somewhere else than in the ``forward`` of its class; says where."""
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Changes the class of ``module`` and every captured reference to its forward. Raises ``Untraceable``, nothing changed."""
+    slots = captured(module)
+    module.__class__ = cls
+    for holder, key in slots:
+        holder[key] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+
+
+def captured(module: nn.Module) -> list[Slot]:
+    """Where the bound ``forward`` of ``module`` is held, found by following its calls from the instance on."""
+    slots: list[Slot] = []
+    pending: list[Slot] = [(module.__dict__, "forward")] if "forward" in module.__dict__ else []
+    visited = set()
+    while pending:
+        holder, key = pending.pop()
+        if (id(holder), key) in visited:
+            continue
+        visited.add((id(holder), key))
+        if _is_own_forward(holder[key], module):
+            slots.append((holder, key))
+            continue
+        pending += _next(holder[key], module)
+        wrapper = vars(holder[key])
+        if _is_own_forward(wrapper.get("__wrapped__"), module):
+            slots.append((wrapper, "__wrapped__"))
+    return slots
+
+
+def _is_own_forward(value: Any, module: nn.Module) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
+
+
+def _next(value: Any, module: nn.Module) -> list[Slot]:
+    """What the wrapper of a hook calls."""
+    if not (isinstance(value, functools.partial) and len(value.args) == 1 and value.args[0] is module):
+        raise Untraceable(f"its forward was replaced by {_describe(value)}")
+    source = getattr(value.func, "__module__", None)
+    if source == "accelerate.hooks":
+        return [(module.__dict__, "_old_forward")]
+    if source == "diffusers.hooks.hooks":
+        return _diffusers_next(value, module)
+    raise Untraceable(f"its forward was wrapped by {_describe(value.func)}")
+
+
+def _diffusers_next(wrapper: functools.partial[Any], module: nn.Module) -> list[Slot]:
+    references = [cell.cell_contents for cell in wrapper.func.__closure__ or ()]  # type: ignore[attr-defined]
+    reference = next(r for r in references if hasattr(r, "original_forward"))
+    held: dict[str, Any] = vars(reference)
+    if held["original_forward"] is None:
+        return [(held, "forward")]
+    # A hook with a new_forward of its own calls original_forward. HookRegistry.remove_hook of the hook below overwrites `forward`.
+    slots = [(held, "original_forward")]
+    return slots if _is_new_forward(held["forward"], module) else [*slots, (held, "forward")]
+
+
+def _is_new_forward(value: Any, module: nn.Module) -> bool:
+    return isinstance(value, functools.partial) and value.args == (module,) and getattr(value.func, "__name__", None) == "new_forward"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return f"a method bound to another module or class, {value.__func__.__qualname__}"
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return f"{getattr(value, '__module__', type(value).__module__)}.{name}"

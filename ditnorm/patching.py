@@ -1,0 +1,169 @@
+"""Patches models in place and undoes it: ``module.__class__`` is swapped, nothing is stored on modules."""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from . import checks, generated, kernels, verification
+from .hook_chains import Untraceable, captured, set_class
+from .models import families
+from .units import Unit, find_units, generated_by_others, upstream_of
+
+P = TypeVar("P")
+M = TypeVar("M", bound=nn.Module)
+
+_log = logging.getLogger("ditnorm")
+
+calls_before: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDictionary()
+"""The process-wide counters when a model was first patched."""
+
+
+def patch_pipeline(pipe: P, *, strict: bool = False, rounding: str = "eager") -> P:
+    """Fuses the norm sites of every supported transformer and controlnet of a diffusers pipeline, in place.
+
+    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit, ``"single"`` is more accurate and no slower. What can't be fused stays
+    as it is, with one warning for each reason; :func:`ditnorm.report` lists it. Patching again changes the rounding or completes the
+    work.
+
+    Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, ``ValueError`` if no component is supported, and under
+    ``strict`` ``RuntimeError`` where something can't be fused or isn't bit-identical on this GPU; nothing is changed then.
+    """
+    _patch(components(pipe), strict, rounding)
+    return pipe
+
+
+def patch_model(model: M, *, strict: bool = False, rounding: str = "eager") -> M:
+    """Fuses the norm sites of one transformer or controlnet, in place, and returns it. See :func:`patch_pipeline`."""
+    _patch(_single(model), strict, rounding)
+    return model
+
+
+def unpatch_pipeline(pipe: P) -> P:
+    """Undoes :func:`patch_pipeline`, also on copies and on unpickled pipelines; without effect on one that isn't patched.
+
+    Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, and ``RuntimeError`` where a module was wrapped or its class
+    was derived since (by FSDP2, parametrize, another patcher); nothing is changed then.
+    """
+    _unpatch(components(pipe))
+    return pipe
+
+
+def unpatch_model(model: M) -> M:
+    """Undoes :func:`patch_model` and returns ``model``. See :func:`unpatch_pipeline`."""
+    _unpatch(_single(model))
+    return model
+
+
+def components(pipe: object) -> dict[str, nn.Module]:
+    """The distinct modules of a pipeline by component name. ``TypeError`` for anything but a pipeline."""
+    held = getattr(pipe, "components", None)
+    if isinstance(pipe, nn.Module) or not isinstance(held, Mapping):
+        hint = " (use patch_model and its like)" if isinstance(pipe, nn.Module) else ""
+        raise TypeError(f"expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
+    modules = {name: unwrap(module) for name, module in held.items() if isinstance(module, nn.Module)}
+    return {name: module for name, module in modules.items() if next(n for n, m in modules.items() if m is module) == name}
+
+
+def targets(models: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, list[Unit]]]:
+    """The models that hold a block with a fused body, or what looks like one, with their units. ``ValueError`` if there is none."""
+    found = {name: (model, find_units(model)) for name, model in models.items()}
+    found = {name: (model, units) for name, (model, units) in found.items() if any(unit.body.block for unit in units)}
+    if not found:
+        looked_at = ", ".join(type(model).__name__ for model in models.values()) or "no module"
+        raise ValueError(f"nothing to fuse in {looked_at}; supported families: {', '.join(families())}")
+    return found
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returned, or ``model``."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def _single(model: object) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        hint = " (use patch_pipeline and its like)" if hasattr(model, "components") else ""
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    return {"model": unwrap(model)}
+
+
+def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str) -> None:
+    if rounding not in checks.ROUNDINGS:
+        raise ValueError(f"rounding: expected one of {', '.join(map(repr, checks.ROUNDINGS))}, got {rounding!r}")
+    found = targets(models)
+    refused = _refusals(found)
+    if strict and refused:
+        raise RuntimeError("ditnorm: nothing was patched: " + "; ".join(refused))
+    if torch.cuda.is_initialized():
+        _look_at_cuda(found, strict, rounding)
+    for message in refused:
+        warnings.warn(f"ditnorm: {message}", UserWarning, stacklevel=3)
+    for model, units in found.values():
+        for unit in units:
+            if unit.refusal is None:
+                _swap(unit, rounding)
+        calls_before.setdefault(model, verification.calls())
+    _log.info("patched, rounding=%r: %s", rounding, "; ".join(_summary(name, *target) for name, target in found.items()))
+
+
+def _look_at_cuda(found: Mapping[str, tuple[nn.Module, list[Unit]]], strict: bool, rounding: str) -> None:
+    if kernels.unavailable is not None:
+        warnings.warn(f"ditnorm: CUDA tensors will take the slower PyTorch path: {kernels.unavailable}", RuntimeWarning, stacklevel=4)
+    for model, units in found.values():
+        if rounding == "eager" and verification.execution_device(model).type == "cuda":
+            verification.verify_units(model, [unit for unit in units if unit.refusal is None], strict=strict)
+
+
+def _swap(unit: Unit, rounding: str) -> None:
+    for swap in unit.swaps:
+        set_class(swap.module, generated.subclass(swap.body, swap.upstream, rounding))
+
+
+def _refusals(found: Mapping[str, tuple[nn.Module, list[Unit]]]) -> list[str]:
+    """One line for each reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name, (_, units) in found.items():
+        for unit in units:
+            if unit.refusal is not None:
+                by_reason.setdefault((name, unit.refusal), []).append(unit.name)
+    return [f"{name}: {listed(units)} not fused: {reason}" for (name, reason), units in by_reason.items()]
+
+
+def listed(names: list[str]) -> str:
+    """``names`` in words, at most three of them."""
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+def _summary(name: str, model: nn.Module, units: Iterable[Unit]) -> str:
+    blocks = [unit for unit in units if unit.body.block]
+    return f"{name} ({type(model).__name__}) {sum(unit.fused for unit in blocks)} of {len(blocks)} blocks"
+
+
+def _unpatch(models: Mapping[str, nn.Module]) -> None:
+    ours = [(name, m) for model in models.values() for name, m in model.named_modules() if upstream_of(type(m)) is not type(m)]
+    obstacles = [f"{name}: {reason}" for name, module in ours if (reason := _obstacle(module)) is not None]
+    if obstacles:
+        raise RuntimeError("ditnorm: nothing was unpatched: " + "; ".join(obstacles))
+    for _, module in ours:
+        set_class(module, upstream_of(type(module)))
+    for model in models.values():
+        calls_before.pop(model, None)
+    _log.info("unpatched %d modules of %s", len(ours), ", ".join(f"{name} ({type(model).__name__})" for name, model in models.items()))
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why ``module``, whose class is or derives from ours, can't get its upstream class back."""
+    derived = generated_by_others(type(module))
+    if derived is not None:
+        return derived
+    try:
+        captured(module)
+    except Untraceable as untraceable:
+        return str(untraceable)
+    return None

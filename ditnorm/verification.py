@@ -1,0 +1,176 @@
+"""Compares the fused ops with the unfused expression, bit for bit, on the user's own device and for the sites of the user's own model."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, functional, generated, kernels, layers, reference
+from .units import Swap, Unit
+
+# A wrong order of reduction changes about 1 % of the rows of a bf16 LayerNorm, so 4096 rows miss it with probability 0.99 ** 4096.
+_BATCH, _TOKENS = 4, 1024
+
+
+@dataclass(frozen=True)
+class Site:
+    """What one fused call depends on. ``table`` and ``affine`` are dtypes, None where there is none."""
+
+    op: str
+    width: int
+    dtype: torch.dtype
+    norm: str = "layer"
+    eps: float | None = None
+    weight: torch.dtype | None = None
+    bias: torch.dtype | None = None
+    table: torch.dtype | None = None
+    modulated: bool = True
+
+    def __str__(self) -> str:
+        details = [str(self.dtype), f"width {self.width}"]
+        details += [f"{name} {dtype}" for name in ("weight", "bias", "table") if (dtype := getattr(self, name)) is not None]
+        return f"{self.op} ({', '.join(details)})".replace("torch.", "")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """``sites`` were compared on ``device``, ``differing`` of them had other bits; or nothing was compared, for a ``reason``."""
+
+    device: str = ""
+    sites: tuple[Site, ...] = ()
+    differing: tuple[Site, ...] = ()
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"not verified: {self.reason}"
+        if self.differing:
+            return f"differs on {self.device}, torch {torch.__version__}: {'; '.join(map(str, self.differing))}"
+        return f"bit-identical: verified on {self.device}, torch {torch.__version__}"
+
+
+_identical: dict[tuple[Site, str], bool] = {}
+_own_calls: Counter[tuple[str, str]] = Counter()
+
+
+def calls() -> Counter[tuple[str, str]]:
+    """``kernels.counts()`` without the calls that verification itself made."""
+    return Counter(kernels.counts()) - _own_calls
+
+
+def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = False) -> Verification:
+    """Compares each distinct site of ``units`` once a process and device. Never initialises CUDA.
+
+    A difference warns, or under ``strict`` raises ``RuntimeError``.
+    """
+    device, dtype = execution_device(model), stream_dtype(model)
+    if device.type == "meta":
+        return Verification(reason="the weights are on no device")
+    if device.type == "cuda" and not torch.cuda.is_initialized():
+        return Verification(reason="CUDA is not in use yet")
+    if dtype is None:
+        return Verification(reason="the model computes in none of float32, float16 and bfloat16")
+    sites = tuple(dict.fromkeys(site for unit in units for site in _sites(unit, dtype)))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    found = [site for site in sites if (site, name) not in _identical]
+    for site in found:
+        _identical[site, name] = _compare_counted(site, device)
+    result = Verification(name, sites, tuple(site for site in sites if not _identical[site, name]))
+    if strict and result.differing:
+        raise RuntimeError(f"ditnorm: the fused ops are not bit-identical here: {result}")
+    if set(result.differing) & set(found):
+        warnings.warn(f"ditnorm: the fused ops are not bit-identical here, results will differ in rounding: {result}", RuntimeWarning, stacklevel=4)
+    return result
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model computes: offloading hooks know better than the weights."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        registry = getattr(module, "_diffusers_hook", None)
+        offloading = registry.get_hook("group_offloading") if registry is not None else None
+        if offloading is not None:
+            device = offloading.config.onload_device
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((p.device for p in model.parameters()), torch.device("meta"))
+
+
+def stream_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the model's activations. diffusers' ``dtype`` looks past weights kept in fp32, quantised or cast layer by layer."""
+    dtype = getattr(model, "dtype", None) or next((p.dtype for p in model.parameters()), None)
+    return dtype if dtype in checks.FLOATS else None
+
+
+def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site]:
+    width = next(swap.module.normalized_shape[-1] for swap in unit.swaps if hasattr(swap.module, "normalized_shape"))
+    for swap in unit.swaps:
+        if swap.body is layers.ScaleResidualIdentity:
+            yield Site("scale_residual", width, dtype, modulated=swap.modulated)
+        elif issubclass(swap.body, nn.Module):
+            yield _norm_site(swap, dtype)
+        elif swap.body.site_count > sum(issubclass(expected, nn.Module) for expected in swap.body.sites.values()):
+            table = getattr(swap.module, swap.body.table).dtype if swap.body.table else None
+            yield Site("scale_residual", width, dtype, table=table)
+
+
+def _norm_site(swap: Swap, dtype: torch.dtype) -> Site:
+    fused = issubclass(swap.body, layers.ScaleResidualNormScaleShift)
+    module = swap.module
+    return Site(
+        "scale_residual_norm_scale_shift" if fused else "norm_scale_shift",
+        module.normalized_shape[-1],
+        dtype,
+        generated.subclass(swap.body, swap.upstream, "eager").norm,
+        module.eps,
+        _dtype(module.weight),
+        _dtype(getattr(module, "bias", None)),
+        _dtype(swap.table) if swap.modulated else None,
+        swap.modulated,
+    )
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
+
+
+def _compare_counted(site: Site, device: torch.device) -> bool:
+    before = Counter(kernels.counts())
+    try:
+        with torch.inference_mode():
+            return _compare(site, device)
+    finally:
+        _own_calls.update(Counter(kernels.counts()) - before)
+
+
+def _compare(site: Site, device: torch.device) -> bool:
+    """Random rows, each with its own mean and scale, modulated by views of one tensor as in a block."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    def rows() -> Tensor:
+        spread, mean = random(_BATCH, _TOKENS, 1).exp(), 4 * random(_BATCH, _TOKENS, 1)
+        return (random(_BATCH, _TOKENS, site.width) * spread + mean).to(site.dtype)
+
+    def vector(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else random(site.width, dtype=dtype)
+
+    modulations = random(_BATCH, 1, 3 * site.width, dtype=site.dtype).chunk(3, dim=-1) if site.modulated else (None, None, None)
+    tables = [vector(site.table) for _ in range(3)]
+    scale_shift = {"scale": modulations[0], "shift": modulations[1], "scale_table": tables[0], "shift_table": tables[1], "index": None}
+    gate = {"gate": modulations[2], "gate_table": tables[2], "index": None}
+    eps = layers.DEFAULT_EPS if site.eps is None else site.eps
+    norm = {"weight": vector(site.weight), "bias": vector(site.bias), "norm": site.norm, "eps": eps}
+    arguments: dict[str, object] = {"x": rows(), "rounding": "eager"}
+    if site.op != "scale_residual":
+        arguments |= norm | scale_shift
+    if site.op != "norm_scale_shift":
+        arguments |= {"residual": rows()} | gate
+    got, expected = getattr(functional, site.op)(**arguments), getattr(reference, site.op)(**arguments)
+    pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected, strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
