@@ -1,0 +1,69 @@
+"""Norms that make their own modulation, shared by many models: diffusers' ``AdaLayerNorm*`` (adaLN-Zero, arXiv:2212.09748).
+
+Shapes: ``x`` [B, S, D], ``emb`` [B, D]; the modulations returned beside the modulated ``x`` are views [B, D].
+"""
+
+import torch
+from torch import Tensor
+
+from ..layers import LayerNormScaleShift
+from .base import FusedBlock
+
+
+class AdaLayerNormZero(FusedBlock):
+    """diffusers' ``AdaLayerNormZero``."""
+
+    family = "adaLN"
+    names = frozenset({"AdaLayerNormZero"})
+    fingerprints = {"forward": frozenset({"432cf64fa05a"})}  # 0.37.0 to 0.42.1
+    sites = {"norm": LayerNormScaleShift}
+    block = False
+    site_count = 1
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x, scale=scale_msa, shift=shift_msa)
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+class AdaLayerNormZeroSingle(FusedBlock):
+    """diffusers' ``AdaLayerNormZeroSingle``."""
+
+    family = "adaLN"
+    names = frozenset({"AdaLayerNormZeroSingle"})
+    fingerprints = {"forward": frozenset({"549caa2570fa"})}  # 0.37.0 to 0.42.1
+    sites = {"norm": LayerNormScaleShift}
+    block = False
+    site_count = 1
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
+        x = self.norm(x, scale=scale_msa, shift=shift_msa)
+        return x, gate_msa
+
+
+class AdaLayerNormContinuous(FusedBlock):
+    """diffusers' ``AdaLayerNormContinuous``, the output norm of Qwen-Image and HunyuanVideo."""
+
+    family = "adaLN"
+    names = frozenset({"AdaLayerNormContinuous"})
+    fingerprints = {"forward": frozenset({"325453aa6a0e"})}  # 0.37.0 to 0.42.1
+    sites = {"norm": LayerNormScaleShift}
+    block = False
+    site_count = 1
+
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        scale, shift = emb.chunk(2, dim=1)
+        return self.norm(x, scale=scale, shift=shift)

@@ -1,0 +1,64 @@
+"""Fingerprints of functions: what a fused body relies on, named by content instead of by class or by version of diffusers."""
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from types import FunctionType
+
+_NOT_SEMANTIC = {"annotation", "returns", "ctx", "type_comment", "type_params", "kind"}
+
+
+@functools.cache
+def fingerprint(function: object) -> str | None:
+    """12 hex digits that change with what ``function`` does and not with its comments, docstring, annotations or layout.
+
+    Equal on every supported Python. None for anything but a Python function whose source can be read. A decorated function is the
+    wrapper, not what it wraps: a library that wraps an upstream ``forward`` changes its fingerprint.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    try:
+        source = textwrap.dedent(inspect.getsource(function.__code__))
+    except (OSError, TypeError):
+        return None
+    try:
+        return digest(ast.parse(source).body[0])
+    except SyntaxError:  # a lambda in the middle of an expression
+        return None
+
+
+def digest(node: ast.AST) -> str:
+    """The fingerprint of a function given as its syntax tree."""
+    return hashlib.sha256(" ".join(_tokens(node)).encode()).hexdigest()[:12]
+
+
+def _tokens(value: object) -> Iterator[str]:
+    """The tree in prefix order. Empty fields are left out, so that a newer Python's additional fields change nothing."""
+    if isinstance(value, ast.Constant):
+        yield f"{type(value.value).__name__}:{value.value!r}"
+    elif isinstance(value, ast.AnnAssign):
+        if value.value is not None:  # without a value it does nothing
+            yield from _tokens(ast.Assign(targets=[value.target], value=value.value))
+    elif isinstance(value, ast.AST):
+        yield f"({type(value).__name__}"
+        for name, field in ast.iter_fields(value):
+            if name not in _NOT_SEMANTIC and field is not None and field != []:
+                yield name
+                yield from _tokens(field)
+        yield ")"
+    elif isinstance(value, list):
+        yield "["
+        for item in value:
+            if not _is_bare_string(item):
+                yield from _tokens(item)
+        yield "]"
+    else:
+        yield repr(value)
+
+
+def _is_bare_string(statement: object) -> bool:
+    """A docstring, or a string that stands alone as a comment."""
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
