@@ -9,6 +9,8 @@ import functools
 import importlib
 from typing import Any
 
+from . import block_registry
+
 _SEPARATOR = "__"
 _OF = "__of__"
 
@@ -22,6 +24,7 @@ def subclass(body: type, origin: type, rounding: str) -> type:
         attributes["norm"] = "fp32_layer"
     generated = type(origin.__name__, (body, origin), attributes)
     globals()[qualname] = generated
+    block_registry.register(generated, origin)
     return generated
 
 

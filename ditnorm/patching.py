@@ -12,8 +12,8 @@ from torch import nn
 
 from . import checks, generated, kernels, verification
 from .hook_chains import Untraceable, captured, set_class
-from .models import families
-from .units import Unit, find_units, generated_by_others, upstream_of
+from .targets import Targets, components, listed, single, targets
+from .units import Unit, generated_by_others, upstream_of
 
 P = TypeVar("P")
 M = TypeVar("M", bound=nn.Module)
@@ -27,7 +27,7 @@ calls_before: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDi
 def patch_pipeline(pipe: P, *, strict: bool = False, rounding: str = "eager") -> P:
     """Fuses the norm sites of every supported transformer and controlnet of a diffusers pipeline, in place.
 
-    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit, ``"single"`` is more accurate and no slower. What can't be fused stays
+    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit, ``"single"`` rounds once and is more accurate. What can't be fused stays
     as it is, with one warning for each reason; :func:`ditnorm.report` lists it. Patching again changes the rounding or completes the
     work.
 
@@ -40,7 +40,7 @@ def patch_pipeline(pipe: P, *, strict: bool = False, rounding: str = "eager") ->
 
 def patch_model(model: M, *, strict: bool = False, rounding: str = "eager") -> M:
     """Fuses the norm sites of one transformer or controlnet, in place, and returns it. See :func:`patch_pipeline`."""
-    _patch(_single(model), strict, rounding)
+    _patch(single(model), strict, rounding)
     return model
 
 
@@ -56,41 +56,8 @@ def unpatch_pipeline(pipe: P) -> P:
 
 def unpatch_model(model: M) -> M:
     """Undoes :func:`patch_model` and returns ``model``. See :func:`unpatch_pipeline`."""
-    _unpatch(_single(model))
+    _unpatch(single(model))
     return model
-
-
-def components(pipe: object) -> dict[str, nn.Module]:
-    """The distinct modules of a pipeline by component name. ``TypeError`` for anything but a pipeline."""
-    held = getattr(pipe, "components", None)
-    if isinstance(pipe, nn.Module) or not isinstance(held, Mapping):
-        hint = " (use patch_model and its like)" if isinstance(pipe, nn.Module) else ""
-        raise TypeError(f"expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
-    modules = {name: unwrap(module) for name, module in held.items() if isinstance(module, nn.Module)}
-    return {name: module for name, module in modules.items() if next(n for n, m in modules.items() if m is module) == name}
-
-
-def targets(models: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, list[Unit]]]:
-    """The models that hold a block with a fused body, or what looks like one, with their units. ``ValueError`` if there is none."""
-    found = {name: (model, find_units(model)) for name, model in models.items()}
-    found = {name: (model, units) for name, (model, units) in found.items() if any(unit.body.block for unit in units)}
-    if not found:
-        looked_at = ", ".join(type(model).__name__ for model in models.values()) or "no module"
-        raise ValueError(f"nothing to fuse in {looked_at}; supported families: {', '.join(families())}")
-    return found
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` returned, or ``model``."""
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
-
-
-def _single(model: object) -> dict[str, nn.Module]:
-    if not isinstance(model, nn.Module):
-        hint = " (use patch_pipeline and its like)" if hasattr(model, "components") else ""
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
-    return {"model": unwrap(model)}
 
 
 def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str) -> None:
@@ -112,7 +79,7 @@ def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str) -> None
     _log.info("patched, rounding=%r: %s", rounding, "; ".join(_summary(name, *target) for name, target in found.items()))
 
 
-def _look_at_cuda(found: Mapping[str, tuple[nn.Module, list[Unit]]], strict: bool, rounding: str) -> None:
+def _look_at_cuda(found: Targets, strict: bool, rounding: str) -> None:
     if kernels.unavailable is not None:
         warnings.warn(f"ditnorm: CUDA tensors will take the slower PyTorch path: {kernels.unavailable}", RuntimeWarning, stacklevel=4)
     for model, units in found.values():
@@ -125,7 +92,7 @@ def _swap(unit: Unit, rounding: str) -> None:
         set_class(swap.module, generated.subclass(swap.body, swap.upstream, rounding))
 
 
-def _refusals(found: Mapping[str, tuple[nn.Module, list[Unit]]]) -> list[str]:
+def _refusals(found: Targets) -> list[str]:
     """One line for each reason."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, (_, units) in found.items():
@@ -133,11 +100,6 @@ def _refusals(found: Mapping[str, tuple[nn.Module, list[Unit]]]) -> list[str]:
             if unit.refusal is not None:
                 by_reason.setdefault((name, unit.refusal), []).append(unit.name)
     return [f"{name}: {listed(units)} not fused: {reason}" for (name, reason), units in by_reason.items()]
-
-
-def listed(names: list[str]) -> str:
-    """``names`` in words, at most three of them."""
-    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _summary(name: str, model: nn.Module, units: Iterable[Unit]) -> str:

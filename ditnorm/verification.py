@@ -4,11 +4,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, functional, generated, kernels, layers, reference
+from .targets import modules_of, targets
 from .units import Swap, Unit
 
 # A wrong order of reduction changes about 1 % of the rows of a bf16 LayerNorm, so 4096 rows miss it with probability 0.99 ** 4096.
@@ -17,7 +19,7 @@ _BATCH, _TOKENS = 4, 1024
 
 @dataclass(frozen=True)
 class Site:
-    """What one fused call depends on. ``table`` and ``affine`` are dtypes, None where there is none."""
+    """What the bits of one fused call depend on. ``weight``, ``bias`` and ``table`` are dtypes, None where there is none."""
 
     op: str
     width: int
@@ -61,6 +63,17 @@ def calls() -> Counter[tuple[str, str]]:
     return Counter(kernels.counts()) - _own_calls
 
 
+def verify(target: object, *, strict: bool = False) -> dict[str, Verification]:
+    """Runs each distinct fused op of a pipeline or model on 4096 random rows against the unfused expression and compares the bits.
+
+    It runs where the model computes, once a process, and never initialises CUDA. Returns the results by component name (``"model"``
+    for a model). A difference warns, or under ``strict`` raises ``RuntimeError``. ``TypeError`` and ``ValueError`` as
+    :func:`ditnorm.patch_pipeline`.
+    """
+    found = targets(modules_of(target))
+    return {name: verify_units(model, (u for u in units if u.refusal is None), strict=strict) for name, (model, units) in found.items()}
+
+
 def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = False) -> Verification:
     """Compares each distinct site of ``units`` once a process and device. Never initialises CUDA.
 
@@ -82,7 +95,7 @@ def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = Fals
     if strict and result.differing:
         raise RuntimeError(f"ditnorm: the fused ops are not bit-identical here: {result}")
     if set(result.differing) & set(found):
-        warnings.warn(f"ditnorm: the fused ops are not bit-identical here, results will differ in rounding: {result}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"ditnorm: the fused ops are not bit-identical here: {result}", RuntimeWarning, stacklevel=4)
     return result
 
 
@@ -109,12 +122,12 @@ def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site]:
     width = next(swap.module.normalized_shape[-1] for swap in unit.swaps if hasattr(swap.module, "normalized_shape"))
     for swap in unit.swaps:
         if swap.body is layers.ScaleResidualIdentity:
-            yield Site("scale_residual", width, dtype, modulated=swap.modulated)
+            yield Site("scale_residual", width, dtype, table=_dtype(swap.table))
         elif issubclass(swap.body, nn.Module):
             yield _norm_site(swap, dtype)
         elif swap.body.site_count > sum(issubclass(expected, nn.Module) for expected in swap.body.sites.values()):
-            table = getattr(swap.module, swap.body.table).dtype if swap.body.table else None
-            yield Site("scale_residual", width, dtype, table=table)
+            table = getattr(swap.module, swap.body.table) if swap.body.table is not None else None
+            yield Site("scale_residual", width, dtype, table=_dtype(table))
 
 
 def _norm_site(swap: Swap, dtype: torch.dtype) -> Site:
@@ -128,7 +141,7 @@ def _norm_site(swap: Swap, dtype: torch.dtype) -> Site:
         module.eps,
         _dtype(module.weight),
         _dtype(getattr(module, "bias", None)),
-        _dtype(swap.table) if swap.modulated else None,
+        _dtype(swap.table),
         swap.modulated,
     )
 
@@ -147,7 +160,7 @@ def _compare_counted(site: Site, device: torch.device) -> bool:
 
 
 def _compare(site: Site, device: torch.device) -> bool:
-    """Random rows, each with its own mean and scale, modulated by views of one tensor as in a block."""
+    """Random rows, each with its own mean and scale, modulated by views of one tensor as in a block; residuals with a gate and without."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -160,17 +173,22 @@ def _compare(site: Site, device: torch.device) -> bool:
     def vector(dtype: torch.dtype | None) -> Tensor | None:
         return None if dtype is None else random(site.width, dtype=dtype)
 
-    modulations = random(_BATCH, 1, 3 * site.width, dtype=site.dtype).chunk(3, dim=-1) if site.modulated else (None, None, None)
-    tables = [vector(site.table) for _ in range(3)]
-    scale_shift = {"scale": modulations[0], "shift": modulations[1], "scale_table": tables[0], "shift_table": tables[1], "index": None}
-    gate = {"gate": modulations[2], "gate_table": tables[2], "index": None}
-    eps = layers.DEFAULT_EPS if site.eps is None else site.eps
-    norm = {"weight": vector(site.weight), "bias": vector(site.bias), "norm": site.norm, "eps": eps}
-    arguments: dict[str, object] = {"x": rows(), "rounding": "eager"}
+    scale, shift, gate = random(_BATCH, 1, 3 * site.width, dtype=site.dtype).chunk(3, dim=-1)
+    arguments: dict[str, Any] = {"x": rows(), "index": None, "rounding": "eager"}
     if site.op != "scale_residual":
-        arguments |= norm | scale_shift
-    if site.op != "norm_scale_shift":
-        arguments |= {"residual": rows()} | gate
-    got, expected = getattr(functional, site.op)(**arguments), getattr(reference, site.op)(**arguments)
+        eps = layers._DEFAULT_EPS if site.eps is None else site.eps
+        arguments |= {"weight": vector(site.weight), "bias": vector(site.bias), "norm": site.norm, "eps": eps}
+        arguments |= dict.fromkeys(("scale", "shift", "scale_table", "shift_table"))
+        if site.modulated:
+            arguments |= {"scale": scale, "shift": shift, "scale_table": vector(site.table), "shift_table": vector(site.table)}
+    if site.op == "norm_scale_shift":
+        return _same(site.op, arguments)
+    arguments["residual"] = rows()
+    gates = ({"gate": gate, "gate_table": vector(site.table)}, {"gate": None, "gate_table": None})
+    return all(_same(site.op, arguments | gated) for gated in gates)
+
+
+def _same(op: str, arguments: dict[str, Any]) -> bool:
+    got, expected = getattr(functional, op)(**arguments), getattr(reference, op)(**arguments)
     pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected, strict=True)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)

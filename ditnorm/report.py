@@ -1,0 +1,160 @@
+"""What is fused in a model or pipeline, what isn't and why, on which path it runs and whether it was verified."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import kernels, patching, verification
+from .models.base import FusedBlock
+from .targets import listed, modules_of, targets
+from .units import Unit
+from .verification import Verification
+
+_WIDTH = 100
+_LABEL = 16
+
+
+@dataclass(frozen=True)
+class TransformerReport:
+    """One transformer or controlnet, under the name of its component."""
+
+    name: str
+    class_name: str
+    families: tuple[str, ...]
+    blocks: int
+    fused: int
+    """Blocks that are fused now."""
+    fusable: int
+    """Blocks that patching fuses."""
+    sites: int
+    """Fused calls in one forward pass of the fusable or fused parts."""
+    rounding: tuple[str, ...]
+    """Of the fused parts: empty where nothing is patched."""
+    backend: str
+    verification: Verification
+    refused: Mapping[str, list[str]]
+    """Reason -> the parts that stay unfused for it."""
+    hooked: list[str]
+    """Norms that run unfused because they carry a forward hook."""
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Label and text of each row of the table."""
+        yield self.name, f"{self.class_name} ({', '.join(self.families)})"
+        if self.rounding:
+            yield "  fused", f"{self.fused} of {self.blocks} blocks, {self.sites} fused calls a forward pass"
+            yield "  rounding", ", ".join(self.rounding)
+        else:
+            yield "  not patched", f"would fuse {self.fusable} of {self.blocks} blocks, {self.sites} fused calls a forward pass"
+        yield "  backend", self.backend
+        yield "  verified", str(self.verification)
+        for reason, units in self.refused.items():
+            yield "  refused", f"{listed(units)}: {reason}"
+        if self.hooked:
+            yield "  unfused", f"{listed(self.hooked)}: has a forward hook, which is shown the norm's own output"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`report` found. Its ``str()`` is a table, 100 columns wide."""
+
+    title: str
+    transformers: tuple[TransformerReport, ...]
+    calls: Counter[tuple[str, str]] | None
+    """Calls in this process since the first of the transformers was patched: (op, path) -> n. None where none is patched."""
+
+    def __str__(self) -> str:
+        lines = [f"ditnorm: {self.title}"]
+        for transformer in self.transformers:
+            lines += ["", *(line for row in transformer.rows() for line in _wrapped(*row))]
+        if self.calls is not None:
+            lines += ["", *_call_table(self.calls)]
+        return "\n".join(lines)
+
+
+def report(target: object) -> Report:
+    """What is fused in a diffusers pipeline or a model and what isn't, with the reasons; ``print`` it.
+
+    Verifies fused ops that weren't verified yet, unless the model is on a GPU and CUDA isn't initialised. ``TypeError`` and
+    ``ValueError`` as :func:`ditnorm.patch_pipeline`.
+    """
+    found = targets(modules_of(target))
+    transformers = tuple(_transformer(name, model, units) for name, (model, units) in found.items())
+    patched = [model for model, units in found.values() if any(unit.fused for unit in units)]
+    before = [patching.calls_before.get(model, Counter()) for model in patched]
+    calls = verification.calls() - min(before, key=Counter.total) if before else None
+    return Report(type(target).__name__, transformers, calls)
+
+
+def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerReport:
+    blocks = [unit for unit in units if unit.body.block]
+    fused = [unit for unit in units if unit.fused]
+    counted = fused or [unit for unit in units if unit.refusal is None]
+    roundings = tuple(sorted({unit.rounding for unit in fused if unit.rounding is not None}))
+    refused: dict[str, list[str]] = {}
+    for unit in units:
+        if unit.refusal is not None:
+            refused.setdefault(unit.refusal, []).append(unit.name)
+    verified = _verification(model, fused, roundings)
+    return TransformerReport(
+        name=name,
+        class_name=type(model).__name__,
+        families=tuple(dict.fromkeys(unit.body.family for unit in blocks)),
+        blocks=len(blocks),
+        fused=sum(unit.fused for unit in blocks),
+        fusable=sum(unit.refusal is None for unit in blocks),
+        sites=sum(swap.body.site_count for unit in counted for swap in unit.swaps if issubclass(swap.body, FusedBlock)),
+        rounding=roundings,
+        backend=_backend(verification.execution_device(model)),
+        verification=verified,
+        refused=refused,
+        hooked=[swap.name for unit in counted for swap in unit.swaps if _carries_hook(swap.module, swap.body)],
+    )
+
+
+def _carries_hook(module: nn.Module, body: type) -> bool:
+    return issubclass(body, nn.Module) and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _verification(model: nn.Module, fused: list[Unit], roundings: Iterable[str]) -> Verification:
+    if not fused:
+        return Verification(reason="nothing is patched")
+    if "eager" not in roundings:
+        return Verification(reason="rounding 'single' is more accurate than the unfused model, not equal to it")
+    return verification.verify_units(model, [unit for unit in fused if unit.rounding == "eager"])
+
+
+def _backend(device: torch.device) -> str:
+    """Which path calls on ``device`` take. Looking must not initialise CUDA."""
+    if device.type == "cpu":
+        return f"cpu_sim: {kernels.library}" if kernels.library is not None else "reference (PyTorch): the model is on the CPU"
+    if device.type != "cuda":
+        return f"reference (PyTorch): the model is on {device.type}"
+    if kernels.unavailable is not None:
+        return f"reference (PyTorch): {kernels.unavailable}"
+    if kernels.library is None:
+        return "cuda: the kernels are loaded at the first call"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda, sm_{major}{minor}: {kernels.library}"
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=label.ljust(_LABEL),
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _call_table(calls: Counter[tuple[str, str]]) -> list[str]:
+    paths = sorted({path for _, path in kernels.counts()})
+    ops = list(dict.fromkeys(op for op, _ in kernels.counts()))
+    lines = [f"{'calls in this process since patching':<40}" + "".join(f"{path:>12}" for path in paths)]
+    lines += [f"  {op:<38}" + "".join(f"{calls[op, path]:>12}" for path in paths) for op in ops]
+    return [*lines, "  (replays of CUDA graphs aren't counted)"]

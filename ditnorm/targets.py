@@ -1,0 +1,54 @@
+"""From what users pass, pipelines and models, to the models that can be fused."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .models import families
+from .units import Unit, find_units
+
+Targets = dict[str, tuple[nn.Module, list[Unit]]]
+"""Models with their units, by the name of the component."""
+
+
+def components(pipe: object) -> dict[str, nn.Module]:
+    """The distinct modules of a pipeline by component name. ``TypeError`` for anything but a pipeline."""
+    held = getattr(pipe, "components", None)
+    if isinstance(pipe, nn.Module) or not isinstance(held, Mapping):
+        hint = " (use patch_model and its like)" if isinstance(pipe, nn.Module) else ""
+        raise TypeError(f"expected a diffusers pipeline, got {type(pipe).__name__}{hint}")
+    modules = {name: unwrap(module) for name, module in held.items() if isinstance(module, nn.Module)}
+    return {name: module for name, module in modules.items() if next(n for n, m in modules.items() if m is module) == name}
+
+
+def targets(models: Mapping[str, nn.Module]) -> Targets:
+    """The models that hold a block with a fused body, or what looks like one, with their units. ``ValueError`` if there is none."""
+    found = {name: (model, find_units(model)) for name, model in models.items()}
+    found = {name: (model, units) for name, (model, units) in found.items() if any(unit.body.block for unit in units)}
+    if not found:
+        looked_at = ", ".join(type(model).__name__ for model in models.values()) or "no module"
+        raise ValueError(f"nothing to fuse in {looked_at}; supported families: {', '.join(families())}")
+    return found
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returned, or ``model``."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def single(model: object) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        hint = " (use patch_pipeline and its like)" if hasattr(model, "components") else ""
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    return {"model": unwrap(model)}
+
+
+def modules_of(target: object) -> dict[str, nn.Module]:
+    """The modules of a model or of a pipeline. ``TypeError`` for anything else."""
+    return single(target) if isinstance(target, nn.Module) else components(target)
+
+
+def listed(names: list[str]) -> str:
+    """``names`` in words, at most three of them."""
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
