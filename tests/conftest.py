@@ -1,0 +1,24 @@
+"""What every test shares: the device, the seed, and the rule for tests that need a GPU."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what is marked ``gpu`` on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

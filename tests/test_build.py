@@ -1,0 +1,293 @@
+"""The compiled library and the packaging: what no test of the ops would notice."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "ditnorm/kernels/csrc"
+SYSTEM_LIBRARIES = {
+    "ld-linux-x86-64.so.2",
+    "libc.so.6",
+    "libdl.so.2",
+    "libgcc_s.so.1",
+    "libm.so.6",
+    "libpthread.so.0",
+    "librt.so.1",
+    "libstdc++.so.6",
+}
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build_kernels = load_script("build_kernels")
+
+
+def output_of(*command: str | Path, **options: object) -> str:
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    """A CUDA binary tool, of the PyPI wheels or of the toolkit."""
+    nvcc = build_kernels.find_nvcc()
+    folders = [folder for path in sys.path for folder in Path(path).glob("nvidia/cu*/bin")]
+    folders += [build_kernels.toolkit_root(nvcc) / "bin"] if nvcc else []
+    found = shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    if found is None:
+        pytest.skip(f"no {name}: pip install nvidia-cuda-{name}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library for all architectures: the one that DITNORM_BUILT_LIBRARY names, else built here."""
+    if built := os.environ.get("DITNORM_BUILT_LIBRARY"):
+        return Path(built).resolve()
+    if build_kernels.find_nvcc() is None:
+        pytest.skip("no nvcc: the test extra brings it")
+    out = tmp_path_factory.mktemp("library") / "_C.so"
+    build_kernels.build_cuda(out, build_kernels.ALL_ARCHS)
+    return out
+
+
+# ---- Machine code
+
+
+@pytest.fixture(scope="session")
+def instructions(library: Path) -> dict[tuple[str, str], set[str]]:
+    """The distinct opcodes of each kernel: ``(architecture, mangled name) -> {"LDG.E.128", ...}``."""
+    cuobjdump = tool("cuobjdump")
+    search_path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
+    listing = output_of(cuobjdump, "-sass", library, env={**os.environ, "PATH": search_path})
+    opcodes: dict[tuple[str, str], set[str]] = {}
+    arch, current = "", set[str]()
+    for line in listing.splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s+Function : (\w+)", line):
+            current = opcodes.setdefault((arch, match[1]), set())
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
+            current.add(match[1])
+    return opcodes
+
+
+def fast_kernels(instructions: dict[tuple[str, str], set[str]]) -> Iterator[tuple[tuple[str, str], set[str]]]:
+    return ((kernel, opcodes) for kernel, opcodes in instructions.items() if "row_kernel" in kernel[1] and "generic" not in kernel[1])
+
+
+def test_every_architecture_has_every_kernel(instructions: dict[tuple[str, str], set[str]]) -> None:
+    kernels = {arch: {name for a, name in instructions if a == arch} for arch in build_kernels.ALL_ARCHS}
+    assert {arch for arch, _ in instructions} == set(kernels)
+    assert kernels["80"]
+    assert all(names == kernels["80"] for names in kernels.values())
+    assert {arch for (arch, _), _ in fast_kernels(instructions)} == set(kernels)
+
+
+def test_newer_gpus_can_compile_the_ptx_of_the_lowest_architecture(library: Path) -> None:
+    assert re.findall(r"sm_(\d+)\.ptx", output_of(tool("cuobjdump"), "--list-ptx", library)) == ["80"] * len(list(CSRC.glob("*.cu")))
+
+
+def test_no_kernel_spills_or_uses_local_memory(library: Path, instructions: dict[tuple[str, str], set[str]]) -> None:
+    usage = output_of(tool("cuobjdump"), "--dump-resource-usage", library)
+    kernels = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(kernels) == len(instructions)
+    assert [kernel for kernel in kernels if kernel[1:] != ("0", "0")] == []
+    local = [kernel for kernel, opcodes in instructions.items() if any(re.match(r"(LDL|STL)\b", opcode) for opcode in opcodes)]
+    assert local == []
+
+
+@pytest.mark.parametrize("access", ["LDG", "STG"])
+def test_fast_kernels_move_16_bytes_at_a_time(access: str, instructions: dict[tuple[str, str], set[str]]) -> None:
+    wide = re.compile(rf"{access}\.E\b.*\.(128|256)\b")
+    assert [kernel for kernel, opcodes in fast_kernels(instructions) if not any(wide.match(opcode) for opcode in opcodes)] == []
+
+
+# ---- The shared library
+
+
+def test_library_is_at_most_10_mb(library: Path) -> None:
+    assert library.stat().st_size <= 10e6
+
+
+def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output_of("readelf", "-dW", library)))
+    assert "libtorch.so" in needed
+    assert needed - {"libtorch.so"} <= SYSTEM_LIBRARIES  # so no libcudart: one library serves every CUDA build of PyTorch
+
+
+def test_library_uses_no_python_and_no_unstable_torch_symbol(library: Path) -> None:
+    symbols = re.findall(r"\b[Uw] (\w+)", output_of("nm", "--dynamic", "--undefined-only", library))
+    assert [symbol for symbol in symbols if re.match(r"_?Py", symbol)] == []
+    assert [symbol for symbol in symbols if re.search(r"torch|at::|c10", symbol) and not symbol.startswith("aoti_torch_")] == []
+
+
+def test_torch_abi_audit_calls_the_library_stable(library: Path) -> None:
+    audit = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
+    if audit is None:
+        pytest.skip("no torch-abi-audit: it needs Python 3.11")
+    report = output_of(audit, "--check", "torch", library)
+    assert "STABLE" in report
+    assert (minimum := re.search(r"Min torch: +(\d+)\.(\d+)", report))
+    assert (int(minimum[1]), int(minimum[2])) <= (2, 10)
+
+
+def test_hand_declared_abi_agrees_with_pytorch() -> None:
+    include = Path(torch.__file__).parent / "include"
+    header = "torch/csrc/inductor/aoti_torch/c/shim.h"
+    output_of("g++", "-std=c++17", "-fsyntax-only", "-DUSE_CUDA", "-include", header, f"-I{include}", CSRC / "ops.cpp")
+
+
+def test_library_loads_into_this_pytorch(library: Path) -> None:
+    program = (
+        "import ctypes, sys, torch, ditnorm.kernels\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "assert ctypes.CDLL(sys.argv[1]).ditnorm_runtime_version() >= 12000\n"
+        "for op in ditnorm.kernels.OPS:\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'ditnorm::{op}', 'CUDA'), op\n"
+    )
+    output_of(sys.executable, "-c", program, library, cwd=ROOT, env={**os.environ, "DITNORM_KERNELS": "0"})
+
+
+@pytest.mark.gpu
+def test_forked_child_can_use_cuda_after_import() -> None:
+    program = (
+        "import os, sys, torch, ditnorm\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    torch.zeros(1, device='cuda')\n"
+        "    os._exit(0)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    output_of(sys.executable, "-c", program, cwd=ROOT)
+
+
+# ---- Packaging
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of this project whose kernels compile in seconds."""
+    shutil.copytree(ROOT / "ditnorm", tmp_path / "ditnorm", ignore=shutil.ignore_patterns("*.so", "__pycache__", "csrc"))
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    sources = tmp_path / "ditnorm/kernels/csrc"
+    sources.mkdir()
+    (sources / "kernels.cu").write_text("__global__ void nothing() {}\n")
+    (sources / "ops.cpp").write_text("// no ops\n")
+    return tmp_path
+
+
+def build(project: Path, kind: str, **environment: str) -> str:
+    """Runs a PEP 517 hook as pip would, without its isolation; returns the file name of what it made in dist/."""
+    program = f"import hatchling.build; print(hatchling.build.build_{kind}('dist'))"
+    printed = output_of(sys.executable, "-c", program, cwd=project, env={**os.environ, "DITNORM_CUDA_ARCHS": "80", **environment})
+    return next(line for line in printed.splitlines() if line.endswith((".whl", ".tar.gz")))
+
+
+@functools.cache
+def needs_nvcc() -> None:
+    if build_kernels.find_nvcc() is None:
+        pytest.skip("no nvcc: the test extra brings it")
+
+
+def test_wheel_without_kernels_is_pure(project: Path) -> None:
+    wheel = build(project, "wheel", DITNORM_CUDA="0")
+    assert wheel.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(project / "dist" / wheel).namelist() if name.endswith(".so")]
+
+
+def test_wheel_with_kernels_serves_every_python_and_leaves_the_tree_clean(project: Path) -> None:
+    needs_nvcc()
+    wheel = build(project, "wheel", DITNORM_CUDA="1")
+    assert "-py3-none-linux_" in wheel
+    names = zipfile.ZipFile(project / "dist" / wheel).namelist()
+    assert "ditnorm/kernels/_C.so" in names
+    assert "ditnorm/py.typed" in names
+    assert not [name for name in names if "csrc" in name]
+    assert not (project / "ditnorm/kernels/_C.so").exists()
+
+
+def test_editable_install_puts_the_library_into_the_tree(project: Path) -> None:
+    needs_nvcc()
+    build(project, "editable", DITNORM_CUDA="1")
+    assert (project / "ditnorm/kernels/_C.so").exists()
+
+
+def test_editable_install_without_kernels_removes_a_stale_library(project: Path) -> None:
+    stale = project / "ditnorm/kernels/_C.so"
+    stale.touch()
+    build(project, "editable", DITNORM_CUDA="0")
+    assert not stale.exists()
+
+
+def test_source_distribution_can_build_the_kernels(project: Path) -> None:
+    listing = output_of("tar", "--list", "--file", project / "dist" / build(project, "sdist"))
+    for name in ("ditnorm/kernels/csrc/kernels.cu", "ditnorm/kernels/csrc/ops.cpp", "scripts/build_kernels.py", "scripts/hatch_build.py"):
+        assert f"/{name}\n" in listing
+
+
+NEW_GPU = [build_kernels.Gpu(arch="90", driver=580)]
+OLD_DRIVER = [build_kernels.Gpu(arch="90", driver=550)]
+OLD_GPU = [build_kernels.Gpu(arch="75", driver=580)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "gpus", "fetched"),
+    [
+        ("auto", NEW_GPU, True),
+        ("auto", OLD_DRIVER, False),
+        ("auto", OLD_GPU, False),
+        ("auto", [], False),
+        ("0", NEW_GPU, False),
+        ("1", [], True),
+    ],
+)
+def test_nvcc_is_fetched_only_where_its_library_would_run(
+    mode: str, gpus: list[object], fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = make_hook(monkeypatch, mode, gpus)
+    assert hook.dependencies() == ([build_kernels.PYPI_NVCC] if fetched else [])
+
+
+@pytest.mark.parametrize(("gpus", "reason"), [([], "no nvcc"), (OLD_DRIVER, "driver 550 is older than 580"), (OLD_GPU, "8.0 or newer")])
+def test_required_kernels_that_cannot_be_built_fail_the_install(
+    gpus: list[object], reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hook = make_hook(monkeypatch, "1", gpus)
+    with pytest.raises(RuntimeError, match=f"DITNORM_CUDA=1, but.*{reason}"):
+        hook.initialize("standard", {})
+
+
+def make_hook(monkeypatch: pytest.MonkeyPatch, mode: str, gpus: list[object]) -> object:
+    """The build hook on a machine with these GPUs and no nvcc."""
+    hatch_build = load_script("hatch_build")
+    monkeypatch.setenv("DITNORM_CUDA", mode)
+    monkeypatch.setattr(hatch_build.build_kernels, "find_nvcc", lambda: None)
+    monkeypatch.setattr(hatch_build.build_kernels, "find_gpus", lambda: gpus)
+    return hatch_build.CustomBuildHook(str(ROOT), {}, None, None, "", "wheel")
+
+
+def test_failing_compiler_is_quoted() -> None:
+    with pytest.raises(build_kernels.BuildError, match=r"(?s)compile x\.cu failed with exit status 3.*error: nope"):
+        build_kernels.run("compile x.cu", ["sh", "-c", "echo error: nope >&2; exit 3"])
