@@ -43,7 +43,7 @@ def captured(module: nn.Module) -> list[Slot]:
             slots.append((holder, key))
             continue
         pending += _next(holder[key], module)
-        wrapper = vars(holder[key])
+        wrapper: dict[str, Any] = vars(holder[key])  # type: ignore[assignment]
         if _is_own_forward(wrapper.get("__wrapped__"), module):
             slots.append((wrapper, "__wrapped__"))
     return slots
@@ -66,7 +66,7 @@ def _next(value: Any, module: nn.Module) -> list[Slot]:
 
 
 def _diffusers_next(wrapper: functools.partial[Any], module: nn.Module) -> list[Slot]:
-    references = [cell.cell_contents for cell in wrapper.func.__closure__ or ()]  # type: ignore[attr-defined]
+    references = [cell.cell_contents for cell in wrapper.func.__closure__ or ()]
     reference = next(r for r in references if hasattr(r, "original_forward"))
     held: dict[str, Any] = vars(reference)
     if held["original_forward"] is None:

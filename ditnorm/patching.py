@@ -27,9 +27,9 @@ calls_before: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDi
 def patch_pipeline(pipe: P, *, strict: bool = False, rounding: str = "eager") -> P:
     """Fuses the norm sites of every supported transformer and controlnet of a diffusers pipeline, in place.
 
-    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit, ``"single"`` rounds once and is more accurate. What can't be fused stays
-    as it is, with one warning for each reason; :func:`ditnorm.report` lists it. Patching again changes the rounding or completes the
-    work.
+    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit; ``"single"`` rounds once and is more accurate. What can't be
+    fused stays as it is, with one warning for each reason; :func:`ditnorm.report` lists it. Patching again changes the rounding or
+    completes the work.
 
     Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, ``ValueError`` if no component is supported, and under
     ``strict`` ``RuntimeError`` where something can't be fused or isn't bit-identical on this GPU; nothing is changed then.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, generated, kernels, layers, reference
+from .models.base import FusedBlock
 from .targets import modules_of, targets
 from .units import Swap, Unit
 
@@ -119,25 +120,26 @@ def stream_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site]:
-    width = next(swap.module.normalized_shape[-1] for swap in unit.swaps if hasattr(swap.module, "normalized_shape"))
+    norms: list[Any] = [swap.module for swap in unit.swaps if hasattr(swap.module, "normalized_shape")]
+    width = norms[0].normalized_shape[-1]
     for swap in unit.swaps:
         if swap.body is layers.ScaleResidualIdentity:
             yield Site("scale_residual", width, dtype, table=_dtype(swap.table))
-        elif issubclass(swap.body, nn.Module):
-            yield _norm_site(swap, dtype)
-        elif swap.body.site_count > sum(issubclass(expected, nn.Module) for expected in swap.body.sites.values()):
+        elif not issubclass(swap.body, FusedBlock):
+            yield _norm_site(swap, swap.module, dtype)
+        elif swap.body.site_count > sum(not issubclass(expected, FusedBlock) for expected in swap.body.sites.values()):
             table = getattr(swap.module, swap.body.table) if swap.body.table is not None else None
             yield Site("scale_residual", width, dtype, table=_dtype(table))
 
 
-def _norm_site(swap: Swap, dtype: torch.dtype) -> Site:
-    fused = issubclass(swap.body, layers.ScaleResidualNormScaleShift)
-    module = swap.module
+def _norm_site(swap: Swap, module: Any, dtype: torch.dtype) -> Site:
+    gated = issubclass(swap.body, layers.ScaleResidualNormScaleShift)
+    fused: Any = generated.subclass(swap.body, swap.upstream, "eager")
     return Site(
-        "scale_residual_norm_scale_shift" if fused else "norm_scale_shift",
+        "scale_residual_norm_scale_shift" if gated else "norm_scale_shift",
         module.normalized_shape[-1],
         dtype,
-        generated.subclass(swap.body, swap.upstream, "eager").norm,
+        fused.norm,
         module.eps,
         _dtype(module.weight),
         _dtype(getattr(module, "bias", None)),
