@@ -1,0 +1,263 @@
+// The ops of torch.ops.ditnorm for one dispatch key: reads the tensors, checks them tersely, allocates the outputs, launches.
+// Schemas, fakes and the errors that users see are Python's: ditnorm/kernels/__init__.py, ditnorm/checks.py.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "problem.h"
+#include "torch_abi.h"
+
+namespace {
+
+using namespace ditnorm;
+using abi::check;
+using abi::Tensor;
+using Optional = std::optional<Tensor>;
+
+enum Rounding : int64_t { single, eager };
+
+std::atomic<int64_t> calls[3];  // norm_scale_shift, scale_residual_norm_scale_shift, scale_residual
+
+DType float_dtype(const Tensor& t) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), f16 = aoti_torch_dtype_float16(), bf16 = aoti_torch_dtype_bfloat16();
+  const int32_t dtype = t.dtype();
+  if (dtype == bf16) return DType::bf16;
+  if (dtype == f32) return DType::f32;
+  check(dtype == f16, "ditnorm: unsupported dtype");
+  return DType::f16;
+}
+
+DType index_dtype(const Tensor& t) {
+  const int32_t dtype = t.dtype();
+  if (dtype == aoti_torch_dtype_int64()) return DType::i64;
+  if (dtype == aoti_torch_dtype_int32()) return DType::i32;
+  if (dtype == aoti_torch_dtype_int16()) return DType::i16;
+  if (dtype == aoti_torch_dtype_int8()) return DType::i8;
+  check(dtype == aoti_torch_dtype_uint8() || dtype == aoti_torch_dtype_bool(), "ditnorm: unsupported dtype of index");
+  return DType::u8;
+}
+
+// Fills a Problem. Keeps the dense copies of operands whose last dim is not dense alive until the launch.
+class Call {
+ public:
+  explicit Call(const Tensor& x) : device_type_(x.device_type()), device_index_(x.device_index()) {
+    const int64_t dim = x.dim();
+    check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
+    const int64_t* sizes = x.sizes();
+    problem.batch = dim == 3 ? sizes[0] : 1;
+    problem.tokens = sizes[dim - 2];
+    problem.width = sizes[dim - 1];
+    check(problem.width >= 1, "ditnorm: x must have a last dim");
+    problem.x = rows(x);
+  }
+
+  void residual(const Tensor& x, const Tensor& t) {
+    const int64_t dim = x.dim();
+    check(t.dim() == dim && std::equal(t.sizes(), t.sizes() + dim, x.sizes()), "ditnorm: residual must have the shape of x");
+    problem.residual = rows(t);
+  }
+
+  void index(const Optional& t) {
+    if (!t) return;
+    check_device(*t);
+    const int64_t dim = t->dim();
+    const int64_t *sizes = t->sizes(), *strides = t->strides();
+    check((dim == 1 || (dim == 2 && sizes[0] == problem.batch)) && sizes[dim - 1] == problem.tokens, "ditnorm: shape of index");
+    // An empty tensor may have no data, and then selects nothing.
+    problem.index = {t->data(), index_dtype(*t), dim == 2 ? strides[0] : 0, strides[dim - 1], /*rows=*/-1};
+    indexed_ = true;
+  }
+
+  // After index().
+  void modulation(Modulation& m, const Optional& t, const Optional& table) {
+    if (!t) return check(!table, "ditnorm: a table without its modulation");
+    const Tensor& source = dense(*t);
+    m.data = source.data();
+    m.dtype = float_dtype(source);
+    m.tokens_per_row = 1;
+    any_float32_ |= m.dtype == DType::f32 || table;
+    if (!any_modulation_) law_ = m.dtype;
+    mixed_ |= m.dtype != law_;
+    any_modulation_ = true;
+    vector(m.table, table);
+
+    const int64_t dim = source.dim();
+    const int64_t *sizes = source.sizes(), *strides = source.strides();
+    check(dim >= 1 && sizes[dim - 1] == problem.width, "ditnorm: last dim of a modulation");
+    const auto batch_stride = [&] {
+      check(sizes[0] == problem.batch || sizes[0] == 1, "ditnorm: batch of a modulation");
+      return sizes[0] == 1 ? 0 : strides[0];
+    };
+    if (indexed_) {
+      check(dim == 2 || dim == 3, "ditnorm: rows of an indexed modulation");
+      const int64_t count = sizes[dim - 2];
+      check(count >= 1 && (problem.index.rows == -1 || problem.index.rows == count), "ditnorm: number of rows of an indexed modulation");
+      problem.index.rows = count;
+      m.row_stride = strides[dim - 2];
+      m.batch_stride = dim == 3 ? batch_stride() : 0;
+    } else if (dim == 2) {
+      m.batch_stride = batch_stride();
+    } else if (dim == 3) {
+      m.batch_stride = batch_stride();
+      check(sizes[1] == problem.tokens || sizes[1] == 1, "ditnorm: tokens of a modulation");
+      m.row_stride = sizes[1] == 1 ? 0 : strides[1];
+    } else if (dim == 4) {
+      m.batch_stride = batch_stride();
+      check(sizes[2] == 1 && sizes[1] >= 1 && problem.tokens % sizes[1] == 0, "ditnorm: frames of a modulation");
+      m.row_stride = sizes[1] == 1 ? 0 : strides[1];
+      m.tokens_per_row = problem.tokens / sizes[1];
+    } else {
+      check(dim == 1, "ditnorm: dims of a modulation");
+    }
+  }
+
+  void affine(const Optional& weight, const Optional& bias) {
+    vector(problem.weight, weight);
+    vector(problem.bias, bias);
+  }
+
+  void norm(int64_t norm, double eps) {
+    check(norm >= 0 && norm <= 2, "ditnorm: norm");
+    problem.norm = norm == 1 ? Norm::rms : Norm::layer;  // 2: "fp32_layer", whose statistics are float32 as the kernels' always are
+    problem.eps = static_cast<float>(eps);
+    fp32_norm_ = norm == 2;
+  }
+
+  // After everything else. See ditnorm/reference.py, law_dtype.
+  void rounding(int64_t rounding) {
+    check(!indexed_ || any_modulation_, "ditnorm: index without a modulation");
+    check(rounding == single || rounding == eager, "ditnorm: rounding");
+    if (rounding == single) return;
+    const DType t = problem.x.dtype;
+    check(problem.residual.data == nullptr || problem.residual.dtype == t, "ditnorm: eager rounding needs residual and x of one dtype");
+    if (any_float32_ || (!any_modulation_ && fp32_norm_)) return;
+    check(!any_modulation_ || (law_ == t && !mixed_), "ditnorm: eager rounding needs modulations of the dtype of x, or float32");
+    problem.round_each = t != DType::f32;
+  }
+
+  void run(int (*op)(const Problem&, void*), std::atomic<int64_t>& count) {
+    count.fetch_add(1, std::memory_order_relaxed);
+    if (problem.batch * problem.tokens == 0) return;
+#ifdef DITNORM_CPU_SIM
+    const int error = op(problem, nullptr);
+#else
+    const abi::DeviceGuard guard(device_index_);
+    const int error = op(problem, abi::current_cuda_stream(device_index_));
+#endif
+    if (error != 0) throw std::runtime_error(std::string("ditnorm: kernel launch failed: ") + error_string(error));
+  }
+
+  Problem problem{};
+
+ private:
+  void check_device(const Tensor& t) const {
+    check(t.device_type() == device_type_ && t.device_index() == device_index_, "ditnorm: tensors on different devices");
+  }
+
+  const Tensor& dense(const Tensor& t) {
+    check_device(t);
+    const int64_t dim = t.dim();
+    if (dim == 0 || t.sizes()[dim - 1] <= 1 || t.strides()[dim - 1] == 1) return t;
+    check(copied_ < kMaxCopies, "ditnorm: too many operands");
+    return copies_[copied_++] = abi::contiguous(t);
+  }
+
+  Rows rows(const Tensor& t) {
+    const Tensor& source = dense(t);
+    const int64_t dim = source.dim();
+    const int64_t* strides = source.strides();
+    return {source.data(), float_dtype(source), dim == 3 ? strides[0] : 0, strides[dim - 2]};
+  }
+
+  void vector(Vector& vector, const Optional& t) {
+    if (!t) return;
+    check(t->dim() == 1 && t->sizes()[0] == problem.width, "ditnorm: weight, bias and tables must be [D]");
+    const Tensor& source = dense(*t);
+    vector = {source.data(), float_dtype(source)};
+  }
+
+  static constexpr int kMaxCopies = 10;
+  Tensor copies_[kMaxCopies];
+  int copied_ = 0;
+  int32_t device_type_, device_index_;
+  bool indexed_ = false, any_modulation_ = false, any_float32_ = false, mixed_ = false, fp32_norm_ = false;
+  DType law_ = DType::f32;
+};
+
+Tensor empty_like(const Tensor& t) { return abi::empty(t.dim(), t.sizes(), t.dtype(), t); }
+
+Tensor norm_scale_shift_op(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& weight, const Optional& bias,
+                           const Optional& scale_table, const Optional& shift_table, const Optional& index, int64_t norm, double eps,
+                           int64_t rounding) {
+  Call call(x);
+  call.index(index);
+  call.modulation(call.problem.scale, scale, scale_table);
+  call.modulation(call.problem.shift, shift, shift_table);
+  call.affine(weight, bias);
+  call.norm(norm, eps);
+  call.rounding(rounding);
+  Tensor y = empty_like(x);
+  call.problem.y = y.data();
+  call.run(&norm_scale_shift, calls[0]);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> scale_residual_norm_scale_shift_op(const Tensor& residual, const Tensor& x, const Optional& gate,
+                                                              const Optional& scale, const Optional& shift, const Optional& weight,
+                                                              const Optional& bias, const Optional& gate_table,
+                                                              const Optional& scale_table, const Optional& shift_table,
+                                                              const Optional& index, int64_t norm, double eps, int64_t rounding) {
+  Call call(x);
+  call.residual(x, residual);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, gate_table);
+  call.modulation(call.problem.scale, scale, scale_table);
+  call.modulation(call.problem.shift, shift, shift_table);
+  call.affine(weight, bias);
+  call.norm(norm, eps);
+  call.rounding(rounding);
+  Tensor y = empty_like(x), r = empty_like(residual);
+  call.problem.y = y.data();
+  call.problem.r = r.data();
+  call.run(&scale_residual_norm_scale_shift, calls[1]);
+  return {std::move(y), std::move(r)};
+}
+
+Tensor scale_residual_op(const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& gate_table, const Optional& index,
+                         int64_t rounding) {
+  Call call(x);
+  call.residual(x, residual);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, gate_table);
+  call.rounding(rounding);
+  Tensor r = empty_like(residual);
+  call.problem.r = r.data();
+  call.run(&scale_residual, calls[2]);
+  return r;
+}
+
+}  // namespace
+
+// What Python calls through ctypes.
+extern "C" {
+#define DITNORM_EXPORT __attribute__((visibility("default")))
+
+DITNORM_EXPORT const char* ditnorm_unusable() { return ditnorm::unusable(); }
+
+// Puts the ops over those registered in Python for `dispatch_key`, for the life of the process. 0: success.
+DITNORM_EXPORT int ditnorm_register(const char* dispatch_key) try {
+  auto library = std::make_unique<abi::Library>("ditnorm", dispatch_key);
+  library->impl<&norm_scale_shift_op>("norm_scale_shift");
+  library->impl<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift");
+  library->impl<&scale_residual_op>("scale_residual");
+  library.release();
+  return 0;
+} catch (const std::exception&) {
+  return 1;
+}
+
+DITNORM_EXPORT void ditnorm_counts(int64_t out[3]) {
+  for (int i = 0; i < 3; ++i) out[i] = calls[i].load(std::memory_order_relaxed);
+}
+}

@@ -1,0 +1,60 @@
+// What one call of an op asks for, in plain C++: filled by ops.cpp, passed by value to the kernels. Strides count elements.
+#pragma once
+#include <cstdint>
+
+namespace ditnorm {
+
+enum class DType : int32_t { f32, f16, bf16, i64, i32, i16, i8, u8 };  // u8 also reads bool
+
+enum class Norm : int32_t { layer, rms };
+
+struct Rows {  // [batch, tokens, width], last dim dense
+  const void* data;
+  DType dtype;
+  int64_t batch_stride, token_stride;
+};
+
+struct Vector {  // [width], dense; data is null where not given
+  const void* data;
+  DType dtype;
+};
+
+struct Modulation {  // rows of `width`, last dim dense; data is null where not given
+  const void* data;
+  DType dtype;
+  int64_t batch_stride, row_stride;
+  int64_t tokens_per_row;  // without an index, token s reads row s / tokens_per_row
+  Vector table;            // added in float32
+};
+
+struct Index {  // [batch, tokens]; token s reads row index[s] of each modulation; data is null where not given
+  const void* data;
+  DType dtype;
+  int64_t batch_stride, token_stride;
+  int64_t rows;
+};
+
+struct Problem {
+  int64_t batch, tokens, width;
+  Rows x, residual;  // residual.data is null in norm_scale_shift
+  Modulation gate, scale, shift;
+  Vector weight, bias;
+  Index index;
+  void* y;  // [batch, tokens, width] contiguous, dtype of x
+  void* r;  // the same, dtype of residual
+  Norm norm;
+  float eps;
+  // rounding="eager" with a half-precision law: every intermediate is rounded to the dtype of x. False: float32 throughout.
+  bool round_each;
+};
+
+// Each returns a cudaError_t. `stream` is a cudaStream_t.
+int norm_scale_shift(const Problem& problem, void* stream);
+int scale_residual_norm_scale_shift(const Problem& problem, void* stream);
+int scale_residual(const Problem& problem, void* stream);
+
+const char* error_string(int error);
+// Null, or why this process's driver and current GPU can't run the kernels.
+const char* unusable();
+
+}  // namespace ditnorm
