@@ -55,7 +55,10 @@ def _is_own_forward(value: Any, module: nn.Module) -> bool:
 
 def _next(value: Any, module: nn.Module) -> list[Slot]:
     """What the wrapper of a hook calls."""
-    if not (isinstance(value, functools.partial) and len(value.args) == 1 and value.args[0] is module):
+    called = _module_called(value)
+    if called not in (None, module):  # seen after deepcopy: wrappers of the copy still close over the hooks of the original
+        raise Untraceable(f"its forward calls another module, a {type(called).__name__}")
+    if not isinstance(value, functools.partial) or called is None:
         raise Untraceable(f"its forward was replaced by {_describe(value)}")
     source = getattr(value.func, "__module__", None)
     if source == "accelerate.hooks":
@@ -80,8 +83,12 @@ def _is_new_forward(value: Any, module: nn.Module) -> bool:
     return isinstance(value, functools.partial) and value.args == (module,) and getattr(value.func, "__name__", None) == "new_forward"
 
 
+def _module_called(value: Any) -> nn.Module | None:
+    """The module that a bound method or the wrapper of a hook works on."""
+    first = value.args[0] if isinstance(value, functools.partial) and value.args else getattr(value, "__self__", None)
+    return first if isinstance(first, nn.Module) else None
+
+
 def _describe(value: Any) -> str:
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return f"a method bound to another module or class, {value.__func__.__qualname__}"
     name = getattr(value, "__qualname__", type(value).__name__)
     return f"{getattr(value, '__module__', type(value).__module__)}.{name}"

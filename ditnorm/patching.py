@@ -84,7 +84,7 @@ def _look_at_cuda(found: Targets, strict: bool, rounding: str) -> None:
         warnings.warn(f"ditnorm: CUDA tensors will take the slower PyTorch path: {kernels.unavailable}", RuntimeWarning, stacklevel=4)
     for model, units in found.values():
         if rounding == "eager" and verification.execution_device(model).type == "cuda":
-            verification.verify_units(model, [unit for unit in units if unit.refusal is None], strict=strict)
+            verification.verify_units(model, units, strict=strict)
 
 
 def _swap(unit: Unit, rounding: str) -> None:

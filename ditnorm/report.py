@@ -38,6 +38,8 @@ class TransformerReport:
     verification: Verification
     refused: Mapping[str, list[str]]
     """Reason -> the parts that stay unfused for it."""
+    changed: Mapping[str, list[str]]
+    """What happened to fused parts since -> the parts. Whether they still run fused isn't known, and they can't be unpatched."""
     hooked: list[str]
     """Norms that run unfused because they carry a forward hook."""
 
@@ -53,6 +55,8 @@ class TransformerReport:
         yield "  verified", str(self.verification)
         for reason, units in self.refused.items():
             yield "  refused", f"{listed(units)}: {reason}"
+        for reason, units in self.changed.items():
+            yield "  changed since", f"{listed(units)}: {reason}"
         if self.hooked:
             yield "  unfused", f"{listed(self.hooked)}: has a forward hook, which is shown the norm's own output"
 
@@ -94,11 +98,6 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
     fused = [unit for unit in units if unit.fused]
     counted = fused or [unit for unit in units if unit.refusal is None]
     roundings = tuple(sorted({unit.rounding for unit in fused if unit.rounding is not None}))
-    refused: dict[str, list[str]] = {}
-    for unit in units:
-        if unit.refusal is not None:
-            refused.setdefault(unit.refusal, []).append(unit.name)
-    verified = _verification(model, fused, roundings)
     return TransformerReport(
         name=name,
         class_name=type(model).__name__,
@@ -109,10 +108,19 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         sites=sum(swap.body.site_count for unit in counted for swap in unit.swaps if issubclass(swap.body, FusedBlock)),
         rounding=roundings,
         backend=_backend(verification.execution_device(model)),
-        verification=verified,
-        refused=refused,
+        verification=_verification(model, fused, roundings),
+        refused=_by_reason(unit for unit in units if not unit.fused),
+        changed=_by_reason(fused),
         hooked=[swap.name for unit in counted for swap in unit.swaps if _carries_hook(swap.module, swap.body)],
     )
+
+
+def _by_reason(units: Iterable[Unit]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for unit in units:
+        if unit.refusal is not None:
+            found.setdefault(unit.refusal, []).append(unit.name)
+    return found
 
 
 def _carries_hook(module: nn.Module, body: type) -> bool:

@@ -72,11 +72,11 @@ def verify(target: object, *, strict: bool = False) -> dict[str, Verification]:
     :func:`ditnorm.patch_pipeline`.
     """
     found = targets(modules_of(target))
-    return {name: verify_units(model, (u for u in units if u.refusal is None), strict=strict) for name, (model, units) in found.items()}
+    return {name: verify_units(model, units, strict=strict) for name, (model, units) in found.items()}
 
 
 def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = False) -> Verification:
-    """Compares each distinct site of ``units`` once a process and device. Never initialises CUDA.
+    """Compares each distinct site of the ``units`` that aren't refused, once a process and device. Never initialises CUDA.
 
     A difference warns, or under ``strict`` raises ``RuntimeError``.
     """
@@ -87,7 +87,9 @@ def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = Fals
         return Verification(reason="CUDA is not in use yet")
     if dtype is None:
         return Verification(reason="the model computes in none of float32, float16 and bfloat16")
-    sites = tuple(dict.fromkeys(site for unit in units for site in _sites(unit, dtype)))
+    sites = tuple(dict.fromkeys(site for unit in units if unit.refusal is None for site in _sites(unit, dtype)))
+    if not sites:
+        return Verification(reason="nothing can be fused")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     found = [site for site in sites if (site, name) not in _identical]
     for site in found:
