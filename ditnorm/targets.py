@@ -50,5 +50,6 @@ def modules_of(target: object) -> dict[str, nn.Module]:
 
 
 def listed(names: list[str]) -> str:
-    """``names`` in words, at most three of them."""
+    """``names`` in words, at most three of them. The empty name is that of the model itself."""
+    names = [name or "the model itself" for name in names]
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
