@@ -42,6 +42,9 @@ def _tokens(value: object) -> Iterator[str]:
     elif isinstance(value, ast.AnnAssign):
         if value.value is not None:  # without a value it does nothing
             yield from _tokens(ast.Assign(targets=[value.target], value=value.value))
+    elif isinstance(value, ast.JoinedStr):
+        parts = [part for part in value.values if not (isinstance(part, ast.Constant) and part.value == "")]  # Python 3.12 adds empty ones
+        yield from ("(JoinedStr", *_tokens(parts), ")")
     elif isinstance(value, ast.AST):
         yield f"({type(value).__name__}"
         for name, field in ast.iter_fields(value):

@@ -171,7 +171,7 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         attention_mask: Tensor | None = None,
         freqs_cis: tuple[Tensor, Tensor] | None = None,
         token_replace_emb: Tensor = None,  # type: ignore[assignment]  # upstream's default; always given
-        num_tokens: int = None,  # type: ignore[assignment]
+        num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
         hidden_states = hidden_states.contiguous()
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = self.norm1(
@@ -210,7 +210,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         token_replace_emb: Tensor = None,  # type: ignore[assignment]  # upstream's default; always given
-        num_tokens: int = None,  # type: ignore[assignment]
+        num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
         text_seq_length = encoder_hidden_states.shape[1]
         residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)

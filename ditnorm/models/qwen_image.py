@@ -58,9 +58,7 @@ class QwenImageTransformerBlock(FusedBlock):
         img_modulated, hidden_states = self.img_norm2(
             hidden_states, img_attn_output, gate=img_gate1, scale=img_scale2, shift=img_shift2, index=modulate_index
         )
-        hidden_states = scale_residual(
-            hidden_states, self.img_mlp(img_modulated), img_gate2, index=modulate_index, rounding=self.rounding
-        )
+        hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), img_gate2, index=modulate_index, rounding=self.rounding)
 
         txt_modulated, encoder_hidden_states = self.txt_norm2(
             encoder_hidden_states, txt_attn_output, gate=txt_gate1, scale=txt_scale2, shift=txt_shift2

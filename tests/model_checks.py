@@ -1,0 +1,119 @@
+"""What every tiny model must do when it is patched; the tests of the families call these."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from ditnorm import kernels
+from ditnorm.patching import patch_model, unpatch_model
+
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])]
+
+
+def bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> None:
+    """The default rounding gives the bits of the unpatched model, in the expected number of fused calls."""
+    model, arguments = tiny.load(name, dtype).to(device), _to(tiny.inputs(name, batch, dtype), device)
+    expected = tiny.run(model, arguments)
+
+    patch_model(model, strict=True)
+    before = kernels.counts()
+    output = tiny.run(model, arguments)
+    calls = {key: n - before[key] for key, n in kernels.counts().items()}
+
+    assert expected.isfinite().all()
+    assert torch.equal(output, expected)
+    assert tuple(sum(n for (op, _), n in calls.items() if op == wanted) for wanted in kernels.OPS) == tiny.MODELS[name].calls
+    if device == "cuda" and kernels.unavailable is None:
+        assert not any(n for (_, path), n in calls.items() if path == "reference")
+
+
+def no_less_accurate(name: str, dtype: torch.dtype, device: str) -> None:
+    """``rounding="single"`` is as near to a float32 run of the same weights as the unpatched model is.
+
+    Its roundings are some of the unpatched model's (for Wan, all of them), and each error is estimated from N output values. The ratio
+    of two such estimates, of normal and independent errors of equal size, is 1 with a standard deviation of 1 / sqrt(N); four are allowed.
+    """
+    model = tiny.load(name, dtype).to(device)
+    samples = [_to(tiny.inputs(name, 2, dtype, seed), device) for seed in range(4)]
+    unpatched = [tiny.run(model, sample) for sample in samples]
+    patch_model(model, strict=True, rounding="single")
+    patched = [tiny.run(model, sample) for sample in samples]
+    unpatch_model(model)
+    model.float()
+    exact = [tiny.run(model, _to(sample, torch.float32)) for sample in samples]
+
+    values = sum(y.numel() for y in exact)
+    assert _rms_error(patched, exact) <= _rms_error(unpatched, exact) * (1 + 4 / math.sqrt(values))
+
+
+def restored(name: str, dtype: torch.dtype) -> None:
+    """Patching stores nothing on modules; unpatching gives back their classes and the bits of the output."""
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)
+    expected, classes, contents = tiny.run(model, arguments), _classes(model), _contents(model)
+
+    patch_model(model, strict=True)
+    tiny.run(model, arguments)
+    assert _classes(model) != classes
+    assert _contents(model) == contents
+    unpatch_model(model)
+
+    assert _classes(model) == classes
+    assert _contents(model) == contents
+    assert torch.equal(tiny.run(model, arguments), expected)
+
+
+def same_gradients(name: str) -> None:
+    """Training through a patched model: the gradients of the unpatched one, bit for bit.
+
+    Not so where a modulation belongs to tokens (TI2V-5B, an index): its gradient is a sum over tokens, taken in another order.
+    """
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
+    expected = _gradients(model, arguments)
+    output = _gradients(patch_model(model, strict=True), arguments)
+    assert expected.keys() == output.keys()
+    assert [name for name in expected if not torch.equal(output[name], expected[name])] == []
+
+
+def first_input(model: nn.Module, block: str, arguments: dict[str, Any], argument: int = 0) -> Tensor:
+    """What the model passes to a block of it."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(block).register_forward_pre_hook(lambda _, args: seen.append(args[argument]))
+    tiny.run(model, arguments)
+    hook.remove()
+    return seen[0]
+
+
+def _gradients(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    output = model(**arguments, return_dict=False)[0]
+    model.zero_grad()
+    output.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"output": output.detach()}
+
+
+def _classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def _contents(model: nn.Module) -> list[Any]:
+    modules = [(name, list(module.__dict__)) for name, module in model.named_modules()]
+    return [*modules, *((key, t.dtype, t.data_ptr()) for key, t in model.state_dict().items())]
+
+
+def _rms_error(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    errors = torch.cat([(y.float() - e).flatten() for y, e in zip(outputs, exact, strict=True)])
+    return errors.square().mean().sqrt().item()
+
+
+def _to(value: Any, target: str | torch.dtype) -> Any:
+    """Every tensor moved to a device, or every floating-point tensor to a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(target) if isinstance(target, str) or value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _to(item, target) for key, item in value.items()}
+    return [_to(item, target) for item in value] if isinstance(value, list) else value

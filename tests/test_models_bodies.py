@@ -1,0 +1,110 @@
+"""How fused bodies are found, and what they must share with the classes they stand in for."""
+
+import importlib
+import inspect
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from ditnorm import models
+from ditnorm.models import adaln, hunyuan_video, qwen_image, wan
+from ditnorm.models.base import FusedBlock
+
+UPSTREAM = [
+    ("transformers.transformer_qwenimage.QwenImageTransformerBlock", qwen_image.QwenImageTransformerBlock),
+    ("transformers.transformer_wan.WanTransformerBlock", wan.WanTransformerBlock),
+    ("transformers.transformer_wan_animate.WanTransformerBlock", wan.WanTransformerBlock),
+    ("transformers.transformer_chronoedit.WanTransformerBlock", wan.WanTransformerBlock),
+    ("transformers.transformer_wan_vace.WanVACETransformerBlock", wan.WanVACETransformerBlock),
+    ("transformers.transformer_hunyuan_video.HunyuanVideoTransformerBlock", hunyuan_video.HunyuanVideoTransformerBlock),
+    ("transformers.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock", hunyuan_video.HunyuanVideoSingleTransformerBlock),
+    (
+        "transformers.transformer_hunyuan_video.HunyuanVideoTokenReplaceTransformerBlock",
+        hunyuan_video.HunyuanVideoTokenReplaceTransformerBlock,
+    ),
+    (
+        "transformers.transformer_hunyuan_video.HunyuanVideoTokenReplaceSingleTransformerBlock",
+        hunyuan_video.HunyuanVideoTokenReplaceSingleTransformerBlock,
+    ),
+    (
+        "transformers.transformer_hunyuan_video.HunyuanVideoTokenReplaceAdaLayerNormZero",
+        hunyuan_video.HunyuanVideoTokenReplaceAdaLayerNormZero,
+    ),
+    (
+        "transformers.transformer_hunyuan_video.HunyuanVideoTokenReplaceAdaLayerNormZeroSingle",
+        hunyuan_video.HunyuanVideoTokenReplaceAdaLayerNormZeroSingle,
+    ),
+    ("transformers.transformer_hunyuan_video15.HunyuanVideo15TransformerBlock", hunyuan_video.HunyuanVideoTransformerBlock),
+    ("transformers.transformer_hunyuanimage.HunyuanImageTransformerBlock", hunyuan_video.HunyuanImageTransformerBlock),
+    ("transformers.transformer_hunyuanimage.HunyuanImageSingleTransformerBlock", hunyuan_video.HunyuanVideoSingleTransformerBlock),
+    ("normalization.AdaLayerNormZero", adaln.AdaLayerNormZero),
+    ("normalization.AdaLayerNormZeroSingle", adaln.AdaLayerNormZeroSingle),
+    ("normalization.AdaLayerNormContinuous", adaln.AdaLayerNormContinuous),
+]
+
+
+def _upstream(path: str) -> type:
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(f"diffusers.models.{module}"), name)
+
+
+@pytest.mark.parametrize(("path", "body"), UPSTREAM)
+def test_every_supported_class_finds_its_body(path, body):
+    # Fails on a diffusers that has changed the class: then compare the forwards and add the fingerprint, or a body.
+    upstream = _upstream(path)
+    assert models.body_for(upstream) is body
+    assert models.near_miss(upstream) is body
+    assert list(inspect.signature(body.forward).parameters) == list(inspect.signature(upstream.forward).parameters)
+
+
+def test_every_body_is_covered():
+    assert {body for _, body in UPSTREAM} == set(models.BODIES)
+
+
+@pytest.mark.parametrize(
+    "path", ["normalization.LuminaLayerNormContinuous", "transformers.transformer_skyreels_v2.SkyReelsV2TransformerBlock"]
+)
+def test_an_unknown_class_has_no_body(path):
+    assert models.body_for(_upstream(path)) is None
+    assert models.near_miss(_upstream(path)) is None
+
+
+def test_a_forward_replaced_later_is_no_longer_matched(monkeypatch):
+    upstream = _upstream("transformers.transformer_wan.WanTransformerBlock")
+    assert models.body_for(upstream) is wan.WanTransformerBlock
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
+        return hidden_states
+
+    monkeypatch.setattr(upstream, "forward", forward)
+    assert models.body_for(upstream) is None
+    assert models.near_miss(upstream) is wan.WanTransformerBlock
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_facts_of_a_body_hide_no_attribute_of_its_module(name):
+    # nn.Module looks up its children only where the class has no attribute of that name.
+    facts = {*FusedBlock.__annotations__, "unsupported", "origin"}
+    for module in tiny.load(name, torch.float32).modules():
+        if models.body_for(type(module)) is not None:
+            assert facts.isdisjoint({*dict(module.named_children()), *dict(module.named_parameters()), *module.__dict__})
+
+
+def test_a_norm_over_two_dims_is_refused():
+    block = tiny.load("qwen-image", torch.float32).transformer_blocks[0]
+    assert qwen_image.QwenImageTransformerBlock.unsupported(block) is None
+    block.img_norm2 = nn.LayerNorm((16, 48))
+    assert qwen_image.QwenImageTransformerBlock.unsupported(block) == "img_norm2: it norms over more than the last dim"
+
+
+def test_a_changed_fp32_layer_norm_is_refused(monkeypatch):
+    block = tiny.load("wan-t2v", torch.float32).blocks[0]
+    assert wan.WanTransformerBlock.unsupported(block) is None
+    monkeypatch.setattr(type(block.norm1), "forward", lambda self, inputs: inputs)
+    assert wan.WanTransformerBlock.unsupported(block) == "norm1: this version of FP32LayerNorm is unknown"
+
+
+def test_families_are_named_as_users_know_them():
+    assert models.families() == ["HunyuanVideo", "Qwen-Image", "Wan"]

@@ -1,0 +1,92 @@
+"""Wan, patched: 2.1 and 2.2, per-token modulation (TI2V-5B), WanAnimate, VACE, ChronoEdit."""
+
+import model_checks
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ditnorm import layers
+from ditnorm.patching import patch_model
+
+NAMES = [name for name in tiny.MODELS if name.startswith("wan-") or name == "chronoedit"]
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_output_is_bit_identical(name, dtype, batch, device):
+    model_checks.bit_identical(name, dtype, batch, device)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
+    model_checks.no_less_accurate(name, dtype, device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatching_restores_the_model(name):
+    model_checks.restored(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "wan-without-cross-attn-norm", "wan-vace"])
+def test_gradients_are_those_of_the_unpatched_model(name):
+    model_checks.same_gradients(name)
+
+
+def test_a_pipeline_of_half_precision_keeps_tables_and_norms_in_float32():
+    # What makes the law of Wan's sites float32; a model that is cast as a whole is another case, below.
+    block = tiny.load("wan-t2v", torch.bfloat16).blocks[0]
+    assert {block.scale_shift_table.dtype, block.norm2.weight.dtype} == {torch.float32}
+    assert block.ffn.net[-1].weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "wan-ti2v", "wan-vace"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_cast_as_a_whole_is_bit_identical(name, dtype):
+    model, arguments = tiny.load(name, torch.float32).to(dtype), tiny.inputs(name, 2, dtype)
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize(("name", "block", "argument"), [("chronoedit", "blocks.0", 0), ("wan-vace", "blocks.0", 0)])
+def test_the_models_pass_channel_strided_streams(name, block, argument):
+    # So that their bit-identity above covers such streams, whatever the batch.
+    for batch in tiny.BATCHES:
+        stream = model_checks.first_input(tiny.load(name, torch.bfloat16), block, tiny.inputs(name, batch, torch.bfloat16), argument)
+        assert stream.stride(-1) != 1
+
+
+class _Widest(TorchDispatchMode):
+    """The largest number of values of a float32 tensor that any op returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, torch.Tensor) and out.dtype is torch.float32:
+                self.numel = max(self.numel, out.numel())
+        return result
+
+
+def test_the_per_token_modulation_is_never_made_in_float32():
+    model, arguments = tiny.load("wan-ti2v", torch.bfloat16), tiny.inputs("wan-ti2v", 2, torch.bfloat16)
+    all_modulations = arguments["timestep"].numel() * 6 * 24  # [B, S, 6, D]
+    with _Widest() as unpatched:
+        tiny.run(model, arguments)
+    patch_model(model, strict=True)
+    with _Widest() as patched:
+        tiny.run(model, arguments)
+    assert unpatched.numel == all_modulations
+    assert patched.numel < all_modulations
+
+
+def test_a_block_without_cross_attn_norm_has_a_fused_residual_there():
+    model = patch_model(tiny.load("wan-without-cross-attn-norm", torch.float32), strict=True)
+    assert all(isinstance(block.norm2, layers.ScaleResidualIdentity) for block in model.blocks)
