@@ -216,8 +216,10 @@ def exact(call: dict[str, Any], r: Tensor | None) -> tuple[Bounded | None, Bound
         assert r is not None
         v = r.double().reshape(x.shape)
     n, n_slack = _norm(v, call["norm"], call["eps"])
-    weight, bias = (call[name].double() if name in call else torch.tensor(default, dtype=torch.float64, device=x.device)
-                    for name, default in (("weight", 1.0), ("bias", 0.0)))
+    weight, bias = (
+        call[name].double() if name in call else torch.tensor(default, dtype=torch.float64, device=x.device)
+        for name, default in (("weight", 1.0), ("bias", 0.0))
+    )
     (scale, scale_size), (shift, shift_size) = parts("scale"), parts("shift")
     y = (n * weight + bias) * (1 + scale) + shift
     size = (1 + scale_size) * ((n * weight).abs() + bias.abs()) + shift_size

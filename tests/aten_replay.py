@@ -1,0 +1,124 @@
+"""What ATen's vectorised LayerNorm and RMSNorm compute on CUDA, bit for bit, in plain PyTorch on any device.
+
+Source: ``vectorized_layer_norm_kernel`` in ATen/native/cuda/layer_norm_kernel.cu, with the multiply-adds that nvcc contracts. 128 lanes
+read groups of 4 elements and run Welford over them; states are combined within warps, then between the four warps. The one
+difference: here the reciprocal square root is correctly rounded, and CUDA's ``rsqrtf`` isn't always.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LANES, GROUP, WARPS = 128, 4, 4
+
+
+class Welford(NamedTuple):
+    mean: Tensor
+    m2: Tensor
+    count: Tensor
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * b + c`` of float32 tensors, rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there (Boldo and Melquiond, 2008), so that rounding it again to float32
+    gives the correctly rounded result.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    bits = total.view(torch.int64)
+    away = torch.where((error > 0) == (total > 0), 1, -1)
+    odd = torch.where((error != 0) & (bits % 2 == 0), bits + away, bits)
+    return odd.view(torch.float64).float()
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(mean, variance)`` [N] of the rows of ``x`` [N, D], D a multiple of 4."""
+    n, d = x.shape
+    state = Welford(*(torch.zeros(n, LANES) for _ in range(3)))
+    for group in _groups(x.float().cpu()):
+        inside = torch.arange(LANES) < group.shape[1]
+        group = torch.nn.functional.pad(group, (0, 0, 0, LANES - group.shape[1]))
+        for v in group.unbind(-1):
+            delta = v - state.mean
+            count = state.count + 1
+            mean = fma(delta, 1 / count, state.mean)
+            m2 = fma(delta, v - mean, state.m2)
+            added = Welford(mean, m2, count)
+            state = Welford(*(torch.where(inside, new, old) for new, old in zip(added, state, strict=True)))
+    state = Welford(*(t.view(n, WARPS, LANES // WARPS) for t in state))
+    while state.mean.shape[-1] > 1:
+        state = _combine(*_halves(state))
+    state = Welford(*(t.squeeze(-1) for t in state))
+    while state.mean.shape[-1] > 1:
+        state = _combine(*_halves(state))
+    return state.mean[:, 0], state.m2[:, 0] / d
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """The mean of squares [N] of the rows of ``x`` [N, D], D a multiple of 4."""
+    n, d = x.shape
+    total = torch.zeros(n, LANES)
+    for group in _groups(x.float().cpu()):
+        width = group.shape[1]
+        for v in group.unbind(-1):
+            total[:, :width] = fma(v, v, total[:, :width])
+    total = total.view(n, WARPS, LANES // WARPS)
+    for _ in range(2):
+        while total.shape[-1] > 1:
+            mine, other = total.chunk(2, dim=-1)
+            total = mine + other
+        total = total.squeeze(-1) if total.dim() == 3 else total
+    return total[:, 0] / d
+
+
+def layer_norm(x: Tensor, shape: object, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """``F.layer_norm`` over the last dim, as on CUDA."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    mean, variance = moments(rows)
+    centred = rows - mean[:, None]
+    rstd = reciprocal_root(variance, eps)[:, None]
+    if weight is None and bias is not None:
+        return fma(rstd, centred, bias.float().expand_as(rows)).to(x.dtype).view(x.shape)
+    return _affine(rstd * centred, weight, bias).to(x.dtype).view(x.shape)
+
+
+def rms_norm(x: Tensor, shape: object, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """``F.rms_norm`` over the last dim, as on CUDA."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    rstd = reciprocal_root(mean_square(rows), eps)[:, None]
+    return _affine(rstd * rows, weight, None).to(x.dtype).view(x.shape)
+
+
+def reciprocal_root(variance: Tensor, eps: float) -> Tensor:
+    return (variance + torch.tensor(eps, dtype=torch.float32)).double().rsqrt().float()
+
+
+def _affine(n: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None:
+        return n
+    return weight.float() * n if bias is None else fma(weight.float().expand_as(n), n, bias.float().expand_as(n))
+
+
+def _groups(x: Tensor) -> tuple[Tensor, ...]:
+    """[N, <= 128, 4] for each turn of the lanes over the row."""
+    return x.view(x.shape[0], -1, GROUP).split(LANES, dim=1)
+
+
+def _halves(state: Welford) -> tuple[Welford, Welford]:
+    halves = [t.chunk(2, dim=-1) for t in state]
+    return Welford(*(mine for mine, _ in halves)), Welford(*(other for _, other in halves))
+
+
+def _combine(mine: Welford, other: Welford) -> Welford:
+    count = other.count + mine.count
+    reciprocal = 1 / count
+    others, own = other.count * reciprocal, mine.count * reciprocal
+    delta = mine.mean - other.mean
+    mean = fma(other.mean, others, mine.mean * own)
+    m2 = fma(delta * delta * other.count, own, mine.m2 + other.m2)
+    empty = count == 0
+    return Welford(mean.masked_fill(empty, 0), m2.masked_fill(empty, 0), count)
