@@ -29,5 +29,8 @@ class Recompute(torch.autograd.Function):
             tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
             outputs = ctx.expression(*tensors, *ctx.options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = iter(torch.autograd.grad(outputs, [t for t, need in zip(tensors, needed, strict=True) if need], grad_outputs))
+        # r depends on none of the norm's arguments: where only those need gradients, it has no graph.
+        reached = [(output, grad) for output, grad in zip(outputs, grad_outputs, strict=True) if output.requires_grad]
+        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+        grads = iter(torch.autograd.grad([output for output, _ in reached], wanted, [grad for _, grad in reached]))
         return None, None, None, None, *(next(grads) if need else None for need in needed)
