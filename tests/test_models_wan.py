@@ -1,15 +1,25 @@
 """Wan, patched: 2.1 and 2.2, per-token modulation (TI2V-5B), WanAnimate, VACE, ChronoEdit."""
 
+import diffusers
 import model_checks
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import layers
 from ditnorm.patching import patch_model
 
-NAMES = [name for name in tiny.MODELS if name.startswith("wan-") or name == "chronoedit"]
+# Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix product depend on the layout of its operands.
+_STRIDED = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.40"), reason="before 0.40 the unpatched stream is channel-strided"
+)
+NAMES = [
+    pytest.param(name, marks=_STRIDED) if name == "wan-without-cross-attn-norm" else name
+    for name in tiny.MODELS
+    if name.startswith("wan-") or name == "chronoedit"
+]
 
 
 @pytest.mark.parametrize("device", model_checks.DEVICES)
