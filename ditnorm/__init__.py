@@ -2,12 +2,21 @@
 
 from .functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
 from .layers import LayerNormScaleShift, RMSNormScaleShift, ScaleResidualNormScaleShift
+from .patching import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
+from .report import report
+from .verification import verify
 
 __all__ = [
     "LayerNormScaleShift",
     "RMSNormScaleShift",
     "ScaleResidualNormScaleShift",
     "norm_scale_shift",
+    "patch_model",
+    "patch_pipeline",
+    "report",
     "scale_residual",
     "scale_residual_norm_scale_shift",
+    "unpatch_model",
+    "unpatch_pipeline",
+    "verify",
 ]

@@ -207,16 +207,14 @@ def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[K
         raise BuildError(f'no nvcc in DITNORM_NVCC, CUDA_HOME, PATH or /usr/local/cuda; pip install "{PYPI_NVCC}" is one way to get it')
     runtime = static_runtime(toolkit_root(nvcc))
     print(f"{nvcc}: {', '.join(f'sm_{arch}' for arch in archs)}, PTX of compute_{archs[0]}", flush=True)
-    lowest, *others = archs
-    targets = [f"-gencode=arch=compute_{lowest},code=[sm_{lowest},compute_{lowest}]"]
-    targets += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in others]
+    # One pass of the compiler's front for all: it takes most of the time, and no kernel uses what only newer architectures have.
+    targets = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
     cpus = len(os.sched_getaffinity(0))
-    threads = min(cpus, len(targets))
     compiler = [nvcc, f"-ccbin={cxx()}", "-std=c++17", "-O3", f"-Xcompiler={','.join(HOST_FLAGS[2:])}", "-Xptxas=-v"]
-    compiler += [f"--threads={threads}", "--compress-mode=size", *targets]
+    compiler += [f"-gencode=arch=compute_{archs[0]},code=[{targets}]", "--compress-mode=size"]
     with tempfile.TemporaryDirectory() as folder:
         build = Build(Path(folder), HOST_FLAGS, verbose)
-        printed = build.compile_all(compiler, workers=max(1, cpus // threads))
+        printed = build.compile_all(compiler, workers=cpus)
         build.compile_ops()
         build.link(out, [runtime, "-ldl", "-lrt", "-lpthread", "-s"])
     return parse_ptxas(printed)

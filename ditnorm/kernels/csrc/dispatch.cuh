@@ -14,14 +14,17 @@ inline bool fast_vector(const Vector& vector, DType t) {
   return vector.data == nullptr || ((vector.dtype == t || vector.dtype == DType::f32) && aligned16(vector.data, vector.dtype, 0, 0));
 }
 
-inline bool fast_modulation(const Modulation& m, DType t, DType dtype) {
-  return m.data == nullptr || (m.dtype == dtype && aligned16(m.data, m.dtype, m.batch_stride, m.row_stride) && fast_vector(m.table, t));
+inline bool fast_modulation(const Modulation& m, DType dtype) {
+  return m.data == nullptr || (m.dtype == dtype && aligned16(m.data, m.dtype, m.batch_stride, m.row_stride) &&
+                               fast_vector(m.table, DType::f32));
 }
 
 // The dtype of the modulations if a fast kernel serves the problem; u8 if none does.
 inline DType fast_modulation_dtype(const Problem& p) {
   constexpr DType kNone = DType::u8;
   const DType t = p.x.dtype;
+  // The two norms with a bias that no model has; they have formulas of their own.
+  const bool rare = p.bias.data != nullptr && (p.weight.data == nullptr || p.norm == Norm::rms);
   const bool rows_fast = aligned16(p.x.data, t, p.x.batch_stride, p.x.token_stride) && p.width * bytes(t) % 16 == 0 &&
                          (p.residual.data == nullptr ||
                           (p.residual.dtype == t && aligned16(p.residual.data, t, p.residual.batch_stride, p.residual.token_stride)));
@@ -29,9 +32,9 @@ inline DType fast_modulation_dtype(const Problem& p) {
   for (const Modulation* modulation : {&p.gate, &p.scale, &p.shift}) {
     if (modulation->data != nullptr) m = modulation->dtype;
   }
-  const bool modulations_fast = (m == t || m == DType::f32) && fast_modulation(p.gate, t, m) && fast_modulation(p.scale, t, m) &&
-                                fast_modulation(p.shift, t, m);
-  return rows_fast && modulations_fast && fast_vector(p.weight, t) && fast_vector(p.bias, t) ? m : kNone;
+  const bool modulations_fast = (m == t || m == DType::f32) && fast_modulation(p.gate, m) && fast_modulation(p.scale, m) &&
+                                fast_modulation(p.shift, m);
+  return !rare && rows_fast && modulations_fast && fast_vector(p.weight, t) && fast_vector(p.bias, t) ? m : kNone;
 }
 
 }  // namespace ditnorm

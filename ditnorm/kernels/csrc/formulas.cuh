@@ -5,38 +5,39 @@
 
 namespace ditnorm {
 
+// What stands for an operand that isn't given: it changes no bit (x + -0 is x even for x = -0), and formulas need no branches.
+constexpr float kNoWeight = 1.0f, kNoBias = -0.0f, kNoGate = 1.0f, kNoScale = 0.0f, kNoShift = -0.0f;
+
 // residual + gate * x
 template <class T, bool ROUND>
-__device__ __forceinline__ float add_gated(float residual, float x, bool has_gate, float gate) {
-  return __fadd_rn(residual, has_gate ? round_to<T, ROUND>(__fmul_rn(gate, x)) : x);
+__device__ __forceinline__ float add_gated(float residual, float x, float gate) {
+  return __fadd_rn(residual, round_to<T, ROUND>(__fmul_rn(gate, x)));
 }
 
-// Whether weight or bias is of another dtype than x: then the norm computes in float32 and rounds once, as FP32LayerNorm does.
-__device__ __forceinline__ bool wide_affine(const Problem& p) {
-  return (p.weight.data != nullptr && p.weight.dtype != p.x.dtype) || (p.bias.data != nullptr && p.bias.dtype != p.x.dtype);
-}
-
-// (v - mean) * rstd, and the norm's affine as ATen contracts it. `wide`: see wide_affine.
-template <Norm NORM, class T, bool ROUND>
-__device__ __forceinline__ float normalize(float v, float mean, float rstd, bool has_weight, float weight, bool has_bias, float bias, bool wide) {
-  if constexpr (NORM == Norm::layer) {
-    const float centered = __fsub_rn(v, mean);
-    if (!has_weight) return round_to<T, ROUND>(has_bias ? __fmaf_rn(rstd, centered, bias) : __fmul_rn(rstd, centered));
-    const float n = __fmul_rn(rstd, centered);
-    return round_to<T, ROUND>(has_bias ? __fmaf_rn(weight, n, bias) : __fmul_rn(weight, n));
-  } else {
-    float n = __fmul_rn(rstd, v);
-    if (has_weight) n = __fmul_rn(weight, n);
-    if (!has_bias) return round_to<T, ROUND>(n);
-    if (!wide) n = round_to<T, ROUND>(n);  // torch's rms_norm has no bias: it is an addition of its own
-    return round_to<T, ROUND>(__fadd_rn(n, bias));
-  }
-}
-
-// n * (1 + scale)
+// (v - mean) * rstd, and the norm's affine as ATen contracts it. RMSNorm: mean is 0, and bias kNoBias (see normalize_rms).
 template <class T, bool ROUND>
-__device__ __forceinline__ float scaled(float n, float scale) {
-  return round_to<T, ROUND>(__fmul_rn(n, round_to<T, ROUND>(__fadd_rn(1.0f, scale))));
+__device__ __forceinline__ float normalize(float v, float mean, float rstd, float weight, float bias) {
+  return round_to<T, ROUND>(__fmaf_rn(weight, __fmul_rn(rstd, __fsub_rn(v, mean)), bias));
+}
+
+// A LayerNorm with a bias but no weight: ATen contracts the bias with the normalisation.
+template <class T, bool ROUND>
+__device__ __forceinline__ float normalize_bias_only(float v, float mean, float rstd, float bias) {
+  return round_to<T, ROUND>(__fmaf_rn(rstd, __fsub_rn(v, mean), bias));
+}
+
+// An RMSNorm with a bias. torch's rms_norm has none: it is an addition of its own, after a rounding of its own. `wide`: weight or bias is
+// of another dtype than x; then the norm computes in float32 and rounds once, as FP32LayerNorm does.
+template <class T, bool ROUND>
+__device__ __forceinline__ float normalize_rms(float v, float rstd, float weight, float bias, bool wide) {
+  const float n = __fmul_rn(weight, __fmul_rn(rstd, v));
+  return round_to<T, ROUND>(__fadd_rn(wide ? n : round_to<T, ROUND>(n), bias));
+}
+
+// n * (1 + scale) + shift; the caller's store rounds the sum
+template <class T, bool ROUND>
+__device__ __forceinline__ float modulate(float n, float scale, float shift) {
+  return __fadd_rn(round_to<T, ROUND>(__fmul_rn(n, round_to<T, ROUND>(__fadd_rn(1.0f, scale)))), shift);
 }
 
 }  // namespace ditnorm

@@ -16,12 +16,13 @@ __device__ __forceinline__ float modulation_value(const Modulation& m, int64_t o
 
 // T: what the law rounds each intermediate to, if ROUND; the dtypes of the tensors are known at run time only.
 template <Op OP, Norm NORM, class T, bool ROUND>
-__global__ void __launch_bounds__(kLanes) generic_kernel(const Problem p) {
+__global__ void __launch_bounds__(kLanes, 4) generic_kernel(const Problem p) {
   constexpr bool kResidual = OP != Op::norm_scale_shift;
   const int64_t rows = p.batch * p.tokens;
   const bool has_gate = p.gate.data != nullptr, has_scale = p.scale.data != nullptr, has_shift = p.shift.data != nullptr;
   const bool has_weight = p.weight.data != nullptr, has_bias = p.bias.data != nullptr;
-  const bool wide = wide_affine(p);
+  const bool wide = (has_weight && p.weight.dtype != p.x.dtype) || (has_bias && p.bias.dtype != p.x.dtype);
+  const bool bias_only = NORM == Norm::layer && has_bias && !has_weight;
 
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const Token at(p, row);
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(kLanes) generic_kernel(const Problem p) {
       for (int64_t column = group; column < group + kGroup && column < p.width; ++column) {
         float v = load_float(p.x.data, p.x.dtype, x_offset + column);
         if constexpr (kResidual) {
-          const float gate = !has_gate ? 0.0f : at.valid ? modulation_value(p.gate, gate_offset, column) : kNaN;
-          v = add_gated<T, ROUND>(load_float(p.residual.data, p.residual.dtype, residual_offset + column), v, has_gate, gate);
+          const float gate = !has_gate ? kNoGate : at.valid ? modulation_value(p.gate, gate_offset, column) : kNaN;
+          v = add_gated<T, ROUND>(load_float(p.residual.data, p.residual.dtype, residual_offset + column), v, gate);
           v = round_to(v, p.residual.dtype);
           store_float(p.r, p.residual.dtype, out_offset + column, v);
         }
@@ -49,17 +50,20 @@ __global__ void __launch_bounds__(kLanes) generic_kernel(const Problem p) {
     }
     if constexpr (OP == Op::scale_residual) continue;
 
-    Statistics row_statistics = reduce<NORM, 1>(lanes, p.width, p.eps);
+    Statistics row_statistics = reduce<1>(lanes, p);
     if (!at.valid) row_statistics.rstd = kNaN;
     for (int64_t group = static_cast<int64_t>(threadIdx.x) * kGroup; group < p.width; group += kTile) {
       for (int64_t column = group; column < group + kGroup && column < p.width; ++column) {
         const float v = kResidual ? load_float(p.r, p.residual.dtype, out_offset + column) : load_float(p.x.data, p.x.dtype, x_offset + column);
-        const float weight = has_weight ? load_float(p.weight.data, p.weight.dtype, column) : 0.0f;
-        const float bias = has_bias ? load_float(p.bias.data, p.bias.dtype, column) : 0.0f;
-        float n = normalize<NORM, T, ROUND>(v, row_statistics.mean, row_statistics.rstd, has_weight, weight, has_bias, bias, wide);
-        if (has_scale) n = scaled<T, ROUND>(n, modulation_value(p.scale, scale_offset, column));
-        if (has_shift) n = __fadd_rn(n, modulation_value(p.shift, shift_offset, column));
-        store_float(p.y, p.x.dtype, out_offset + column, n);
+        const float bias = has_bias ? load_float(p.bias.data, p.bias.dtype, column) : kNoBias;
+        const float weight = has_weight ? load_float(p.weight.data, p.weight.dtype, column) : kNoWeight;
+        const float scale = has_scale ? modulation_value(p.scale, scale_offset, column) : kNoScale;
+        const float shift = has_shift ? modulation_value(p.shift, shift_offset, column) : kNoShift;
+        const float n = bias_only         ? normalize_bias_only<T, ROUND>(v, row_statistics.mean, row_statistics.rstd, bias)
+                        : NORM == Norm::rms ? normalize_rms<T, ROUND>(v, row_statistics.rstd, weight, bias, wide)
+                                            : normalize<T, ROUND>(v, row_statistics.mean, row_statistics.rstd, weight, bias);
+        const float y = modulate<T, ROUND>(n, scale, shift);
+        store_float(p.y, p.x.dtype, out_offset + column, y);
       }
     }
     __syncthreads();  // the next row's statistics go through the same shared memory

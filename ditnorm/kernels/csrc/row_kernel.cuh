@@ -1,179 +1,171 @@
-// The fast kernels: one block a row, the row in registers, 16-byte accesses. They serve what models use: x and residual of one dtype T,
-// modulations all in M (T or float32), affine and tables in T or float32, everything 16-byte aligned, width at most kMaxItems tiles.
+// The fast kernels: one block a row, 16-byte accesses, all of the row asked for at once and held in registers until its statistics are
+// on their way, then in the thread's own slots of shared memory: a loop over registers would have to be unrolled, and the library be
+// twenty times larger. They serve what models use: x and residual of one dtype T, modulations all in M (T or float32), affine in T or
+// float32, tables in float32, everything 16-byte aligned, width at most kMaxItems tiles.
 #pragma once
+#include <utility>
+
 #include "formulas.cuh"
 #include "launch.h"
 #include "statistics.cuh"
 
 namespace ditnorm {
 
-constexpr int kMaxItems = 16;
+constexpr int kMaxItems = 12;
 
-// A vector of T or float32 (which one is known at run time), read through the caches that all rows share.
+// f(0), f(1), ..., each inlined with its constant.
+template <int... I, class F>
+__device__ __forceinline__ void each(std::integer_sequence<int, I...>, F&& f) {
+  (f(I), ...);
+}
+
+// Keeps the compiler from making one copy of a loop for every combination of operands that may be missing.
+__device__ __forceinline__ const void* not_invariant(const void* pointer) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
 template <class T, int N>
-__device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vector, int64_t column) {
-  if (vector.dtype == DType::f32) {
-    const auto pack = load_pack<float, N>(vector.data, column);
+__device__ __forceinline__ void load_floats(float (&out)[N], const void* data, int64_t offset) {
+  const auto pack = load_pack<T, N>(data, offset);
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = pack.v[j];
+  for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
+}
+
+// N elements of the affine, in T or float32 (which one is known at run time), or `missing`.
+template <class T, int N>
+__device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vector, int64_t column, float missing) {
+  const void* data = not_invariant(vector.data);
+  if (data == nullptr) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = missing;
+  } else if (vector.dtype == DType::f32) {
+    load_floats<float>(out, data, column);
   } else {
-    const auto pack = load_pack<T, N>(vector.data, column);
-#pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
+    load_floats<T>(out, data, column);
   }
 }
 
-// A modulation's row as floats: what was loaded, plus its table.
-template <class T, class M, int N>
-__device__ __forceinline__ void modulation_values(float (&out)[N], const Pack<M, N>& pack, const Vector& table, int64_t column) {
-  if (table.data != nullptr) {
-    load_vector<T>(out, table, column);
+// N elements of a modulation's row, its table added, or `missing`.
+template <class M, int N>
+__device__ __forceinline__ void load_modulation(float (&out)[N], const Modulation& m, int64_t offset, int64_t column, float missing) {
+  const void *data = not_invariant(m.data), *table = not_invariant(m.table.data);
+  if (data == nullptr) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = __fadd_rn(to_float(pack.v[j]), out[j]);
-  } else {
+    for (int j = 0; j < N; ++j) out[j] = missing;
+    return;
+  }
+  load_floats<M>(out, data, offset + column);
+  if (table != nullptr) {
+    float addend[N];
+    load_floats<float>(addend, table, column);
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
+    for (int j = 0; j < N; ++j) out[j] = __fadd_rn(out[j], addend[j]);
   }
 }
 
 // ITEMS: the row's tiles of 512 elements, rounded up. RESIDUAL: scale_residual_norm_scale_shift.
-template <class T, class M, bool RESIDUAL, Norm NORM, bool ROUND, int ITEMS>
+template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_kernel(const Problem p) {
   constexpr int N = 16 / sizeof(T);  // elements of one access
   constexpr int LANES = N / kGroup;  // of ATen's lanes, that this thread is
-  // Scale and shift are asked for before the reduction, with everything else, where the registers allow it.
-  constexpr int kWords = sizeof(M) / sizeof(T) * 4;
-  constexpr bool kEarly = ITEMS * (RESIDUAL ? 8 + 3 * kWords : 4 + 2 * kWords) <= 144;
+  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
+  __shared__ Pack<T, N> slots[ITEMS][kLanes / LANES];
 
   const int64_t rows = p.batch * p.tokens;
   const int first = threadIdx.x * N;
   const int width = static_cast<int>(p.width);
-  const bool has_scale = p.scale.data != nullptr, has_shift = p.shift.data != nullptr;
-  const bool has_weight = p.weight.data != nullptr, has_bias = p.bias.data != nullptr;
-  const bool wide = wide_affine(p);
 
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const Token at(p, row);
+    const int64_t x_offset = at.offset(p.x) + first, out_offset = row * p.width;
     Pack<T, N> v[ITEMS];
-    Pack<M, N> scale[kEarly ? ITEMS : 1], shift[kEarly ? ITEMS : 1];
-    const int64_t x_offset = at.offset(p.x) + first;
-    const int64_t scale_offset = at.offset(p.scale, p.index) + first, shift_offset = at.offset(p.shift, p.index) + first;
 
     if constexpr (RESIDUAL) {
-      const int64_t residual_offset = at.offset(p.residual) + first, gate_offset = at.offset(p.gate, p.index) + first;
-      const bool has_gate = p.gate.data != nullptr;
+      const int64_t residual_offset = at.offset(p.residual) + first, gate_offset = at.offset(p.gate, p.index);
       Pack<T, N> x[ITEMS];
-      Pack<M, N> gate[kEarly ? ITEMS : 1];
-#pragma unroll
-      for (int i = 0; i < ITEMS; ++i) {
-        if (first + i * kTile >= width) continue;
+      each(kEach, [&](int i) {
+        if (first + i * kTile >= width) return;
         v[i] = load_pack<T, N>(p.residual.data, residual_offset + i * kTile);
         x[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
-        if constexpr (kEarly) {
-          if (has_gate) gate[i] = load_pack<M, N>(p.gate.data, gate_offset + i * kTile);
-          if (has_scale) scale[i] = load_pack<M, N>(p.scale.data, scale_offset + i * kTile);
-          if (has_shift) shift[i] = load_pack<M, N>(p.shift.data, shift_offset + i * kTile);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < ITEMS; ++i) {
-        if (first + i * kTile >= width) continue;
-        Pack<M, N>& gate_i = gate[kEarly ? i : 0];
-        if constexpr (!kEarly) {
-          if (has_gate) gate_i = load_pack<M, N>(p.gate.data, gate_offset + i * kTile);
-        }
-        float g[N];
-        if (has_gate) modulation_values<T>(g, gate_i, p.gate.table, first + i * kTile);
+      });
+      const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
+      each(kEach, [&](int i) {
+        const int column = first + i * kTile;
+        if (column >= width) return;
+        float gate[N];
+        load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const float gate_j = has_gate ? (at.valid ? g[j] : kNaN) : 0.0f;
-          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), has_gate, gate_j));
+          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), __fmul_rn(gate[j], poison)));
         }
-        store_pack<T, N>(p.r, row * p.width + first + i * kTile, v[i]);
-      }
+        store_pack<T, N>(p.r, out_offset + column, v[i]);
+      });
     } else {
-#pragma unroll
-      for (int i = 0; i < ITEMS; ++i) {
-        if (first + i * kTile >= width) continue;
-        v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
-        if constexpr (kEarly) {
-          if (has_scale) scale[i] = load_pack<M, N>(p.scale.data, scale_offset + i * kTile);
-          if (has_shift) shift[i] = load_pack<M, N>(p.shift.data, shift_offset + i * kTile);
-        }
-      }
+      each(kEach, [&](int i) {
+        if (first + i * kTile < width) v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
+      });
     }
 
     Welford lanes[LANES] = {};
+    each(kEach, [&](int i) {
+      if (first + i * kTile >= width) return;
+      slots[i][threadIdx.x] = v[i];
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-      if (first + i * kTile >= width) continue;
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-#pragma unroll
-        for (int lane = 0; lane < LANES; ++lane) {
+      for (int lane = 0; lane < LANES; ++lane) {
+        each(std::make_integer_sequence<int, kGroup>{}, [&](int j) {
           const float element = to_float(v[i].v[lane * kGroup + j]);
-          if constexpr (NORM == Norm::layer) {
+          if (p.norm == Norm::layer) {
             lanes[lane].add(element, 1.0f / (i * kGroup + j + 1));
           } else {
             lanes[lane].m2 = __fmaf_rn(element, element, lanes[lane].m2);
           }
-        }
+        });
+        lanes[lane].count = (i + 1) * kGroup;
       }
-#pragma unroll
-      for (int lane = 0; lane < LANES; ++lane) lanes[lane].count = (i + 1) * kGroup;
-    }
-    Statistics row_statistics = reduce<NORM, LANES>(lanes, p.width, p.eps);
+    });
+    Statistics row_statistics = reduce<LANES>(lanes, p);
     if (!at.valid) row_statistics.rstd = kNaN;
 
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-      const int column = first + i * kTile;
-      if (column >= width) continue;
-      float weight[N], bias[N], s[N], t[N];
-      if (has_weight) load_vector<T>(weight, p.weight, column);
-      if (has_bias) load_vector<T>(bias, p.bias, column);
-      if (has_scale) {
-        const Pack<M, N> pack = kEarly ? scale[kEarly ? i : 0] : load_pack<M, N>(p.scale.data, scale_offset + i * kTile);
-        modulation_values<T>(s, pack, p.scale.table, column);
-      }
-      if (has_shift) {
-        const Pack<M, N> pack = kEarly ? shift[kEarly ? i : 0] : load_pack<M, N>(p.shift.data, shift_offset + i * kTile);
-        modulation_values<T>(t, pack, p.shift.table, column);
-      }
+    const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
+#pragma unroll 1
+    for (int column = first, i = 0; column < width; column += kTile, ++i) {
+      float weight[N], bias[N], scale[N], shift[N];
+      load_modulation<M>(scale, p.scale, scale_offset, column, kNoScale);
+      load_modulation<M>(shift, p.shift, shift_offset, column, kNoShift);
+      load_vector<T>(weight, p.weight, column, kNoWeight);
+      load_vector<T>(bias, p.bias, column, kNoBias);
+      const Pack<T, N> row_i = slots[i][threadIdx.x];
       Pack<T, N> y;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float element = to_float(v[i].v[j]);
-        float n = normalize<NORM, T, ROUND>(element, row_statistics.mean, row_statistics.rstd, has_weight, has_weight ? weight[j] : 0.0f,
-                                            has_bias, has_bias ? bias[j] : 0.0f, wide);
-        if (has_scale) n = scaled<T, ROUND>(n, s[j]);
-        if (has_shift) n = __fadd_rn(n, t[j]);
-        y.v[j] = from_float<T>(n);
+        const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
+        y.v[j] = from_float<T>(modulate<T, ROUND>(n, scale[j], shift[j]));
       }
-      store_pack<T, N>(p.y, row * p.width + column, y);
+      store_pack<T, N>(p.y, out_offset + column, y);
     }
     __syncthreads();  // the next row's statistics go through the same shared memory
   }
 }
 
-template <class T, class M, bool RESIDUAL, Norm NORM, bool ROUND>
+template <class T, class M, bool RESIDUAL, bool ROUND>
 int launch_row_kernel(const Problem& p, void* stream) {
   constexpr int kThreads = kLanes * static_cast<int>(sizeof(T)) / 4;
   const auto launch_items = [&](auto kernel) { return launch(kernel, blocks(p.batch * p.tokens), kThreads, stream, p); };
   switch ((p.width + kTile - 1) / kTile) {
-    case 1: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 1>);
-    case 2: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 2>);
-    case 3: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 3>);
-    case 4: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 4>);
+    case 1: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 1>);
+    case 2: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 2>);
+    case 3: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 3>);
+    case 4: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 4>);
     case 5:
-    case 6: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 6>);
+    case 6: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 6>);
     case 7:
-    case 8: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 8>);
+    case 8: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 8>);
     case 9:
-    case 10: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 10>);
-    case 11:
-    case 12: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, 12>);
-    default: return launch_items(&row_kernel<T, M, RESIDUAL, NORM, ROUND, kMaxItems>);
+    case 10: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 10>);
+    default: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, kMaxItems>);
   }
 }
 

@@ -9,19 +9,18 @@ template <class T, class M, bool ROUND>
 __global__ void __launch_bounds__(kLanes) residual_row_kernel(const Problem p) {
   constexpr int N = 16 / sizeof(T);
   const int64_t rows = p.batch * p.tokens;
-  const bool has_gate = p.gate.data != nullptr;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const Token at(p, row);
     const int64_t x_offset = at.offset(p.x), residual_offset = at.offset(p.residual), gate_offset = at.offset(p.gate, p.index);
+    const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
     for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < p.width; column += kLanes * N) {
       auto v = load_pack<T, N>(p.residual.data, residual_offset + column);
       const auto x = load_pack<T, N>(p.x.data, x_offset + column);
-      float g[N];
-      if (has_gate) modulation_values<T>(g, load_pack<M, N>(p.gate.data, gate_offset + column), p.gate.table, column);
+      float gate[N];
+      load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float gate = has_gate ? (at.valid ? g[j] : kNaN) : 0.0f;
-        v.v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v.v[j]), to_float(x.v[j]), has_gate, gate));
+        v.v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v.v[j]), to_float(x.v[j]), __fmul_rn(gate[j], poison)));
       }
       store_pack<T, N>(p.r, row * p.width + column, v);
     }

@@ -19,7 +19,7 @@ struct Statistics {
   float mean, rstd;  // mean is 0 for RMSNorm
 };
 
-// Welford's running state (for RMSNorm only m2, the plain sum of squares).
+// Welford's running state. For RMSNorm m2 is the plain sum of squares and mean stays 0.
 struct Welford {
   float mean, m2, count;
 
@@ -31,57 +31,49 @@ struct Welford {
   }
 
   __device__ __forceinline__ void combine(const Welford& other) {
-    const float total = __fadd_rn(count, other.count);
+    const float total = __fadd_rn(other.count, count);
     if (total == 0.0f) return;
     const float reciprocal = __frcp_rn(total);
-    const float mine = __fmul_rn(count, reciprocal);
-    const float others = __fmul_rn(other.count, reciprocal);
-    const float delta = __fsub_rn(other.mean, mean);
-    m2 = __fmaf_rn(__fmul_rn(__fmul_rn(delta, delta), count), others, __fadd_rn(other.m2, m2));
-    mean = __fmaf_rn(mean, mine, __fmul_rn(other.mean, others));
+    const float others = __fmul_rn(other.count, reciprocal), own = __fmul_rn(count, reciprocal);
+    const float delta = __fsub_rn(mean, other.mean);
+    mean = __fmaf_rn(other.mean, others, __fmul_rn(mean, own));
+    m2 = __fmaf_rn(__fmul_rn(__fmul_rn(delta, delta), other.count), own, __fadd_rn(m2, other.m2));
     count = total;
   }
 };
 
-template <Norm NORM>
-__device__ __forceinline__ void combine(Welford& a, const Welford& b) {
-  if constexpr (NORM == Norm::layer) {
+__device__ __forceinline__ Welford shuffle_down(const Welford& state, int offset, int width) {
+  return {__shfl_down_sync(0xffffffffu, state.mean, offset, width), __shfl_down_sync(0xffffffffu, state.m2, offset, width),
+          __shfl_down_sync(0xffffffffu, state.count, offset, width)};
+}
+
+__device__ __forceinline__ void combine(Norm norm, Welford& a, const Welford& b) {
+  if (norm == Norm::layer) {
     a.combine(b);
   } else {
     a.m2 = __fadd_rn(a.m2, b.m2);
   }
 }
 
-template <Norm NORM>
-__device__ __forceinline__ Welford shuffle_down(const Welford& state, int offset, int width) {
-  Welford other{};
-  other.m2 = __shfl_down_sync(0xffffffffu, state.m2, offset, width);
-  if constexpr (NORM == Norm::layer) {
-    other.mean = __shfl_down_sync(0xffffffffu, state.mean, offset, width);
-    other.count = __shfl_down_sync(0xffffffffu, state.count, offset, width);
-  }
-  return other;
-}
-
 // Called by all kLanes / LANES threads of a block, with the states of thread t's lanes LANES * t, ...; returns the row's statistics to all.
-template <Norm NORM, int LANES>
-__device__ __forceinline__ Statistics reduce(Welford (&lanes)[LANES], int64_t width, float eps) {
+template <int LANES>
+__device__ __forceinline__ Statistics reduce(Welford (&lanes)[LANES], const Problem& p) {
   constexpr int kThreadsPerWarp = 32 / LANES;  // of ATen's warps
   __shared__ Welford warps[4];
 #pragma unroll
   for (int offset = kThreadsPerWarp / 2; offset > 0; offset /= 2) {
 #pragma unroll
-    for (int i = 0; i < LANES; ++i) combine<NORM>(lanes[i], shuffle_down<NORM>(lanes[i], offset, kThreadsPerWarp));
+    for (int i = 0; i < LANES; ++i) combine(p.norm, lanes[i], shuffle_down(lanes[i], offset, kThreadsPerWarp));
   }
-  if constexpr (LANES == 2) combine<NORM>(lanes[0], lanes[1]);
+  if constexpr (LANES == 2) combine(p.norm, lanes[0], lanes[1]);
   if (threadIdx.x % kThreadsPerWarp == 0) warps[threadIdx.x / kThreadsPerWarp] = lanes[0];
   __syncthreads();
   Welford row = warps[0], odd = warps[1];
-  combine<NORM>(row, warps[2]);
-  combine<NORM>(odd, warps[3]);
-  combine<NORM>(row, odd);
-  const float variance = __fdiv_rn(row.m2, static_cast<float>(width));
-  return {NORM == Norm::layer ? row.mean : 0.0f, rsqrtf(__fadd_rn(variance, eps))};
+  combine(p.norm, row, warps[2]);
+  combine(p.norm, odd, warps[3]);
+  combine(p.norm, row, odd);
+  const float variance = __fdiv_rn(row.m2, static_cast<float>(p.width));
+  return {row.mean, rsqrtf(__fadd_rn(variance, p.eps))};
 }
 
 }  // namespace ditnorm
