@@ -18,6 +18,9 @@ from ditnorm import functional
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODE = "cuda" if DEVICE == "cuda" else "cpu_sim" if "DITNORM_LIBRARY" in os.environ else "reference"
 compiled_only = pytest.mark.skipif(MODE == "reference", reason="needs the compiled kernels: a GPU, or DITNORM_LIBRARY with a host build")
+torch_norms = pytest.mark.skipif(
+    MODE == "cpu_sim", reason="torch's norms on the CPU have other bits than the host build of the CUDA kernels"
+)
 reference_only = pytest.mark.skipif(MODE != "reference", reason="a property of the PyTorch path, which the compiled kernels replace here")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, compiled_only, reference_only
+from cases import DEVICE, compiled_only, torch_norms
 from torch import Tensor, nn
 
 from ditnorm import functional, layers
@@ -90,7 +90,7 @@ def test_bad_constructor_arguments(kind: str) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", MAKERS)
-@reference_only
+@torch_norms
 def test_called_with_x_alone_it_is_the_plain_norm_bit_for_bit(kind: str, dtype: torch.dtype, affine: bool) -> None:
     plain = randomized(PLAIN[kind](D, elementwise_affine=affine), dtype)
     ours = MAKERS[kind](D, elementwise_affine=affine, rounding="eager").to(DEVICE, dtype)
@@ -182,7 +182,7 @@ def test_from_norm_refuses_what_it_cannot_equal() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@reference_only
+@torch_norms
 def test_a_hook_sees_the_plain_norm_and_changes_nothing(dtype: torch.dtype) -> None:
     (residual, x), (gate, scale, shift) = activations(2, dtype), modulations(3, dtype)
     k1, k2 = (

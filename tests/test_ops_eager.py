@@ -156,6 +156,19 @@ def test_affine_layer_norm_in_the_dtype_of_x(width: int, dtype: torch.dtype, aff
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [64, 1152])
+def test_fp32_layer_norm_rounds_before_a_half_precision_modulation(width: int, dtype: torch.dtype, affine: bool) -> None:
+    # AuraFlow, JoyImage: FP32LayerNorm returns the dtype of x, and the modulation goes on in that.
+    x, _, mod = site(width, dtype)
+    shift, scale = mod.chunk(6, dim=-1)[:2]
+    weight, bias = torch.randn(2, width, device=DEVICE).unbind(0) if affine else (None, None)
+    normed = diffusers.layer_norm(x.float(), (width,), weight, bias, EPS).to(dtype)
+    y = norm_scale_shift(x, scale, shift, weight=weight, bias=bias, norm="fp32_layer", rounding="eager")
+    assert torch.equal(y, normed * (1 + scale[:, None]) + shift[:, None])
+
+
 @pytest.mark.parametrize("width", [64, 1536])
 def test_a_table_sums_in_float32_and_widens_the_whole_law(width: int) -> None:
     # With one L for a call, a table for scale alone makes the bf16 shift join in float32 too.
