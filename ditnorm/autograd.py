@@ -31,6 +31,6 @@ class Recompute(torch.autograd.Function):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # r depends on none of the norm's arguments: where only those need gradients, it has no graph.
         reached = [(output, grad) for output, grad in zip(outputs, grad_outputs, strict=True) if output.requires_grad]
-        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+        wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
         grads = iter(torch.autograd.grad([output for output, _ in reached], wanted, [grad for _, grad in reached]))
         return None, None, None, None, *(next(grads) if need else None for need in needed)

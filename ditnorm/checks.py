@@ -112,7 +112,7 @@ def _check(
 def index_range(index: Tensor, *modulations: Tensor | None) -> None:
     """Raises ``IndexError`` where ``index`` selects no row. Reads the values, so only for the CPU."""
     rows = next(m.shape[-2] for m in modulations if m is not None)
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < rows):
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
         raise IndexError(f"index: values from {int(index.min())} to {int(index.max())}, but the modulation has {rows} rows")
 
 
@@ -135,6 +135,7 @@ def _vector(name: str, value: Tensor, x: Tensor) -> None:
 
 def _modulation(name: str, m: Tensor, x: Tensor) -> None:
     batch, tokens, width = (1, *x.shape) if x.dim() == 2 else x.shape
+    per = "1" if batch == 1 else f"{batch} or 1"
     match tuple(m.shape):
         case (d,):
             fits = d == width
@@ -148,8 +149,8 @@ def _modulation(name: str, m: Tensor, x: Tensor) -> None:
             fits = False
     if not fits:
         raise ValueError(
-            f"{name}: got {_shape(m)} for x {_shape(x)}; expected [{width}], [{batch} or 1, {width}] (per sample), [{batch} or 1, 1, {width}], "
-            f"[{batch} or 1, {tokens}, {width}] (per token) or [{batch} or 1, F, 1, {width}] (per frame, F dividing {tokens})"
+            f"{name}: got {_shape(m)} for x {_shape(x)}; expected [{width}], [{per}, {width}] or [{per}, 1, {width}] (per sample), "
+            f"[{per}, {tokens}, {width}] (per token) or [{per}, F, 1, {width}] (per frame, F dividing {tokens})"
         )
 
 

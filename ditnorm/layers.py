@@ -25,10 +25,10 @@ class _Norm(nn.Module):
     norm: str = "layer"
     rounding: str = "single"
     normalized_shape: tuple[int, ...]
-    eps: float | None
+    eps: Any  # float or None
     elementwise_affine: bool
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter or None, as bias
+    bias: Any
 
     @classmethod
     def from_norm(cls: type[L], module: nn.Module, rounding: str = "single") -> L:
@@ -39,7 +39,8 @@ class _Norm(nn.Module):
         ``ValueError`` for a norm over more than one dim.
         """
         norm, shape = _kind(module)
-        layer = cls._make(norm, shape, module.eps, rounding)
+        eps: Any = module.eps
+        layer = cls._make(norm, shape, eps, rounding)
         for name in ("weight", "bias"):
             layer.register_parameter(name, getattr(module, name, None))
         layer.elementwise_affine = layer.weight is not None
@@ -49,7 +50,7 @@ class _Norm(nn.Module):
     def _make(cls: type[L], norm: str, shape: tuple[int, ...], eps: float | None, rounding: str) -> L:
         if norm.removeprefix("fp32_") != cls.norm:
             raise TypeError(f"{cls.__name__}.from_norm: expected a {cls.norm} norm, got a {norm} norm")
-        layer = cls(shape, eps, False, rounding=rounding)  # type: ignore[call-arg]
+        layer: Any = cls(shape, eps, False, rounding=rounding)
         layer._set("norm", norm)
         return layer
 
@@ -248,7 +249,7 @@ class ScaleResidualNormScaleShift(_Norm):
         return reference.modulate(n, scale, shift).to(x.dtype), r
 
 
-class ScaleResidualLayerNormScaleShift(ScaleResidualNormScaleShift, nn.LayerNorm):
+class ScaleResidualLayerNormScaleShift(ScaleResidualNormScaleShift, nn.LayerNorm):  # type: ignore[misc]
     """:class:`ScaleResidualNormScaleShift` over a LayerNorm."""
 
     norm = "layer"
@@ -269,7 +270,7 @@ class ScaleResidualLayerNormScaleShift(ScaleResidualNormScaleShift, nn.LayerNorm
         self._configure(rounding)
 
 
-class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):
+class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):  # type: ignore[misc]
     """:class:`ScaleResidualNormScaleShift` over an RMSNorm."""
 
     norm = "rms"

@@ -138,7 +138,7 @@ def _verification(model: nn.Module, fused: list[Unit], roundings: Iterable[str])
 def _backend(device: torch.device) -> str:
     """Which path calls on ``device`` take. Looking must not initialise CUDA."""
     if device.type == "cpu":
-        return f"cpu_sim: {kernels.library}" if kernels.library is not None else "reference (PyTorch): the model is on the CPU"
+        return f"cpu_sim: {kernels.library}" if kernels.path == "cpu_sim" else "reference (PyTorch): the model is on the CPU"
     if device.type != "cuda":
         return f"reference (PyTorch): the model is on {device.type}"
     if kernels.unavailable is not None:

@@ -56,6 +56,7 @@ class Verification:
 
 
 _identical: dict[tuple[Site, str], bool] = {}
+_warned_of: set[tuple[Site, str]] = set()
 _own_calls: Counter[tuple[str, str]] = Counter()
 
 
@@ -91,13 +92,15 @@ def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = Fals
     if not sites:
         return Verification(reason="nothing can be fused")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    found = [site for site in sites if (site, name) not in _identical]
-    for site in found:
-        _identical[site, name] = _compare_counted(site, device)
+    for site in sites:
+        if (site, name) not in _identical:
+            _identical[site, name] = _compare_counted(site, device)
     result = Verification(name, sites, tuple(site for site in sites if not _identical[site, name]))
     if strict and result.differing:
         raise RuntimeError(f"ditnorm: the fused ops are not bit-identical here: {result}")
-    if set(result.differing) & set(found):
+    unannounced = {(site, name) for site in result.differing} - _warned_of
+    if unannounced:
+        _warned_of.update(unannounced)
         warnings.warn(f"ditnorm: the fused ops are not bit-identical here: {result}", RuntimeWarning, stacklevel=4)
     return result
 

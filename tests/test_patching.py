@@ -467,6 +467,7 @@ def test_an_unknown_rounding_is_an_error(model: nn.Module) -> None:
 
 def test_kernels_that_cannot_be_used_are_warned_of_where_cuda_is_live(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "unavailable", "no compiler was found")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         patch_model(model)

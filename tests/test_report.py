@@ -32,8 +32,10 @@ def model() -> nn.Module:
 def _unverified() -> Iterator[None]:
     """Every test verifies anew."""
     verification._identical.clear()
+    verification._warned_of.clear()
     yield
     verification._identical.clear()
+    verification._warned_of.clear()
 
 
 def rows(text: str) -> dict[str, str]:
@@ -165,7 +167,9 @@ def test_looking_never_initialises_cuda(model: nn.Module, monkeypatch: pytest.Mo
         raise AssertionError("CUDA was initialised")
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", fail)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(kernels, "unavailable", None)
+    monkeypatch.setattr(kernels, "library", None)
     on_gpu(model)
     patch_model(model)
     assert str(verify(model)["model"]) == "not verified: CUDA is not in use yet"

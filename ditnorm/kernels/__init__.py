@@ -37,19 +37,18 @@ unavailable: str | None = None
 library: Path | None = None
 """The compiled library, once loaded."""
 
+path = "cuda"
+"""What the compiled library's calls are counted as: ``"cuda"``, or ``"cpu_sim"`` for a build of the kernels for the host."""
+
 _lock = threading.Lock()
 _reference_calls = dict.fromkeys(OPS, 0)
 
 
 def counts() -> dict[tuple[str, str], int]:
-    """Calls of each op in this process by path: ``(op, "cuda" or "reference") -> n``. Replays of CUDA graphs aren't counted.
-
-    The path is ``"cpu_sim"`` where DITNORM_LIBRARY names a build of the kernels for the host.
-    """
+    """Calls of each op in this process: ``(op, "reference" or kernels.path) -> n``. Replays of CUDA graphs aren't counted."""
     compiled = (ctypes.c_int64 * len(OPS))()
     if library is not None:
         ctypes.CDLL(str(library)).ditnorm_counts(compiled)
-    path = "cpu_sim" if "DITNORM_LIBRARY" in os.environ else "cuda"
     return {(op, path): n for op, n in zip(OPS, compiled, strict=True)} | {(op, "reference"): n for op, n in _reference_calls.items()}
 
 
@@ -121,13 +120,13 @@ def _count(op: str, x: Tensor, index: Tensor | None, *modulations: Tensor | None
 # The fakes check too: a call with one meta tensor among real ones is dispatched to them and must not return uninitialised memory.
 def _fake_norm_scale_shift(x: Tensor, *arguments: Any) -> Tensor:
     *tensors, norm, eps, rounding = arguments
-    checks.norm_scale_shift(x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])
+    checks.norm_scale_shift(x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])  # type: ignore[call-arg]
     return x.new_empty(x.shape)
 
 
 def _fake_scale_residual_norm_scale_shift(residual: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, norm, eps, rounding = arguments
-    checks.scale_residual_norm_scale_shift(residual, x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])
+    checks.scale_residual_norm_scale_shift(residual, x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])  # type: ignore[call-arg]
     return x.new_empty(x.shape), residual.new_empty(x.shape)
 
 
@@ -138,24 +137,21 @@ def _fake_scale_residual(
     return residual.new_empty(x.shape)
 
 
-for _op, _body, _fake in zip(
-    OPS,
-    (_norm_scale_shift, _scale_residual_norm_scale_shift, _scale_residual),
-    (_fake_norm_scale_shift, _fake_scale_residual_norm_scale_shift, _fake_scale_residual),
-    strict=True,
-):
+_bodies: tuple[Any, ...] = (_norm_scale_shift, _scale_residual_norm_scale_shift, _scale_residual)
+_fakes: tuple[Any, ...] = (_fake_norm_scale_shift, _fake_scale_residual_norm_scale_shift, _fake_scale_residual)
+for _op, _body, _fake in zip(OPS, _bodies, _fakes, strict=True):
     _lib.impl(_op, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditnorm::{_op}", _fake, lib=_lib)
 
 
 def _compiled_serves(x: Tensor) -> bool:
     """True once a process: when the Python body gets the first CUDA call and the compiled library could be put over it."""
-    global unavailable, library, _warned
+    global unavailable, _warned
     if not x.is_cuda or _warned:
         return False
     with _lock:
         if unavailable is None and library is None:
-            unavailable = _register(_path(), "CUDA")
+            unavailable = _register(_PATH, "cuda")
         if unavailable is None:
             return True
         if not _warned:
@@ -164,38 +160,41 @@ def _compiled_serves(x: Tensor) -> bool:
     return False
 
 
-def _path() -> Path:
-    return Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
-
-
-def _register(path: Path, key: str) -> str | None:
-    """Puts the compiled ops over the Python body for one dispatch key; returns why that can't be done."""
-    global library
+def _register(file: Path, as_path: str) -> str | None:
+    """Puts the compiled ops over the Python body; returns why that can't be done."""
+    global library, path
     try:
-        compiled = ctypes.CDLL(str(path))
+        compiled = ctypes.CDLL(str(file))
     except OSError as error:
-        return f"cannot load {path.name}: {error}"
+        return f"cannot load {file.name}: {error}"
     compiled.ditnorm_unusable.restype = ctypes.c_char_p
     reason: bytes | None = compiled.ditnorm_unusable()
     if reason is not None:
-        return f"{path.name} does not run on this GPU and driver: {reason.decode()}"
-    if compiled.ditnorm_register(key.encode()) != 0:
-        return f"{path.name} could not register its operators"
-    library = path
+        return f"{file.name} does not run on this GPU and driver: {reason.decode()}"
+    if compiled.ditnorm_register() != 0:
+        return f"{file.name} could not register its operators"
+    library, path = file, as_path
     return None
+
+
+def _is_host_build(file: Path) -> bool:
+    key = ctypes.CDLL(str(file)).ditnorm_dispatch_key
+    key.restype = ctypes.c_char_p
+    return bool(key() == b"CPU")
 
 
 def _unavailable() -> str | None:
     if os.environ.get("DITNORM_KERNELS") == "0":
         return "DITNORM_KERNELS=0"
-    if "DITNORM_LIBRARY" not in os.environ and torch.version.cuda is None:
+    if "DITNORM_LIBRARY" in os.environ and _is_host_build(_PATH):
+        return _register(_PATH, "cpu_sim") or "DITNORM_LIBRARY names a build for the host"
+    if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    if not _path().exists():
+    if not _PATH.exists():
         return "ditnorm was installed without compiled kernels (no CUDA compiler was found; see README, Installing)"
     return None
 
 
+_PATH = Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
 _warned = False
 unavailable = _unavailable()
-if unavailable is None and "DITNORM_LIBRARY" in os.environ and torch.version.cuda is None:
-    unavailable = _register(_path(), "CPU")  # the host build of the kernels, for tests without a GPU

@@ -15,6 +15,12 @@ using abi::check;
 using abi::Tensor;
 using Optional = std::optional<Tensor>;
 
+#ifdef DITNORM_CPU_SIM
+constexpr const char* kDispatchKey = "CPU";
+#else
+constexpr const char* kDispatchKey = "CUDA";
+#endif
+
 enum Rounding : int64_t { single, eager };
 
 std::atomic<int64_t> calls[3];  // norm_scale_shift, scale_residual_norm_scale_shift, scale_residual
@@ -245,9 +251,12 @@ extern "C" {
 
 DITNORM_EXPORT const char* ditnorm_unusable() { return ditnorm::unusable(); }
 
-// Puts the ops over those registered in Python for `dispatch_key`, for the life of the process. 0: success.
-DITNORM_EXPORT int ditnorm_register(const char* dispatch_key) try {
-  auto library = std::make_unique<abi::Library>("ditnorm", dispatch_key);
+// "CUDA", or "CPU" for a host build.
+DITNORM_EXPORT const char* ditnorm_dispatch_key() { return kDispatchKey; }
+
+// Puts the ops over those registered in Python, for the life of the process. 0: success.
+DITNORM_EXPORT int ditnorm_register() try {
+  auto library = std::make_unique<abi::Library>("ditnorm", kDispatchKey);
   library->impl<&norm_scale_shift_op>("norm_scale_shift");
   library->impl<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift");
   library->impl<&scale_residual_op>("scale_residual");
