@@ -166,7 +166,7 @@ def notes(device: torch.device) -> str:
         "a -> b: without and with ditnorm.\n"
         "ops per forward: operators called in one forward of the transformer, without views; a fused op counts as one.\n"
         "largest difference: over all latents and pixels, from the same seed; 0: all are equal.\n"
-        f"seconds: one generation, VAE included. {seconds}"
+        f"seconds: one generation, VAE included.\n{seconds}"
     )
 
 
