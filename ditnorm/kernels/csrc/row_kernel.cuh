@@ -48,16 +48,18 @@ __device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vecto
   }
 }
 
-// N elements of a modulation's row, its table added, or `missing`.
-template <class M, int N>
-__device__ __forceinline__ void load_modulation(float (&out)[N], const Modulation& m, int64_t offset, int64_t column, float missing) {
+// N elements of a modulation's row: what `load` gives of it, its table added; or `missing`.
+template <class M, int N, class Load>
+__device__ __forceinline__ void modulation_floats(float (&out)[N], const Modulation& m, int64_t column, float missing, Load&& load) {
   const void *data = not_invariant(m.data), *table = not_invariant(m.table.data);
   if (data == nullptr) {
 #pragma unroll
     for (int j = 0; j < N; ++j) out[j] = missing;
     return;
   }
-  load_floats<M>(out, data, offset + column);
+  const Pack<M, N> pack = load(data);
+#pragma unroll
+  for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
   if (table != nullptr) {
     float addend[N];
     load_floats<float>(addend, table, column);
@@ -71,48 +73,71 @@ template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_kernel(const Problem p) {
   constexpr int N = 16 / sizeof(T);  // elements of one access
   constexpr int LANES = N / kGroup;  // of ATen's lanes, that this thread is
+  constexpr int kThreads = kLanes / LANES;
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  __shared__ Pack<T, N> slots[ITEMS][kLanes / LANES];
+  // Gate, scale and shift are asked for together with the rows where registers and shared memory allow it.
+  constexpr int kWords = ITEMS * static_cast<int>(sizeof(M) / sizeof(T)) * 4;
+  constexpr bool kEarlyGate = RESIDUAL && ITEMS * 8 + kWords <= 96;
+  constexpr bool kEarly = ITEMS * (RESIDUAL ? 8 : 4) + kWords * (RESIDUAL ? 3 : 2) <= 144 &&
+                          ITEMS * kTile * (sizeof(T) + 2 * sizeof(M)) <= 40960;
+  __shared__ Pack<T, N> slots[ITEMS][kThreads];
+  __shared__ Pack<M, N> scale_slots[kEarly ? ITEMS : 1][kThreads], shift_slots[kEarly ? ITEMS : 1][kThreads];
 
   const int64_t rows = p.batch * p.tokens;
   const int first = threadIdx.x * N;
   const int width = static_cast<int>(p.width);
+  const int thread = threadIdx.x;
 
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const Token at(p, row);
     const int64_t x_offset = at.offset(p.x) + first, out_offset = row * p.width;
+    const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
     Pack<T, N> v[ITEMS];
+    Pack<M, N> scale[kEarly ? ITEMS : 1], shift[kEarly ? ITEMS : 1];
+    const auto load_early = [&](int i) {
+      if (p.scale.data != nullptr) scale[i] = load_pack<M, N>(p.scale.data, scale_offset + first + i * kTile);
+      if (p.shift.data != nullptr) shift[i] = load_pack<M, N>(p.shift.data, shift_offset + first + i * kTile);
+    };
 
     if constexpr (RESIDUAL) {
       const int64_t residual_offset = at.offset(p.residual) + first, gate_offset = at.offset(p.gate, p.index);
       Pack<T, N> x[ITEMS];
+      Pack<M, N> gate[kEarlyGate ? ITEMS : 1];
       each(kEach, [&](int i) {
         if (first + i * kTile >= width) return;
         v[i] = load_pack<T, N>(p.residual.data, residual_offset + i * kTile);
         x[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
+        if constexpr (kEarlyGate) {
+          if (p.gate.data != nullptr) gate[i] = load_pack<M, N>(p.gate.data, gate_offset + first + i * kTile);
+        }
+        if constexpr (kEarly) load_early(i);
       });
       const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
       each(kEach, [&](int i) {
         const int column = first + i * kTile;
         if (column >= width) return;
-        float gate[N];
-        load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
+        float g[N];
+        modulation_floats<M>(g, p.gate, column, kNoGate, [&](const void* data) {
+          return kEarlyGate ? gate[kEarlyGate ? i : 0] : load_pack<M, N>(data, gate_offset + column);
+        });
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), __fmul_rn(gate[j], poison)));
+          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), __fmul_rn(g[j], poison)));
         }
         store_pack<T, N>(p.r, out_offset + column, v[i]);
       });
     } else {
       each(kEach, [&](int i) {
-        if (first + i * kTile < width) v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
+        if (first + i * kTile >= width) return;
+        v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
+        if constexpr (kEarly) load_early(i);
       });
     }
 
     Welford lanes[LANES] = {};
     each(kEach, [&](int i) {
       if (first + i * kTile >= width) return;
-      slots[i][threadIdx.x] = v[i];
+      slots[i][thread] = v[i];
 #pragma unroll
       for (int lane = 0; lane < LANES; ++lane) {
         each(std::make_integer_sequence<int, kGroup>{}, [&](int j) {
@@ -125,24 +150,31 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
         });
         lanes[lane].count = (i + 1) * kGroup;
       }
+      if constexpr (kEarly) {
+        if (p.scale.data != nullptr) scale_slots[i][thread] = scale[i];
+        if (p.shift.data != nullptr) shift_slots[i][thread] = shift[i];
+      }
     });
     Statistics row_statistics = reduce<LANES>(lanes, p);
     if (!at.valid) row_statistics.rstd = kNaN;
 
-    const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
 #pragma unroll 1
     for (int column = first, i = 0; column < width; column += kTile, ++i) {
-      float weight[N], bias[N], scale[N], shift[N];
-      load_modulation<M>(scale, p.scale, scale_offset, column, kNoScale);
-      load_modulation<M>(shift, p.shift, shift_offset, column, kNoShift);
+      float weight[N], bias[N], s[N], t[N];
+      modulation_floats<M>(s, p.scale, column, kNoScale, [&](const void* data) {
+        return kEarly ? scale_slots[kEarly ? i : 0][thread] : load_pack<M, N>(data, scale_offset + column);
+      });
+      modulation_floats<M>(t, p.shift, column, kNoShift, [&](const void* data) {
+        return kEarly ? shift_slots[kEarly ? i : 0][thread] : load_pack<M, N>(data, shift_offset + column);
+      });
       load_vector<T>(weight, p.weight, column, kNoWeight);
       load_vector<T>(bias, p.bias, column, kNoBias);
-      const Pack<T, N> row_i = slots[i][threadIdx.x];
+      const Pack<T, N> row_i = slots[i][thread];
       Pack<T, N> y;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
-        y.v[j] = from_float<T>(modulate<T, ROUND>(n, scale[j], shift[j]));
+        y.v[j] = from_float<T>(modulate<T, ROUND>(n, s[j], t[j]));
       }
       store_pack<T, N>(p.y, out_offset + column, y);
     }
