@@ -16,7 +16,8 @@ Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of 
 
 ``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and rounds ``y`` once. ``"eager"`` equals, bit
 for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It needs ``x`` and ``residual`` of one dtype
-T and modulations in T or float32.
+T and modulations in T or float32. On CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's vectorised norms
+take them, and not for a bias without a weight; elsewhere the roundings are the same.
 
 Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the argument. An index out of range is an
 ``IndexError`` on the CPU and a row of NaN elsewhere.

@@ -92,9 +92,10 @@ def call(
         on_step()
         return {}
 
+    arguments = {name: value.to(pipe.device) if isinstance(value, Tensor) else value for name, value in tiny.arguments().items()}
     start = time.perf_counter()
     (frames,) = pipe(
-        **tiny.arguments(),
+        **arguments,
         **tiny.size,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(SEED),

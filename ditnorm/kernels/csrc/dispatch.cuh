@@ -15,8 +15,8 @@ inline bool fast_vector(const Vector& vector, DType t) {
 }
 
 inline bool fast_modulation(const Modulation& m, DType dtype) {
-  return m.data == nullptr || (m.dtype == dtype && aligned16(m.data, m.dtype, m.batch_stride, m.row_stride) &&
-                               fast_vector(m.table, DType::f32));
+  return m.data == nullptr ||
+         (m.dtype == dtype && aligned16(m.data, m.dtype, m.batch_stride, m.row_stride) && fast_vector(m.table, DType::f32));
 }
 
 // The dtype of the modulations if a fast kernel serves the problem; u8 if none does.
@@ -32,8 +32,8 @@ inline DType fast_modulation_dtype(const Problem& p) {
   for (const Modulation* modulation : {&p.gate, &p.scale, &p.shift}) {
     if (modulation->data != nullptr) m = modulation->dtype;
   }
-  const bool modulations_fast = (m == t || m == DType::f32) && fast_modulation(p.gate, m) && fast_modulation(p.scale, m) &&
-                                fast_modulation(p.shift, m);
+  const bool modulations_fast =
+      (m == t || m == DType::f32) && fast_modulation(p.gate, m) && fast_modulation(p.scale, m) && fast_modulation(p.shift, m);
   return !rare && rows_fast && modulations_fast && fast_vector(p.weight, t) && fast_vector(p.bias, t) ? m : kNone;
 }
 

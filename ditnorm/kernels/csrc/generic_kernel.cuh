@@ -54,12 +54,13 @@ __global__ void __launch_bounds__(kLanes, 4) generic_kernel(const Problem p) {
     if (!at.valid) row_statistics.rstd = kNaN;
     for (int64_t group = static_cast<int64_t>(threadIdx.x) * kGroup; group < p.width; group += kTile) {
       for (int64_t column = group; column < group + kGroup && column < p.width; ++column) {
-        const float v = kResidual ? load_float(p.r, p.residual.dtype, out_offset + column) : load_float(p.x.data, p.x.dtype, x_offset + column);
+        const float v =
+            kResidual ? load_float(p.r, p.residual.dtype, out_offset + column) : load_float(p.x.data, p.x.dtype, x_offset + column);
         const float bias = has_bias ? load_float(p.bias.data, p.bias.dtype, column) : kNoBias;
         const float weight = has_weight ? load_float(p.weight.data, p.weight.dtype, column) : kNoWeight;
         const float scale = has_scale ? modulation_value(p.scale, scale_offset, column) : kNoScale;
         const float shift = has_shift ? modulation_value(p.shift, shift_offset, column) : kNoShift;
-        const float n = bias_only         ? normalize_bias_only<T, ROUND>(v, row_statistics.mean, row_statistics.rstd, bias)
+        const float n = bias_only           ? normalize_bias_only<T, ROUND>(v, row_statistics.mean, row_statistics.rstd, bias)
                         : NORM == Norm::rms ? normalize_rms<T, ROUND>(v, row_statistics.rstd, weight, bias, wide)
                                             : normalize<T, ROUND>(v, row_statistics.mean, row_statistics.rstd, weight, bias);
         const float y = modulate<T, ROUND>(n, scale, shift);

@@ -211,9 +211,9 @@ Tensor norm_scale_shift_op(const Tensor& x, const Optional& scale, const Optiona
 
 std::tuple<Tensor, Tensor> scale_residual_norm_scale_shift_op(const Tensor& residual, const Tensor& x, const Optional& gate,
                                                               const Optional& scale, const Optional& shift, const Optional& weight,
-                                                              const Optional& bias, const Optional& gate_table,
-                                                              const Optional& scale_table, const Optional& shift_table,
-                                                              const Optional& index, int64_t norm, double eps, int64_t rounding) {
+                                                              const Optional& bias, const Optional& gate_table, const Optional& scale_table,
+                                                              const Optional& shift_table, const Optional& index, int64_t norm, double eps,
+                                                              int64_t rounding) {
   Call call(x);
   call.residual(x, residual);
   call.index(index);

@@ -75,13 +75,10 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
   constexpr int LANES = N / kGroup;  // of ATen's lanes, that this thread is
   constexpr int kThreads = kLanes / LANES;
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  // Gate, scale and shift are asked for together with the rows where registers and shared memory allow it.
-  constexpr int kWords = ITEMS * static_cast<int>(sizeof(M) / sizeof(T)) * 4;
-  constexpr bool kEarlyGate = RESIDUAL && ITEMS * 8 + kWords <= 96;
-  constexpr bool kEarly = ITEMS * (RESIDUAL ? 8 : 4) + kWords * (RESIDUAL ? 3 : 2) <= 144 &&
-                          ITEMS * kTile * (sizeof(T) + 2 * sizeof(M)) <= 40960;
+  // The gate is asked for together with the rows where the registers allow it.
+  constexpr bool kEarlyGate = RESIDUAL && ITEMS * static_cast<int>(8 + 4 * sizeof(M) / sizeof(T)) <= 96;
+  constexpr int kAtOnce = ITEMS < 2 ? 1 : 2;  // tiles whose scale and shift are asked for together: more of them is more code
   __shared__ Pack<T, N> slots[ITEMS][kThreads];
-  __shared__ Pack<M, N> scale_slots[kEarly ? ITEMS : 1][kThreads], shift_slots[kEarly ? ITEMS : 1][kThreads];
 
   const int64_t rows = p.batch * p.tokens;
   const int first = threadIdx.x * N;
@@ -93,11 +90,6 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
     const int64_t x_offset = at.offset(p.x) + first, out_offset = row * p.width;
     const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
     Pack<T, N> v[ITEMS];
-    Pack<M, N> scale[kEarly ? ITEMS : 1], shift[kEarly ? ITEMS : 1];
-    const auto load_early = [&](int i) {
-      if (p.scale.data != nullptr) scale[i] = load_pack<M, N>(p.scale.data, scale_offset + first + i * kTile);
-      if (p.shift.data != nullptr) shift[i] = load_pack<M, N>(p.shift.data, shift_offset + first + i * kTile);
-    };
 
     if constexpr (RESIDUAL) {
       const int64_t residual_offset = at.offset(p.residual) + first, gate_offset = at.offset(p.gate, p.index);
@@ -110,7 +102,6 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
         if constexpr (kEarlyGate) {
           if (p.gate.data != nullptr) gate[i] = load_pack<M, N>(p.gate.data, gate_offset + first + i * kTile);
         }
-        if constexpr (kEarly) load_early(i);
       });
       const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
       each(kEach, [&](int i) {
@@ -128,9 +119,7 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
       });
     } else {
       each(kEach, [&](int i) {
-        if (first + i * kTile >= width) return;
-        v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
-        if constexpr (kEarly) load_early(i);
+        if (first + i * kTile < width) v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
       });
     }
 
@@ -150,33 +139,37 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
         });
         lanes[lane].count = (i + 1) * kGroup;
       }
-      if constexpr (kEarly) {
-        if (p.scale.data != nullptr) scale_slots[i][thread] = scale[i];
-        if (p.shift.data != nullptr) shift_slots[i][thread] = shift[i];
-      }
     });
     Statistics row_statistics = reduce<LANES>(lanes, p);
     if (!at.valid) row_statistics.rstd = kNaN;
 
 #pragma unroll 1
-    for (int column = first, i = 0; column < width; column += kTile, ++i) {
-      float weight[N], bias[N], s[N], t[N];
-      modulation_floats<M>(s, p.scale, column, kNoScale, [&](const void* data) {
-        return kEarly ? scale_slots[kEarly ? i : 0][thread] : load_pack<M, N>(data, scale_offset + column);
+    for (int begin = 0; begin < ITEMS; begin += kAtOnce) {
+      Pack<M, N> scale[kAtOnce], shift[kAtOnce];
+      const void *scales = not_invariant(p.scale.data), *shifts = not_invariant(p.shift.data);
+      each(std::make_integer_sequence<int, kAtOnce>{}, [&](int k) {
+        const int column = first + (begin + k) * kTile;
+        if (column >= width) return;
+        if (scales != nullptr) scale[k] = load_pack<M, N>(scales, scale_offset + column);
+        if (shifts != nullptr) shift[k] = load_pack<M, N>(shifts, shift_offset + column);
       });
-      modulation_floats<M>(t, p.shift, column, kNoShift, [&](const void* data) {
-        return kEarly ? shift_slots[kEarly ? i : 0][thread] : load_pack<M, N>(data, shift_offset + column);
-      });
-      load_vector<T>(weight, p.weight, column, kNoWeight);
-      load_vector<T>(bias, p.bias, column, kNoBias);
-      const Pack<T, N> row_i = slots[i][thread];
-      Pack<T, N> y;
+      each(std::make_integer_sequence<int, kAtOnce>{}, [&](int k) {
+        const int column = first + (begin + k) * kTile;
+        if (column >= width) return;
+        float weight[N], bias[N], s[N], t[N];
+        modulation_floats<M>(s, p.scale, column, kNoScale, [&](const void*) { return scale[k]; });
+        modulation_floats<M>(t, p.shift, column, kNoShift, [&](const void*) { return shift[k]; });
+        load_vector<T>(weight, p.weight, column, kNoWeight);
+        load_vector<T>(bias, p.bias, column, kNoBias);
+        const Pack<T, N> row_i = slots[begin + k][thread];
+        Pack<T, N> y;
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
-        y.v[j] = from_float<T>(modulate<T, ROUND>(n, s[j], t[j]));
-      }
-      store_pack<T, N>(p.y, out_offset + column, y);
+        for (int j = 0; j < N; ++j) {
+          const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
+          y.v[j] = from_float<T>(modulate<T, ROUND>(n, s[j], t[j]));
+        }
+        store_pack<T, N>(p.y, out_offset + column, y);
+      });
     }
     __syncthreads();  // the next row's statistics go through the same shared memory
   }
