@@ -48,18 +48,16 @@ __device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vecto
   }
 }
 
-// N elements of a modulation's row: what `load` gives of it, its table added; or `missing`.
-template <class M, int N, class Load>
-__device__ __forceinline__ void modulation_floats(float (&out)[N], const Modulation& m, int64_t column, float missing, Load&& load) {
+// N elements of a modulation's row, its table added, or `missing`.
+template <class M, int N>
+__device__ __forceinline__ void load_modulation(float (&out)[N], const Modulation& m, int64_t offset, int64_t column, float missing) {
   const void *data = not_invariant(m.data), *table = not_invariant(m.table.data);
   if (data == nullptr) {
 #pragma unroll
     for (int j = 0; j < N; ++j) out[j] = missing;
     return;
   }
-  const Pack<M, N> pack = load(data);
-#pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
+  load_floats<M>(out, data, offset + column);
   if (table != nullptr) {
     float addend[N];
     load_floats<float>(addend, table, column);
@@ -73,47 +71,35 @@ template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_kernel(const Problem p) {
   constexpr int N = 16 / sizeof(T);  // elements of one access
   constexpr int LANES = N / kGroup;  // of ATen's lanes, that this thread is
-  constexpr int kThreads = kLanes / LANES;
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  // The gate is asked for together with the rows where the registers allow it.
-  constexpr bool kEarlyGate = RESIDUAL && ITEMS * static_cast<int>(8 + 4 * sizeof(M) / sizeof(T)) <= 96;
-  constexpr int kAtOnce = ITEMS < 2 ? 1 : 2;  // tiles whose scale and shift are asked for together: more of them is more code
-  __shared__ Pack<T, N> slots[ITEMS][kThreads];
+  __shared__ Pack<T, N> slots[ITEMS][kLanes / LANES];
 
   const int64_t rows = p.batch * p.tokens;
   const int first = threadIdx.x * N;
   const int width = static_cast<int>(p.width);
-  const int thread = threadIdx.x;
 
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const Token at(p, row);
     const int64_t x_offset = at.offset(p.x) + first, out_offset = row * p.width;
-    const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
     Pack<T, N> v[ITEMS];
 
     if constexpr (RESIDUAL) {
       const int64_t residual_offset = at.offset(p.residual) + first, gate_offset = at.offset(p.gate, p.index);
       Pack<T, N> x[ITEMS];
-      Pack<M, N> gate[kEarlyGate ? ITEMS : 1];
       each(kEach, [&](int i) {
         if (first + i * kTile >= width) return;
         v[i] = load_pack<T, N>(p.residual.data, residual_offset + i * kTile);
         x[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
-        if constexpr (kEarlyGate) {
-          if (p.gate.data != nullptr) gate[i] = load_pack<M, N>(p.gate.data, gate_offset + first + i * kTile);
-        }
       });
       const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
       each(kEach, [&](int i) {
         const int column = first + i * kTile;
         if (column >= width) return;
-        float g[N];
-        modulation_floats<M>(g, p.gate, column, kNoGate, [&](const void* data) {
-          return kEarlyGate ? gate[kEarlyGate ? i : 0] : load_pack<M, N>(data, gate_offset + column);
-        });
+        float gate[N];
+        load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), __fmul_rn(g[j], poison)));
+          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), __fmul_rn(gate[j], poison)));
         }
         store_pack<T, N>(p.r, out_offset + column, v[i]);
       });
@@ -126,7 +112,7 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
     Welford lanes[LANES] = {};
     each(kEach, [&](int i) {
       if (first + i * kTile >= width) return;
-      slots[i][thread] = v[i];
+      slots[i][threadIdx.x] = v[i];
 #pragma unroll
       for (int lane = 0; lane < LANES; ++lane) {
         each(std::make_integer_sequence<int, kGroup>{}, [&](int j) {
@@ -143,33 +129,22 @@ __global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_k
     Statistics row_statistics = reduce<LANES>(lanes, p);
     if (!at.valid) row_statistics.rstd = kNaN;
 
+    const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
 #pragma unroll 1
-    for (int begin = 0; begin < ITEMS; begin += kAtOnce) {
-      Pack<M, N> scale[kAtOnce], shift[kAtOnce];
-      const void *scales = not_invariant(p.scale.data), *shifts = not_invariant(p.shift.data);
-      each(std::make_integer_sequence<int, kAtOnce>{}, [&](int k) {
-        const int column = first + (begin + k) * kTile;
-        if (column >= width) return;
-        if (scales != nullptr) scale[k] = load_pack<M, N>(scales, scale_offset + column);
-        if (shifts != nullptr) shift[k] = load_pack<M, N>(shifts, shift_offset + column);
-      });
-      each(std::make_integer_sequence<int, kAtOnce>{}, [&](int k) {
-        const int column = first + (begin + k) * kTile;
-        if (column >= width) return;
-        float weight[N], bias[N], s[N], t[N];
-        modulation_floats<M>(s, p.scale, column, kNoScale, [&](const void*) { return scale[k]; });
-        modulation_floats<M>(t, p.shift, column, kNoShift, [&](const void*) { return shift[k]; });
-        load_vector<T>(weight, p.weight, column, kNoWeight);
-        load_vector<T>(bias, p.bias, column, kNoBias);
-        const Pack<T, N> row_i = slots[begin + k][thread];
-        Pack<T, N> y;
+    for (int column = first, i = 0; column < width; column += kTile, ++i) {
+      float weight[N], bias[N], scale[N], shift[N];
+      load_modulation<M>(scale, p.scale, scale_offset, column, kNoScale);
+      load_modulation<M>(shift, p.shift, shift_offset, column, kNoShift);
+      load_vector<T>(weight, p.weight, column, kNoWeight);
+      load_vector<T>(bias, p.bias, column, kNoBias);
+      const Pack<T, N> row_i = slots[i][threadIdx.x];
+      Pack<T, N> y;
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
-          y.v[j] = from_float<T>(modulate<T, ROUND>(n, s[j], t[j]));
-        }
-        store_pack<T, N>(p.y, out_offset + column, y);
-      });
+      for (int j = 0; j < N; ++j) {
+        const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
+        y.v[j] = from_float<T>(modulate<T, ROUND>(n, scale[j], shift[j]));
+      }
+      store_pack<T, N>(p.y, out_offset + column, y);
     }
     __syncthreads();  // the next row's statistics go through the same shared memory
   }

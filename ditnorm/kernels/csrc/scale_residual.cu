@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kLanes) residual_row_kernel(const Problem p) {
       auto v = load_pack<T, N>(p.residual.data, residual_offset + column);
       const auto x = load_pack<T, N>(p.x.data, x_offset + column);
       float gate[N];
-      modulation_floats<M>(gate, p.gate, column, kNoGate, [&](const void* data) { return load_pack<M, N>(data, gate_offset + column); });
+      load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         v.v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v.v[j]), to_float(x.v[j]), __fmul_rn(gate[j], poison)));
