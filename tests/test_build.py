@@ -157,13 +157,14 @@ def test_hand_declared_abi_agrees_with_pytorch() -> None:
     output_of("g++", "-std=c++17", "-fsyntax-only", "-DUSE_CUDA", "-include", header, f"-I{include}", CSRC / "ops.cpp")
 
 
-def test_library_loads_into_this_pytorch(library: Path) -> None:
+def test_library_loads_into_this_pytorch_and_registers_when_told(library: Path) -> None:
     program = (
         "import ctypes, sys, torch, ditnorm.kernels\n"
-        "torch.ops.load_library(sys.argv[1])\n"
-        "assert ctypes.CDLL(sys.argv[1]).ditnorm_runtime_version() >= 12000\n"
-        "for op in ditnorm.kernels.OPS:\n"
-        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'ditnorm::{op}', 'CUDA'), op\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "dump = lambda: [torch._C._dispatch_dump(f'ditnorm::{op}') for op in ditnorm.kernels.OPS]\n"
+        "loaded = dump()\n"
+        "assert library.ditnorm_register() == 0\n"
+        "assert all(before != after for before, after in zip(loaded, dump(), strict=True))\n"
     )
     output_of(sys.executable, "-c", program, library, cwd=ROOT, env={**os.environ, "DITNORM_KERNELS": "0"})
 
