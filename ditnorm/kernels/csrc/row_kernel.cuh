@@ -66,9 +66,13 @@ __device__ __forceinline__ void load_modulation(float (&out)[N], const Modulatio
   }
 }
 
+// Left alone (0), ptxas spills a few registers of these to reach an occupancy that it likes.
+template <class T, bool RESIDUAL, int ITEMS>
+constexpr int kMinBlocks = std::is_same_v<T, float> || (RESIDUAL && ITEMS == kMaxItems) ? 1 : 0;
+
 // ITEMS: the row's tiles of 512 elements, rounded up. RESIDUAL: scale_residual_norm_scale_shift.
 template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS>
-__global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4) row_kernel(const Problem p) {
+__global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4, kMinBlocks<T, RESIDUAL, ITEMS>) row_kernel(const Problem p) {
   constexpr int N = 16 / sizeof(T);  // elements of one access
   constexpr int LANES = N / kGroup;  // of ATen's lanes, that this thread is
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
