@@ -66,9 +66,13 @@ __device__ __forceinline__ void load_modulation(float (&out)[N], const Modulatio
   }
 }
 
-// Left alone (0), ptxas spills a few registers of these to reach an occupancy that it likes.
+// Left alone (0), ptxas spills a few registers of these on sm_80 and sm_120, to reach an occupancy that it likes. On sm_90 it doesn't.
 template <class T, bool RESIDUAL, int ITEMS>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kMinBlocks = 0;
+#else
 constexpr int kMinBlocks = std::is_same_v<T, float> || (RESIDUAL && ITEMS == kMaxItems) ? 1 : 0;
+#endif
 
 // ITEMS: the row's tiles of 512 elements, rounded up. RESIDUAL: scale_residual_norm_scale_shift.
 template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS>
