@@ -12,11 +12,6 @@
 
 namespace ditnorm {
 
-template <class T>
-constexpr DType dtype_of = std::is_same_v<T, float>    ? DType::f32
-                           : std::is_same_v<T, __half> ? DType::f16
-                                                       : DType::bf16;
-
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

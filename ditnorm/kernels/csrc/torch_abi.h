@@ -20,8 +20,6 @@ using DeviceGuardHandle = DeviceGuardOpaque*;
 using AOTITorchError = int32_t;  // 0: success
 using StableIValue = uint64_t;
 
-int32_t aoti_torch_device_type_cpu();
-int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
@@ -35,13 +33,11 @@ int32_t aoti_torch_dtype_bool();
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret);
-AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret);
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret);
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret);
-AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle tensor, bool* ret);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,
                                         int32_t device_index, AtenTensorHandle* ret);
 AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
@@ -85,13 +81,11 @@ class Tensor {
 
   void* data() const { return get<void*>(aoti_torch_get_data_ptr); }
   int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
   const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes); }
   const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
-  bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
 
  private:
   template <class T>
