@@ -147,6 +147,9 @@ def _differentiable(
     options: tuple[Any, ...],
     tensors: tuple[Tensor | None, ...],
 ) -> Any:
-    if options[-1] == "eager" or torch.compiler.is_compiling():  # a compiler sees the expression and chooses what to save itself
+    if torch.compiler.is_compiling():  # a compiler sees the expression and chooses what to save itself
+        return expression(*tensors, *options)
+    if options[-1] == "eager":
+        kernels.count_reference(expression.__name__)
         return expression(*tensors, *options)
     return Recompute.apply(op, codes, expression, options, *tensors)

@@ -8,6 +8,7 @@ import torch
 from cases import DEVICE, EPS, LAYOUTS, MODULATIONS, OPS, ROWS, VIEWS, Shape, dense, modulation, reference_only
 from torch import Tensor
 
+from ditnorm import kernels
 from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
 
 SHAPE = Shape(2, 6, 24, frames=2, rows=3)
@@ -173,3 +174,11 @@ def test_anomaly_free_gradients_with_expanded_inputs() -> None:
     norm_scale_shift(x.expand(4, 3, 8), torch.randn(4, 8)).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_that_runs_unfused_for_its_gradients_is_counted_as_one(op: str) -> None:
+    x = torch.randn(1, 4, 8, device=DEVICE, requires_grad=True)
+    before = kernels.counts()
+    OPS[op](**({"x": x} if op == "norm_scale_shift" else {"residual": x, "x": x}), rounding="eager")
+    assert {key: n - before[key] for key, n in kernels.counts().items() if n != before[key]} == {(op, "reference"): 1}

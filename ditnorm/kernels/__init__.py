@@ -114,6 +114,11 @@ def _scale_residual(
 def _count(op: str, x: Tensor, index: Tensor | None, *modulations: Tensor | None) -> None:
     if index is not None and x.device.type == "cpu":
         checks.index_range(index, *modulations)
+    count_reference(op)
+
+
+def count_reference(op: str) -> None:
+    """Counts a call that PyTorch's operations serve."""
     _reference_calls[op] += 1
 
 
