@@ -29,7 +29,7 @@ ALL_ARCHS = ("80", "90", "100", "120")  # 80 also serves 86 and 89, 100 serves 1
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA major version: the runtime is linked in, so the driver has to know it
 HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 # No contraction, so that the host's results are those of the kernels' intrinsics; kernels read tensors through vector types.
-SIMULATOR_FLAGS = (*HOST_FLAGS, "-ffp-contract=off", "-fno-strict-aliasing")
+SIMULATOR_FLAGS = (*HOST_FLAGS, "-O1", "-ffp-contract=off", "-fno-strict-aliasing")
 SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 
 
@@ -200,6 +200,20 @@ class Build:
         staged.replace(out)
 
 
+def code_targets(archs: Sequence[str]) -> list[str]:
+    """Nvcc's options for machine code of `archs` (lowest first) and PTX of the lowest.
+
+    The compiler's front takes much of the time, so it runs once for each set of features that the kernels use, not once for each arch:
+    what comes with 9.0 (launch.h) is the only one.
+    """
+    options = []
+    for group in ([arch for arch in archs if int(arch) < 90], [arch for arch in archs if int(arch) >= 90]):
+        if group:
+            code = [f"sm_{arch}" for arch in group] + [f"compute_{arch}" for arch in group[:1] if arch == archs[0]]
+            options.append(f"-gencode=arch=compute_{group[0]},code=[{','.join(code)}]")
+    return options
+
+
 def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[KernelResources]:
     """Builds the CUDA library for `archs` (lowest first), with PTX of the lowest; returns every kernel's resources."""
     nvcc = find_nvcc()
@@ -207,11 +221,9 @@ def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[K
         raise BuildError(f'no nvcc in DITNORM_NVCC, CUDA_HOME, PATH or /usr/local/cuda; pip install "{PYPI_NVCC}" is one way to get it')
     runtime = static_runtime(toolkit_root(nvcc))
     print(f"{nvcc}: {', '.join(f'sm_{arch}' for arch in archs)}, PTX of compute_{archs[0]}", flush=True)
-    # One pass of the compiler's front for all: it takes most of the time, and no kernel uses what only newer architectures have.
-    targets = ",".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
     cpus = len(os.sched_getaffinity(0))
     compiler = [nvcc, f"-ccbin={cxx()}", "-std=c++17", "-O3", f"-Xcompiler={','.join(HOST_FLAGS[2:])}", "-Xptxas=-v"]
-    compiler += [f"-gencode=arch=compute_{archs[0]},code=[{targets}]", "--compress-mode=size"]
+    compiler += [*code_targets(archs), "--compress-mode=size"]
     with tempfile.TemporaryDirectory() as folder:
         build = Build(Path(folder), HOST_FLAGS, verbose)
         printed = build.compile_all(compiler, workers=cpus)

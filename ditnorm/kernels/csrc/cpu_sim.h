@@ -334,3 +334,18 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __frsqrt_rn(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float rsqrtf(float a) { return __frsqrt_rn(a); }  // a GPU's own is up to 2 ulp away
+
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const auto one = [](__half x, __half y, __half z) {
+    return __double2half(
+        std::fma(static_cast<double>(__half2float(x)), static_cast<double>(__half2float(y)), static_cast<double>(__half2float(z))));
+  };
+  return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  const auto one = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+    return __double2bfloat16(std::fma(static_cast<double>(__bfloat162float(x)), static_cast<double>(__bfloat162float(y)),
+                                      static_cast<double>(__bfloat162float(z))));
+  };
+  return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}

@@ -23,18 +23,29 @@ inline bool fast_modulation(const Modulation& m, DType dtype) {
 inline DType fast_modulation_dtype(const Problem& p) {
   constexpr DType kNone = DType::u8;
   const DType t = p.x.dtype;
-  // The two norms with a bias that no model has; they have formulas of their own.
-  const bool rare = p.bias.data != nullptr && (p.weight.data == nullptr || p.norm == Norm::rms);
-  const bool rows_fast = aligned16(p.x.data, t, p.x.batch_stride, p.x.token_stride) && p.width * bytes(t) % 16 == 0 &&
-                         (p.residual.data == nullptr ||
-                          (p.residual.dtype == t && aligned16(p.residual.data, t, p.residual.batch_stride, p.residual.token_stride)));
-  DType m = t;
-  for (const Modulation* modulation : {&p.gate, &p.scale, &p.shift}) {
-    if (modulation->data != nullptr) m = modulation->dtype;
+  constexpr int64_t kMost = 0x7fffffff;
+  if (p.tokens > kMost || p.width > kMost || p.batch > 0xffff) return kNone;  // rows are the grid, columns are 32 bits
+  if (!aligned16(p.x.data, t, p.x.batch_stride, p.x.token_stride) || p.width * bytes(t) % 16 != 0) return kNone;
+  if (p.residual.data != nullptr &&
+      (p.residual.dtype != t || !aligned16(p.residual.data, t, p.residual.batch_stride, p.residual.token_stride))) {
+    return kNone;
   }
-  const bool modulations_fast =
-      (m == t || m == DType::f32) && fast_modulation(p.gate, m) && fast_modulation(p.scale, m) && fast_modulation(p.shift, m);
-  return !rare && rows_fast && modulations_fast && fast_vector(p.weight, t) && fast_vector(p.bias, t) ? m : kNone;
+  if ((p.scale.data == nullptr) != (p.shift.data == nullptr)) return kNone;
+  // The two norms with a bias that no model has; they have formulas of their own.
+  if (p.bias.data != nullptr && (p.weight.data == nullptr || p.norm == Norm::rms)) return kNone;
+  if (!fast_vector(p.weight, t) || !fast_vector(p.bias, t)) return kNone;
+
+  DType m = t;
+  int tables = 0, modulations = 0;
+  for (const Modulation* modulation : {&p.gate, &p.scale, &p.shift}) {
+    if (modulation->data == nullptr) continue;
+    m = modulation->dtype;
+    tables += modulation->table.data != nullptr;
+    ++modulations;
+  }
+  const bool fast = (m == t || m == DType::f32) && (tables == 0 || tables == modulations) && fast_modulation(p.gate, m) &&
+                    fast_modulation(p.scale, m) && fast_modulation(p.shift, m);
+  return fast ? m : kNone;
 }
 
 }  // namespace ditnorm

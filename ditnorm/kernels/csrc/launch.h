@@ -1,23 +1,62 @@
 // Launching a kernel, on a GPU or in the simulator (cpu_sim.h).
+//
+// On Hopper and later a kernel is launched early: its blocks start while the kernel before it in the stream is still finishing, and wait
+// in wait_for_previous_kernel, which each kernel here calls before it touches memory (CUDA's programmatic dependent launch). That hides
+// most of a launch's latency.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace ditnorm {
 
-// One block a row, up to the largest grid; kernels loop over the rest.
-inline unsigned blocks(int64_t rows) { return static_cast<unsigned>(std::min<int64_t>(rows, 0x7fffffff)); }
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// One block a row, up to the largest grid; for kernels that loop over the rest.
+inline dim3 blocks(int64_t rows) { return dim3(static_cast<unsigned>(std::min<int64_t>(rows, 0x7fffffff))); }
+
+#ifdef __CUDACC__
+// Whether the code of the kernels that the current GPU runs has the wait in it: it is compiled in for compute capability 9.0 and later, and
+// such a GPU may run the PTX of a lower one.
+template <class Kernel>
+bool waits_for_previous_kernel(Kernel kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int8_t> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
+  int device;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int8_t answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes;
+    const bool found = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    answer = found && attributes.ptxVersion >= 90 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+#endif
 
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), unsigned grid, unsigned threads, void* stream, const Args&... args) {
+int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
 #ifdef __CUDACC__
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  return cudaGetLastError();
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = waits_for_previous_kernel(kernel) ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 #else
   (void)stream;
-  return sim_launch(kernel, dim3(grid), dim3(threads), args...);
+  return sim_launch(kernel, grid, dim3(threads), args...);
 #endif
 }
 

@@ -2,18 +2,12 @@
 #pragma once
 #include "dispatch.cuh"
 #include "generic_kernel.cuh"
-#include "row_kernel.cuh"
 
 namespace ditnorm {
 
+// In row_launch.cuh.
 template <bool RESIDUAL, class T>
-int launch_row_kernel_of(const Problem& p, DType modulation, void* stream) {
-  if constexpr (!std::is_same_v<T, float>) {
-    if (modulation == DType::f32) return launch_row_kernel<T, float, RESIDUAL, false>(p, stream);
-    if (p.round_each) return launch_row_kernel<T, T, RESIDUAL, true>(p, stream);
-  }
-  return launch_row_kernel<T, T, RESIDUAL, false>(p, stream);
-}
+int launch_row_kernels(const Problem& p, DType modulation, void* stream);
 
 template <Op OP>
 int launch_norm_site(const Problem& p, void* stream) {
@@ -23,9 +17,9 @@ int launch_norm_site(const Problem& p, void* stream) {
     return p.norm == Norm::layer ? launch_generic_kernel<OP, Norm::layer>(p, stream) : launch_generic_kernel<OP, Norm::rms>(p, stream);
   }
   switch (p.x.dtype) {
-    case DType::f32: return launch_row_kernel_of<kResidual, float>(p, modulation, stream);
-    case DType::f16: return launch_row_kernel_of<kResidual, __half>(p, modulation, stream);
-    default: return launch_row_kernel_of<kResidual, __nv_bfloat16>(p, modulation, stream);
+    case DType::f32: return launch_row_kernels<kResidual, float>(p, modulation, stream);
+    case DType::f16: return launch_row_kernels<kResidual, __half>(p, modulation, stream);
+    default: return launch_row_kernels<kResidual, __nv_bfloat16>(p, modulation, stream);
   }
 }
 

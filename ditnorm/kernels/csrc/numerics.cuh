@@ -12,6 +12,9 @@
 
 namespace ditnorm {
 
+// A branch that is laid out off the hot path.
+__device__ __forceinline__ bool unlikely(bool condition) { return __builtin_expect(condition, false); }
+
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -28,39 +31,119 @@ __device__ __forceinline__ float round_to(float v) {
   return ROUND ? to_float(from_float<T>(v)) : v;
 }
 
-// N consecutive elements, moved in 16-byte accesses.
+// Memory moves in accesses of 8 or 16 bytes.
+template <int BYTES>
+using Access = std::conditional_t<BYTES == 16, uint4, uint2>;
+
+// N consecutive elements.
 template <class T, int N>
-struct alignas(16) Pack {
-  static_assert(N * sizeof(T) % 16 == 0);
-  T v[N];
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  static constexpr int kBytes = N * sizeof(T);
+  using Access = ditnorm::Access < kBytes<16 ? kBytes : 16>;
+  static constexpr int kAccesses = kBytes / sizeof(Access);
+  union {
+    T v[N];
+    Access words[kAccesses];
+  };
+  __device__ __forceinline__ Pack() {}
 };
 
+// Two neighbours of half precision, for packed arithmetic.
+template <class T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
 template <class T, int N>
-__device__ __forceinline__ Pack<T, N> load_pack(const void* base, int64_t offset) {
-  union {
-    Pack<T, N> pack;
-    uint4 words[N * sizeof(T) / 16];
-  } both;
-  const uint4* source = reinterpret_cast<const uint4*>(static_cast<const T*>(base) + offset);
+__device__ __forceinline__ Pair<T> pair(const Pack<T, N>& pack, int j) {
+  return *reinterpret_cast<const Pair<T>*>(&pack.v[j]);
+}
+template <class T, int N>
+__device__ __forceinline__ void put(Pack<T, N>& pack, int j, Pair<T> value) {
+  *reinterpret_cast<Pair<T>*>(&pack.v[j]) = value;
+}
+template <class T>
+__device__ __forceinline__ Pair<T> twice(T value) {
+  return Pair<T>(value, value);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> filled(float value) {
+  Pack<T, N> pack;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) both.words[i] = __ldg(source + i);
-  return both.pack;
+  for (int j = 0; j < N; ++j) pack.v[j] = from_float<T>(value);
+  return pack;
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
+  Pack<T, N> pack;
+  const auto* words = reinterpret_cast<const typename Pack<T, N>::Access*>(source);
+#pragma unroll
+  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) pack.words[i] = __ldg(words + i);
+  return pack;
+}
+
+// Past L1, which the modulations need.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> load_stream(const T* source) {
+  Pack<T, N> pack;
+  const auto* words = reinterpret_cast<const typename Pack<T, N>::Access*>(source);
+#pragma unroll
+  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) pack.words[i] = __ldcs(words + i);
+  return pack;
 }
 
 // Streaming: the next kernel reads these rows after the cache has forgotten them.
 template <class T, int N>
-__device__ __forceinline__ void store_pack(void* base, int64_t offset, const Pack<T, N>& pack) {
-  uint4* target = reinterpret_cast<uint4*>(static_cast<T*>(base) + offset);
-  const uint4* words = reinterpret_cast<const uint4*>(&pack);
+__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
+  auto* words = reinterpret_cast<typename Pack<T, N>::Access*>(target);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) __stcs(target + i, words[i]);
+  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) __stcs(words + i, pack.words[i]);
 }
 
-__device__ __forceinline__ float load_float(const void* base, DType dtype, int64_t offset) {
+template <class T, int N>
+__device__ __forceinline__ void to_floats(float (&out)[N], const Pack<T, N>& pack) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction an element; nvcc takes two
+      uint32_t word;
+      __builtin_memcpy(&word, &pack.v[j / 2 * 2], sizeof word);
+      word = j % 2 == 0 ? word << 16 : word & 0xffff0000u;
+      __builtin_memcpy(&out[j], &word, sizeof word);
+    } else {
+      out[j] = to_float(pack.v[j]);
+    }
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> from_floats(const float (&values)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int j = 0; j < N; j += 2) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      put(pack, j, __floats2bfloat162_rn(values[j], values[j + 1]));
+    } else if constexpr (std::is_same_v<T, __half>) {
+      put(pack, j, __floats2half2_rn(values[j], values[j + 1]));
+    } else {
+      pack.v[j] = values[j], pack.v[j + 1] = values[j + 1];
+    }
+  }
+  return pack;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void load_elements(float (&out)[N], const T* source, int count) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) out[j] = j < count ? to_float(source[j]) : 0.0f;
+}
+
+// The first `count` of N elements of any dtype and alignment; zeros follow.
+template <int N>
+__device__ __forceinline__ void load_elements(float (&out)[N], const void* base, DType dtype, int64_t offset, int count) {
   switch (dtype) {
-    case DType::f32: return static_cast<const float*>(base)[offset];
-    case DType::f16: return to_float(static_cast<const __half*>(base)[offset]);
-    default: return to_float(static_cast<const __nv_bfloat16*>(base)[offset]);
+    case DType::f32: return load_elements(out, static_cast<const float*>(base) + offset, count);
+    case DType::f16: return load_elements(out, static_cast<const __half*>(base) + offset, count);
+    default: return load_elements(out, static_cast<const __nv_bfloat16*>(base) + offset, count);
   }
 }
 
@@ -94,27 +177,24 @@ __device__ __forceinline__ int64_t load_index(const Index& index, int64_t batch,
 // Where one token of one sample lies.
 struct Token {
   int64_t batch, token;
-  int64_t indexed_row;  // the row that the index selects; 0 where there is no index, or where it selects none
-  bool valid;           // false: the index is out of range, and the row becomes NaN
+  int64_t indexed_row = 0;  // the row that the index selects; 0 where there is no index, or where it selects none
+  bool valid = true;        // false: the index is out of range, and the row becomes NaN
 
-  __device__ __forceinline__ Token(const Problem& p, int64_t row) : batch(0), token(row), indexed_row(0), valid(true) {
-    if (p.batch > 1) {
-      batch = row / p.tokens;
-      token = row - batch * p.tokens;
-    }
-    if (p.index.data != nullptr) {
-      indexed_row = load_index(p.index, batch, token);
-      valid = indexed_row >= 0 && indexed_row < p.index.rows;
-      if (!valid) indexed_row = 0;
-    }
+  __device__ __forceinline__ Token(const Problem& p, int64_t batch, int64_t token) : batch(batch), token(token) {
+    if (!unlikely(p.index.data != nullptr)) return;
+    indexed_row = load_index(p.index, batch, token);
+    valid = indexed_row >= 0 && indexed_row < p.index.rows;
+    if (!valid) indexed_row = 0;
   }
 
   __device__ __forceinline__ int64_t offset(const Rows& rows) const { return batch * rows.batch_stride + token * rows.token_stride; }
 
+  // INT: wide enough for any token's number.
+  template <class INT = int64_t>
   __device__ __forceinline__ int64_t offset(const Modulation& m, const Index& index) const {
-    if (index.data != nullptr) return batch * m.batch_stride + indexed_row * m.row_stride;
-    if (m.row_stride == 0) return batch * m.batch_stride;
-    return batch * m.batch_stride + (m.tokens_per_row == 1 ? token : token / m.tokens_per_row) * m.row_stride;
+    int64_t row = indexed_row;
+    if (index.data == nullptr) row = m.tokens_per_row == 1 ? token : static_cast<INT>(token) / static_cast<INT>(m.tokens_per_row);
+    return batch * m.batch_stride + row * m.row_stride;
   }
 };
 

@@ -81,7 +81,6 @@ class Call {
     const Tensor& source = dense(*t);
     m.data = source.data();
     m.dtype = float_dtype(source);
-    m.tokens_per_row = 1;
     any_float32_ |= m.dtype == DType::f32 || table;
     if (!any_modulation_) law_ = m.dtype;
     mixed_ |= m.dtype != law_;

@@ -23,8 +23,8 @@ struct Modulation {  // rows of `width`, last dim dense; data is null where not 
   const void* data;
   DType dtype;
   int64_t batch_stride, row_stride;
-  int64_t tokens_per_row;  // without an index, token s reads row s / tokens_per_row
-  Vector table;            // added in float32
+  int64_t tokens_per_row = 1;  // without an index, token s reads row s / tokens_per_row
+  Vector table;                // added in float32
 };
 
 struct Index {  // [batch, tokens]; token s reads row index[s] of each modulation; data is null where not given

@@ -1,180 +1,217 @@
-// The fast kernels: one block a row, 16-byte accesses, all of the row asked for at once and held in registers until its statistics are
-// on their way, then in the thread's own slots of shared memory: a loop over registers would have to be unrolled, and the library be
-// twenty times larger. They serve what models use: x and residual of one dtype T, modulations all in M (T or float32), affine in T or
-// float32, tables in float32, everything 16-byte aligned, width at most kMaxItems tiles.
+// The fast kernel: a row stays in registers from its one load to its one store. It serves what models use: x and residual of one dtype
+// T, modulations all in M (T or float32), affine in T or float32, tables in float32, everything aligned, width at most kMaxItems tiles;
+// scale and shift both given or both missing; of the modulations given, all have a table or none has. docs/kernels.md tells what was
+// measured on the way here.
 #pragma once
 #include <utility>
 
 #include "formulas.cuh"
 #include "launch.h"
+#include "shapes.h"
 #include "statistics.cuh"
 
 namespace ditnorm {
 
-constexpr int kMaxItems = 12;
+template <int I>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return I; }
+};
 
-// f(0), f(1), ..., each inlined with its constant.
+// f(0), f(1), ..., each inlined with its constant. LLVM makes a copy of a loop for every condition that doesn't change in it; of this it
+// makes none.
 template <int... I, class F>
 __device__ __forceinline__ void each(std::integer_sequence<int, I...>, F&& f) {
-  (f(I), ...);
+  (f(Constant<I>{}), ...);
 }
 
-// Keeps the compiler from making one copy of a loop for every combination of operands that may be missing.
-__device__ __forceinline__ const void* not_invariant(const void* pointer) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(pointer));
-#endif
-  return pointer;
+// Half-precision modulations in float32 arithmetic: without tables that is rounding="single", and multiplications and additions may fuse.
+template <class T, class M, bool ROUND>
+constexpr bool kContracts = !ROUND && std::is_same_v<T, M> && !std::is_same_v<T, float>;
+
+// `elements` from `data` on, which may be null: then nobody reads through the result.
+template <class T>
+__device__ __forceinline__ const T* advance(const void* data, int64_t elements) {
+  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(data) + elements * sizeof(T));
 }
 
-template <class T, int N>
-__device__ __forceinline__ void load_floats(float (&out)[N], const void* data, int64_t offset) {
-  const auto pack = load_pack<T, N>(data, offset);
-#pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = to_float(pack.v[j]);
-}
-
-// N elements of the affine, in T or float32 (which one is known at run time), or `missing`.
-template <class T, int N>
-__device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vector, int64_t column, float missing) {
-  const void* data = not_invariant(vector.data);
-  if (data == nullptr) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = missing;
-  } else if (vector.dtype == DType::f32) {
-    load_floats<float>(out, data, column);
-  } else {
-    load_floats<T>(out, data, column);
-  }
-}
-
-// N elements of a modulation's row, its table added, or `missing`.
+// The row of a modulation that one token reads, from a thread's first column on.
 template <class M, int N>
-__device__ __forceinline__ void load_modulation(float (&out)[N], const Modulation& m, int64_t offset, int64_t column, float missing) {
-  const void *data = not_invariant(m.data), *table = not_invariant(m.table.data);
-  if (data == nullptr) {
+struct ModulationRow {
+  const M* row;
+  const float* table;
+
+  __device__ __forceinline__ ModulationRow(const Modulation& m, const Token& at, const Index& index, int first)
+      : row(advance<M>(m.data, at.offset<uint32_t>(m, index) + first)), table(advance<float>(m.table.data, first)) {}
+
+  __device__ __forceinline__ Pack<M, N> load(int offset) const { return load_pack<M, N>(row + offset); }
+
+  // `loaded` plus the table's values.
+  __device__ __forceinline__ void add_table(float (&sums)[N], const Pack<M, N>& loaded, int offset) const {
+    to_floats(sums, loaded);
+    const auto addends = load_pack<float, N>(table + offset);
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = missing;
-    return;
+    for (int j = 0; j < N; ++j) sums[j] = __fadd_rn(sums[j], addends.v[j]);
   }
-  load_floats<M>(out, data, offset + column);
-  if (table != nullptr) {
-    float addend[N];
-    load_floats<float>(addend, table, column);
-#pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = __fadd_rn(out[j], addend[j]);
+};
+
+// N elements of the affine, in T or float32 (which one is known at run time).
+template <class T, int N>
+__device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vector, int column) {
+  if (vector.dtype == DType::f32) {
+    to_floats(out, load_pack<float, N>(static_cast<const float*>(vector.data) + column));
+  } else {
+    to_floats(out, load_pack<T, N>(static_cast<const T*>(vector.data) + column));
   }
 }
 
-// Left alone (0), ptxas spills a few registers of these on sm_80 and sm_120, to reach an occupancy that it likes. On sm_90 it doesn't.
-template <class T, bool RESIDUAL, int ITEMS>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int kMinBlocks = 0;
-#else
-constexpr int kMinBlocks = std::is_same_v<T, float> || (RESIDUAL && ITEMS == kMaxItems) ? 1 : 0;
-#endif
+template <class T, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
 
-// ITEMS: the row's tiles of 512 elements, rounded up. RESIDUAL: scale_residual_norm_scale_shift.
-template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS>
-__global__ void __launch_bounds__(kLanes* static_cast<int>(sizeof(T)) / 4, kMinBlocks<T, RESIDUAL, ITEMS>) row_kernel(const Problem p) {
-  constexpr int N = 16 / sizeof(T);  // elements of one access
-  constexpr int LANES = N / kGroup;  // of ATen's lanes, that this thread is
-  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  __shared__ Pack<T, N> slots[ITEMS][kLanes / LANES];
+// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
+template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+__global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND, ITEMS, SHAPE>) row_kernel(const Problem p) {
+  constexpr int kLanesHere = SHAPE::kLanesPerThread;
+  constexpr int N = SHAPE::template kElements<T>;  // of one access
+  constexpr int kStep = SHAPE::kThreads * N;       // of all threads' accesses together
+  constexpr int kPerTile = kTile / kStep;          // accesses of one thread
+  constexpr int kAccesses = ITEMS * kPerTile;
+  constexpr auto kEach = std::make_integer_sequence<int, kAccesses>{};
+  __shared__ Exchange exchange;
 
-  const int64_t rows = p.batch * p.tokens;
-  const int first = threadIdx.x * N;
   const int width = static_cast<int>(p.width);
+  const int first = static_cast<int>(threadIdx.x) * N;
+  const auto inside = [&](int i) { return i / kPerTile < kFullTiles<ITEMS> || first + i * kStep < width; };
+  wait_for_previous_kernel();
+  const Token at(p, blockIdx.y, blockIdx.x);
 
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Token at(p, row);
-    const int64_t x_offset = at.offset(p.x) + first, out_offset = row * p.width;
-    Pack<T, N> v[ITEMS];
+  // All of the row is asked for at once.
+  Pack<T, N> v[kAccesses], branch[RESIDUAL ? kAccesses : 1];
+  const T* const x = static_cast<const T*>(p.x.data) + at.offset(p.x) + first;
+  const T* const residual = advance<T>(p.residual.data, at.offset(p.residual) + first);
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    v[i] = load_stream<T, N>((RESIDUAL ? residual : x) + i * kStep);
+    if constexpr (RESIDUAL) branch[i] = load_stream<T, N>(x + i * kStep);
+  });
 
-    if constexpr (RESIDUAL) {
-      const int64_t residual_offset = at.offset(p.residual) + first, gate_offset = at.offset(p.gate, p.index);
-      Pack<T, N> x[ITEMS];
-      each(kEach, [&](int i) {
-        if (first + i * kTile >= width) return;
-        v[i] = load_pack<T, N>(p.residual.data, residual_offset + i * kTile);
-        x[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
-      });
-      const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
-      each(kEach, [&](int i) {
-        const int column = first + i * kTile;
-        if (column >= width) return;
-        float gate[N];
-        load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          v[i].v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v[i].v[j]), to_float(x[i].v[j]), __fmul_rn(gate[j], poison)));
-        }
-        store_pack<T, N>(p.r, out_offset + column, v[i]);
-      });
-    } else {
-      each(kEach, [&](int i) {
-        if (first + i * kTile < width) v[i] = load_pack<T, N>(p.x.data, x_offset + i * kTile);
-      });
-    }
+  const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, affine = p.weight.data != nullptr;
+  const bool tabled = !ROUND && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
+  const ModulationRow<M, N> gate(p.gate, at, p.index, first), scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
+  // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
+  constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses, kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
+  Pack<M, N> gates[RESIDUAL ? kSlots : 1], scales[kSlots], shifts[kSlots];
+  const auto ask_gate = [&](auto i) {
+    if (i < kAccesses && gated && inside(i)) gates[i % kSlots] = gate.load(i * kStep);
+  };
+  const auto ask = [&](auto i) {
+    if (i < kAccesses && modulated && inside(i)) scales[i % kSlots] = scale.load(i * kStep), shifts[i % kSlots] = shift.load(i * kStep);
+  };
+  constexpr auto kFirst = std::make_integer_sequence<int, kAhead>{};
+  if constexpr (RESIDUAL) each(kFirst, ask_gate);
+  if constexpr (kAhead == kAccesses) each(kFirst, ask);
 
-    Welford lanes[LANES] = {};
-    each(kEach, [&](int i) {
-      if (first + i * kTile >= width) return;
-      slots[i][threadIdx.x] = v[i];
-#pragma unroll
-      for (int lane = 0; lane < LANES; ++lane) {
-        each(std::make_integer_sequence<int, kGroup>{}, [&](int j) {
-          const float element = to_float(v[i].v[lane * kGroup + j]);
-          if (p.norm == Norm::layer) {
-            lanes[lane].add(element, 1.0f / (i * kGroup + j + 1));
-          } else {
-            lanes[lane].m2 = __fmaf_rn(element, element, lanes[lane].m2);
-          }
-        });
-        lanes[lane].count = (i + 1) * kGroup;
+  const int64_t out = (at.batch * p.tokens + at.token) * p.width + first;
+  if constexpr (RESIDUAL) {
+    each(kEach, [&](auto i) {
+      if (!inside(i)) return;
+      ask_gate(Constant<i + kAhead>{});
+      const auto& loaded = gates[i % kSlots];
+      float gate_values[N];
+      if (!gated) {
+        v[i] = add(v[i], branch[i]);
+      } else if (unlikely(tabled)) {
+        gate.add_table(gate_values, loaded, i * kStep);
+        v[i] = add_gated(v[i], branch[i], gate_values);
+      } else if constexpr (ROUND) {
+        v[i] = add_gated_rounded(v[i], branch[i], loaded);
+      } else if constexpr (kContracts<T, M, ROUND>) {
+        v[i] = add_gated_contracted(v[i], branch[i], loaded);
+      } else {
+        to_floats(gate_values, loaded);
+        v[i] = add_gated(v[i], branch[i], gate_values);
       }
+      if (!at.valid && gated) v[i] = filled<T, N>(kNaN);
+      store_pack(static_cast<T*>(p.r) + out + i * kStep, v[i]);
     });
-    Statistics row_statistics = reduce<LANES>(lanes, p);
-    if (!at.valid) row_statistics.rstd = kNaN;
+  }
 
-    const int64_t scale_offset = at.offset(p.scale, p.index), shift_offset = at.offset(p.shift, p.index);
-#pragma unroll 1
-    for (int column = first, i = 0; column < width; column += kTile, ++i) {
-      float weight[N], bias[N], scale[N], shift[N];
-      load_modulation<M>(scale, p.scale, scale_offset, column, kNoScale);
-      load_modulation<M>(shift, p.shift, shift_offset, column, kNoShift);
-      load_vector<T>(weight, p.weight, column, kNoWeight);
-      load_vector<T>(bias, p.bias, column, kNoBias);
-      const Pack<T, N> row_i = slots[i][threadIdx.x];
-      Pack<T, N> y;
+  Welford lanes[kLanesHere] = {};
+  const auto visit_all = [&](auto visit) {
+    each(kEach, [&](auto i) {
+      if (!inside(i)) return;
+      float values[N];
+      to_floats(values, v[i]);
+      constexpr int tile = i / kPerTile, access = i % kPerTile;
+      each(std::make_integer_sequence<int, N>{}, [&](auto j) {
+        Welford& lane = lanes[access * (N / kGroup) + j / kGroup];
+        visit(lane, values[j], 1.0f / (tile * kGroup + j % kGroup + 1));
+        lane.count = (tile + 1) * kGroup;
+      });
+    });
+    if constexpr (kAhead < kAccesses) each(kFirst, ask);
+  };
+  Welford row;
+  if (unlikely(p.norm == Norm::rms)) {
+    visit_all([](Welford& lane, float value, float reciprocal) { add<Norm::rms>(lane, value, reciprocal); });
+    row = reduce<Norm::rms, true>(lanes, exchange);
+  } else {
+    visit_all([](Welford& lane, float value, float reciprocal) { add<Norm::layer>(lane, value, reciprocal); });
+    row = unlikely(width % kTile != 0) ? reduce<Norm::layer, false>(lanes, exchange) : reduce<Norm::layer, true>(lanes, exchange);
+  }
+  Statistics statistics = finish(row, p);
+  if (!at.valid) statistics.rstd = kNaN;
+
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    ask(Constant<i + kAhead>{});
+    const auto &loaded_scale = scales[i % kSlots], &loaded_shift = shifts[i % kSlots];
+    float n[N], scale_values[N], shift_values[N];
+    to_floats(n, v[i]);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float n = normalize<T, ROUND>(to_float(row_i.v[j]), row_statistics.mean, row_statistics.rstd, weight[j], bias[j]);
-        y.v[j] = from_float<T>(modulate<T, ROUND>(n, scale[j], shift[j]));
-      }
-      store_pack<T, N>(p.y, out_offset + column, y);
-    }
-    __syncthreads();  // the next row's statistics go through the same shared memory
-  }
-}
+    for (int j = 0; j < N; ++j) n[j] = __fsub_rn(n[j], statistics.mean);
 
-template <class T, class M, bool RESIDUAL, bool ROUND>
-int launch_row_kernel(const Problem& p, void* stream) {
-  constexpr int kThreads = kLanes * static_cast<int>(sizeof(T)) / 4;
-  const auto launch_items = [&](auto kernel) { return launch(kernel, blocks(p.batch * p.tokens), kThreads, stream, p); };
-  switch ((p.width + kTile - 1) / kTile) {
-    case 1: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 1>);
-    case 2: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 2>);
-    case 3: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 3>);
-    case 4: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 4>);
-    case 5:
-    case 6: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 6>);
-    case 7:
-    case 8: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 8>);
-    case 9:
-    case 10: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, 10>);
-    default: return launch_items(&row_kernel<T, M, RESIDUAL, ROUND, kMaxItems>);
-  }
+    Pack<T, N> y;
+    if (kContracts<T, M, ROUND> && !unlikely(!modulated || affine || tabled)) {
+      to_floats(scale_values, loaded_scale);
+      to_floats(shift_values, loaded_shift);
+#pragma unroll
+      for (int j = 0; j < N; ++j) n[j] = modulate_contracted(n[j], statistics.rstd, scale_values[j], shift_values[j]);
+      y = from_floats<T, N>(n);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) n[j] = __fmul_rn(statistics.rstd, n[j]);
+      if (unlikely(affine)) {
+        float weight[N], bias[N];
+        load_vector<T>(weight, p.weight, first + i * kStep);
+        if (p.bias.data != nullptr) {
+          load_vector<T>(bias, p.bias, first + i * kStep);
+        } else {
+#pragma unroll
+          for (int j = 0; j < N; ++j) bias[j] = kNoBias;
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) n[j] = __fmaf_rn(weight[j], n[j], bias[j]);
+      }
+      if constexpr (ROUND) {
+        y = from_floats<T, N>(n);
+        if (modulated) y = modulate_rounded(y, loaded_scale, loaded_shift);
+      } else {
+        if (modulated) {
+          if (unlikely(tabled)) {
+            scale.add_table(scale_values, loaded_scale, i * kStep);
+            shift.add_table(shift_values, loaded_shift, i * kStep);
+          } else {
+            to_floats(scale_values, loaded_scale);
+            to_floats(shift_values, loaded_shift);
+          }
+#pragma unroll
+          for (int j = 0; j < N; ++j) n[j] = modulate<T, false>(n[j], scale_values[j], shift_values[j]);
+        }
+        y = from_floats<T, N>(n);
+      }
+    }
+    store_pack(static_cast<T*>(p.y) + out + i * kStep, y);
+  });
 }
 
 }  // namespace ditnorm

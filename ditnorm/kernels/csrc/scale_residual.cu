@@ -1,49 +1,67 @@
-// r = residual + gate * x, a row a block, 16 bytes an access.
+// r = residual + gate * x. As plain copies are fastest: small blocks, 16 bytes a thread.
 #include "dispatch.cuh"
 #include "generic_kernel.cuh"
 #include "row_kernel.cuh"
 
 namespace ditnorm {
 
+constexpr int kResidualThreads = 128;
+
+// `parts`: the blocks of one row.
 template <class T, class M, bool ROUND>
-__global__ void __launch_bounds__(kLanes) residual_row_kernel(const Problem p) {
+__global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Problem p, const unsigned parts) {
   constexpr int N = 16 / sizeof(T);
-  const int64_t rows = p.batch * p.tokens;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Token at(p, row);
-    const int64_t x_offset = at.offset(p.x), residual_offset = at.offset(p.residual), gate_offset = at.offset(p.gate, p.index);
-    const float poison = at.valid || p.gate.data == nullptr ? kNoGate : kNaN;
-    for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < p.width; column += kLanes * N) {
-      auto v = load_pack<T, N>(p.residual.data, residual_offset + column);
-      const auto x = load_pack<T, N>(p.x.data, x_offset + column);
-      float gate[N];
-      load_modulation<M>(gate, p.gate, gate_offset, column, kNoGate);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        v.v[j] = from_float<T>(add_gated<T, ROUND>(to_float(v.v[j]), to_float(x.v[j]), __fmul_rn(gate[j], poison)));
+  const unsigned token = parts == 1 ? blockIdx.x : blockIdx.x / parts;
+  const int column = static_cast<int>((blockIdx.x - token * parts) * kResidualThreads + threadIdx.x) * N;
+  if (column >= p.width) return;
+  wait_for_previous_kernel();
+  const Token at(p, blockIdx.y, token);
+  auto v = load_stream<T, N>(static_cast<const T*>(p.residual.data) + at.offset(p.residual) + column);
+  const auto branch = load_stream<T, N>(static_cast<const T*>(p.x.data) + at.offset(p.x) + column);
+  if (p.gate.data == nullptr) {
+    v = add(v, branch);
+  } else {
+    const ModulationRow<M, N> gate(p.gate, at, p.index, column);
+    const auto loaded = gate.load(0);
+    if constexpr (ROUND) {
+      v = add_gated_rounded(v, branch, loaded);
+    } else {
+      const bool tabled = p.gate.table.data != nullptr;
+      float values[N];
+      to_floats(values, loaded);
+      if (tabled) gate.add_table(values, loaded, 0);
+      if constexpr (kContracts<T, M, ROUND>) {
+        v = tabled ? add_gated(v, branch, values) : add_gated_contracted(v, branch, loaded);
+      } else {
+        v = add_gated(v, branch, values);
       }
-      store_pack<T, N>(p.r, row * p.width + column, v);
     }
+    if (!at.valid) v = filled<T, N>(kNaN);
   }
+  store_pack(static_cast<T*>(p.r) + (at.batch * p.tokens + token) * p.width + column, v);
 }
 
 template <class T>
-int launch_residual_row_kernel(const Problem& p, DType modulation, void* stream) {
-  const unsigned grid = blocks(p.batch * p.tokens);
+int launch_residual_kernel(const Problem& p, DType modulation, void* stream) {
+  constexpr int kElements = kResidualThreads * 16 / sizeof(T);  // of a block
+  const auto parts = static_cast<unsigned>((p.width + kElements - 1) / kElements);
+  if (p.tokens * parts > 0x7fffffff) return launch_generic_kernel<Op::scale_residual, Norm::layer>(p, stream);
+  const dim3 grid(static_cast<unsigned>(p.tokens) * parts, static_cast<unsigned>(p.batch));
+  const auto launch_law = [&](auto kernel) { return launch(kernel, grid, kResidualThreads, stream, p, parts); };
   if constexpr (!std::is_same_v<T, float>) {
-    if (modulation == DType::f32) return launch(&residual_row_kernel<T, float, false>, grid, kLanes, stream, p);
-    if (p.round_each) return launch(&residual_row_kernel<T, T, true>, grid, kLanes, stream, p);
+    if (modulation == DType::f32) return launch_law(&residual_kernel<T, float, false>);
+    if (p.round_each) return launch_law(&residual_kernel<T, T, true>);
   }
-  return launch(&residual_row_kernel<T, T, false>, grid, kLanes, stream, p);
+  return launch_law(&residual_kernel<T, T, false>);
 }
 
 int scale_residual(const Problem& p, void* stream) {
   const DType modulation = fast_modulation_dtype(p);
   if (modulation == DType::u8) return launch_generic_kernel<Op::scale_residual, Norm::layer>(p, stream);
   switch (p.x.dtype) {
-    case DType::f32: return launch_residual_row_kernel<float>(p, modulation, stream);
-    case DType::f16: return launch_residual_row_kernel<__half>(p, modulation, stream);
-    default: return launch_residual_row_kernel<__nv_bfloat16>(p, modulation, stream);
+    case DType::f32: return launch_residual_kernel<float>(p, modulation, stream);
+    case DType::f16: return launch_residual_kernel<__half>(p, modulation, stream);
+    default: return launch_residual_kernel<__nv_bfloat16>(p, modulation, stream);
   }
 }
 
@@ -58,7 +76,7 @@ const char* error_string(int error) {
 const char* unusable() {
 #ifdef __CUDACC__
   cudaFuncAttributes attributes;  // fails for a driver older than the toolkit, and for a GPU that no embedded code fits
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, &residual_row_kernel<float, float, false>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, &residual_kernel<float, float, false>);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // clear it: PyTorch's next check would report it as its own
   return cudaGetErrorString(error);

@@ -4,16 +4,13 @@
 //   128 lanes; lane l takes the groups of 4 consecutive elements l, l + 128, l + 256, ... and runs Welford over them in order;
 //   in each warp of 32 lanes, lane l combines with l + 16, then l + 8, + 4, + 2, + 1; at last warps 0 and 1 with 2 and 3, and 0 with 1.
 //
-// A 16-byte load of a half-precision type holds two groups, so there a thread is two neighbouring lanes and the row takes 64 threads;
-// in float32 a thread is one lane and the row takes 128. The fused multiply-adds are those that nvcc contracts in ATen.
+// So the lanes combine along the bits 4, 3, 2, 1, 0, 6, 5 of their numbers. Here both sides of a pair compute the result, and no thread
+// has to be told. The fused multiply-adds are those that nvcc contracts in ATen.
 #pragma once
 #include "numerics.cuh"
+#include "shapes.h"
 
 namespace ditnorm {
-
-constexpr int kLanes = 128;
-constexpr int kGroup = 4;
-constexpr int kTile = kLanes * kGroup;  // the elements that all lanes together take at a time
 
 struct Statistics {
   float mean, rstd;  // mean is 0 for RMSNorm
@@ -22,56 +19,115 @@ struct Statistics {
 // Welford's running state. For RMSNorm m2 is the plain sum of squares and mean stays 0.
 struct Welford {
   float mean, m2, count;
+};
 
-  // The (count + 1)-th element; `reciprocal` is 1 / (count + 1). The caller keeps count.
-  __device__ __forceinline__ void add(float v, float reciprocal) {
-    const float delta = __fsub_rn(v, mean);
-    mean = __fmaf_rn(delta, reciprocal, mean);
-    m2 = __fmaf_rn(delta, __fsub_rn(v, mean), m2);
+// The n-th element of a lane; `reciprocal` is 1 / n. The caller keeps count.
+template <Norm NORM>
+__device__ __forceinline__ void add(Welford& lane, float v, float reciprocal) {
+  if constexpr (NORM == Norm::layer) {
+    const float delta = __fsub_rn(v, lane.mean);
+    lane.mean = __fmaf_rn(delta, reciprocal, lane.mean);
+    lane.m2 = __fmaf_rn(delta, __fsub_rn(v, lane.mean), lane.m2);
+  } else {
+    lane.m2 = __fmaf_rn(v, v, lane.m2);
   }
+}
 
-  __device__ __forceinline__ void combine(const Welford& other) {
-    const float total = __fadd_rn(other.count, count);
-    if (total == 0.0f) return;
+// `lower` has the lower lane numbers. EQUAL: both have seen n elements, and n * (1 / 2n) is 0.5 (for n = 4, 8, ..., 160 it is, in float32).
+template <Norm NORM, bool EQUAL>
+__device__ __forceinline__ Welford combine(const Welford& lower, const Welford& higher) {
+  if constexpr (NORM == Norm::rms) return {0.0f, __fadd_rn(lower.m2, higher.m2), 0.0f};
+  const float total = __fadd_rn(higher.count, lower.count);
+  float of_higher = 0.5f, of_lower = 0.5f;
+  if constexpr (!EQUAL) {
+    if (total == 0.0f) return lower;
     const float reciprocal = __frcp_rn(total);
-    const float others = __fmul_rn(other.count, reciprocal), own = __fmul_rn(count, reciprocal);
-    const float delta = __fsub_rn(mean, other.mean);
-    mean = __fmaf_rn(other.mean, others, __fmul_rn(mean, own));
-    m2 = __fmaf_rn(__fmul_rn(__fmul_rn(delta, delta), other.count), own, __fadd_rn(m2, other.m2));
-    count = total;
+    of_higher = __fmul_rn(higher.count, reciprocal);
+    of_lower = __fmul_rn(lower.count, reciprocal);
+  }
+  const float delta = __fsub_rn(lower.mean, higher.mean);
+  return {__fmaf_rn(higher.mean, of_higher, __fmul_rn(lower.mean, of_lower)),
+          __fmaf_rn(__fmul_rn(__fmul_rn(delta, delta), higher.count), of_lower, __fadd_rn(lower.m2, higher.m2)), total};
+}
+
+// Not `condition ? a : b`, which selects an address and so drives the states out of the registers.
+__device__ __forceinline__ Welford select(bool condition, const Welford& a, const Welford& b) {
+  return {condition ? a.mean : b.mean, condition ? a.m2 : b.m2, condition ? a.count : b.count};
+}
+
+template <Norm NORM, bool EQUAL>
+__device__ __forceinline__ Welford partner(const Welford& state, int thread_bit) {
+  return {NORM == Norm::layer ? __shfl_xor_sync(0xffffffffu, state.mean, thread_bit) : 0.0f,
+          __shfl_xor_sync(0xffffffffu, state.m2, thread_bit),
+          NORM == Norm::layer && !EQUAL ? __shfl_xor_sync(0xffffffffu, state.count, thread_bit) : state.count};
+}
+
+template <Norm NORM, bool EQUAL>
+__device__ __forceinline__ Welford combine_ordered(bool upper, const Welford& own, const Welford& other) {
+  if constexpr (EQUAL) return combine<NORM, EQUAL>(own, other);  // the order doesn't matter
+  return combine<NORM, EQUAL>(select(upper, other, own), select(upper, own, other));
+}
+
+// Combines a state with that of the thread whose number differs in one bit.
+template <Norm NORM, bool EQUAL>
+__device__ __forceinline__ void combine_along(int thread_bit, Welford& state) {
+  state = combine_ordered<NORM, EQUAL>(threadIdx.x & thread_bit, state, partner<NORM, EQUAL>(state, thread_bit));
+}
+
+// The same for a thread with two states: it keeps one, its partner the other, which is half the work. From then on the bit of the thread's
+// number says what the state's number said.
+template <Norm NORM, bool EQUAL>
+__device__ __forceinline__ void split_along(int thread_bit, Welford (&states)[2]) {
+  const bool upper = threadIdx.x & thread_bit;
+  const Welford own = select(upper, states[1], states[0]);
+  const Welford other = partner<NORM, EQUAL>(select(upper, states[0], states[1]), thread_bit);
+  states[0] = combine_ordered<NORM, EQUAL>(upper, own, other);
+}
+
+// The states of ATen's four warps, in exchange.
+struct Exchange {
+  float2 moments[4];
+  float counts[4];
+
+  template <bool EQUAL>
+  __device__ __forceinline__ void put(int warp, const Welford& state) {
+    moments[warp] = {state.mean, state.m2};
+    if constexpr (!EQUAL) counts[warp] = state.count;
+  }
+  // `like`: has the count if all have the same
+  template <bool EQUAL>
+  __device__ __forceinline__ Welford get(int warp, const Welford& like) const {
+    const float2 both = moments[warp];
+    return {both.x, both.y, EQUAL ? like.count : counts[warp]};
   }
 };
 
-__device__ __forceinline__ Welford shuffle_down(const Welford& state, int offset, int width) {
-  return {__shfl_down_sync(0xffffffffu, state.mean, offset, width), __shfl_down_sync(0xffffffffu, state.m2, offset, width),
-          __shfl_down_sync(0xffffffffu, state.count, offset, width)};
-}
-
-__device__ __forceinline__ void combine(Norm norm, Welford& a, const Welford& b) {
-  if (norm == Norm::layer) {
-    a.combine(b);
-  } else {
-    a.m2 = __fadd_rn(a.m2, b.m2);
+// States of a thread's lanes -> the row's, in all kLanes / LANES threads of the block.
+template <Norm NORM, bool EQUAL, int LANES>
+__device__ __forceinline__ Welford reduce(Welford (&lanes)[LANES], Exchange& exchange) {
+  Welford& state = lanes[0];
+  const auto along = [&](int thread_bit) { combine_along<NORM, EQUAL>(thread_bit, state); };
+  const int warp = threadIdx.x / 32;
+  if constexpr (LANES == 1) {  // thread = lane
+    along(16), along(8), along(4), along(2), along(1);
+    if (threadIdx.x % 32 == 0) exchange.put<EQUAL>(warp, state);
+    __syncthreads();
+    const auto of = [&](int other) { return exchange.get<EQUAL>(other, state); };
+    return combine<NORM, EQUAL>(combine<NORM, EQUAL>(of(0), of(2)), combine<NORM, EQUAL>(of(1), of(3)));
+  } else {  // thread, state = lane / 2, lane % 2
+    static_assert(LANES == 2);
+    split_along<NORM, EQUAL>(8, lanes);  // lane bit 4; lane bit 0 becomes thread bit 3
+    along(4), along(2), along(1), along(8);
+    if (threadIdx.x % 16 == 0) exchange.put<EQUAL>(threadIdx.x / 16, state);
+    __syncthreads();
+    const Welford other = exchange.get<EQUAL>(threadIdx.x / 16 ^ 2, state);
+    state = combine_ordered<NORM, EQUAL>(warp == 1, state, other);  // lane bit 6
+    along(16);                                                      // lane bit 5
+    return state;
   }
 }
 
-// Called by all kLanes / LANES threads of a block, with the states of thread t's lanes LANES * t, ...; returns the row's statistics to all.
-template <int LANES>
-__device__ __forceinline__ Statistics reduce(Welford (&lanes)[LANES], const Problem& p) {
-  constexpr int kThreadsPerWarp = 32 / LANES;  // of ATen's warps
-  __shared__ Welford warps[4];
-#pragma unroll
-  for (int offset = kThreadsPerWarp / 2; offset > 0; offset /= 2) {
-#pragma unroll
-    for (int i = 0; i < LANES; ++i) combine(p.norm, lanes[i], shuffle_down(lanes[i], offset, kThreadsPerWarp));
-  }
-  if constexpr (LANES == 2) combine(p.norm, lanes[0], lanes[1]);
-  if (threadIdx.x % kThreadsPerWarp == 0) warps[threadIdx.x / kThreadsPerWarp] = lanes[0];
-  __syncthreads();
-  Welford row = warps[0], odd = warps[1];
-  combine(p.norm, row, warps[2]);
-  combine(p.norm, odd, warps[3]);
-  combine(p.norm, row, odd);
+__device__ __forceinline__ Statistics finish(const Welford& row, const Problem& p) {
   const float variance = __fdiv_rn(row.m2, static_cast<float>(p.width));
   return {row.mean, rsqrtf(__fadd_rn(variance, p.eps))};
 }

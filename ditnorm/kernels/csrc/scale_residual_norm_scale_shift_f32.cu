@@ -1,0 +1,3 @@
+#include "row_launch.cuh"
+
+template int ditnorm::launch_row_kernels<true, float>(const Problem&, DType, void*);
