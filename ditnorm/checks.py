@@ -17,6 +17,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+class UnfusedDtypesError(TypeError):
+    """``rounding="eager"`` with mixed dtypes, which no kernel takes and which PyTorch promotes in upstream's expression."""
+
+
 def norm_scale_shift(
     x: Tensor,
     scale: Tensor | None,
@@ -75,7 +79,10 @@ def _check(
     eps: float,
     rounding: str,
 ) -> None:
-    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument."""
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument.
+
+    ``UnfusedDtypesError`` says that nothing else is wrong.
+    """
     _option("norm", norm, NORMS)
     _option("rounding", rounding, ROUNDINGS)
     _tensor("x", x, FLOATS)
@@ -192,11 +199,11 @@ def _devices(x: Tensor, others: Mapping[str, Tensor | None], modulations: Mappin
 
 def _law(x: Tensor, residual: Tensor | None, modulations: Mapping[str, Modulation], norm: str) -> None:
     if residual is not None and residual.dtype is not x.dtype:
-        raise TypeError(f'residual: rounding="eager" needs the dtype of x, {x.dtype}, got {residual.dtype}')
+        raise UnfusedDtypesError(f'residual: rounding="eager" is fused in the dtype of x, {x.dtype}, got {residual.dtype}')
     law = law_dtype(x, tuple(modulations.values()), norm, "eager")
     for name, (m, _) in modulations.items():
         if m is not None and law is not torch.float32 and m.dtype is not x.dtype:
-            raise TypeError(f'{name}: rounding="eager" needs the dtype of x, {x.dtype}, or float32, got {m.dtype}')
+            raise UnfusedDtypesError(f'{name}: rounding="eager" is fused in the dtype of x, {x.dtype}, or float32, got {m.dtype}')
 
 
 def _shape(t: Tensor) -> str:

@@ -15,9 +15,10 @@ Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of 
 ``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``) or ``"fp32_layer"`` (diffusers' ``FP32LayerNorm``).
 
 ``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and rounds ``y`` once. ``"eager"`` equals, bit
-for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It needs ``x`` and ``residual`` of one dtype
-T and modulations in T or float32. On CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's vectorised norms
-take them, and not for a bias without a weight; elsewhere the roundings are the same.
+for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It is fused for ``x`` and ``residual`` of one
+dtype T and modulations in T or float32; other mixtures run the unfused expression, and the results have the dtypes of upstream's. On
+CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's vectorised norms take them, and not for a bias without a
+weight; elsewhere the roundings are the same.
 
 Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the argument. An index out of range is an
 ``IndexError`` on the CPU and a row of NaN elsewhere.
@@ -43,6 +44,9 @@ _norm_scale_shift = kernels.ops.norm_scale_shift.default
 _scale_residual_norm_scale_shift = kernels.ops.scale_residual_norm_scale_shift.default
 _scale_residual = kernels.ops.scale_residual.default
 
+# A tenth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
+_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 
 def norm_scale_shift(
     x: Tensor,
@@ -65,12 +69,16 @@ def norm_scale_shift(
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             checks.norm_scale_shift(*tensors, norm, eps, rounding)
             return _differentiable(_norm_scale_shift, codes, reference.norm_scale_shift, (norm, eps, rounding), tensors)
         return _norm_scale_shift(*tensors, *codes)
     except _REJECTED:
-        checks.norm_scale_shift(*tensors, norm, eps, rounding)
+        try:
+            checks.norm_scale_shift(*tensors, norm, eps, rounding)
+        except checks.UnfusedDtypesError:
+            kernels.count_reference("norm_scale_shift")
+            return reference.norm_scale_shift(*tensors, norm, eps, rounding)
         raise
 
 
@@ -98,13 +106,17 @@ def scale_residual_norm_scale_shift(
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
             expression = reference.scale_residual_norm_scale_shift
             return _differentiable(_scale_residual_norm_scale_shift, codes, expression, (norm, eps, rounding), tensors)
         return _scale_residual_norm_scale_shift(*tensors, *codes)
     except _REJECTED:
-        checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
+        try:
+            checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
+        except checks.UnfusedDtypesError:
+            kernels.count_reference("scale_residual_norm_scale_shift")
+            return reference.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
         raise
 
 
@@ -124,12 +136,16 @@ def scale_residual(
     tensors = (residual, x, gate, gate_table, index)
     try:
         codes = (_ROUNDING[rounding],)
-        if (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             checks.scale_residual(*tensors, rounding)
             return _differentiable(_scale_residual, codes, reference.scale_residual, (rounding,), tensors)
         return _scale_residual(*tensors, *codes)
     except _REJECTED:
-        checks.scale_residual(*tensors, rounding)
+        try:
+            checks.scale_residual(*tensors, rounding)
+        except checks.UnfusedDtypesError:
+            kernels.count_reference("scale_residual")
+            return reference.scale_residual(*tensors, rounding)
         raise
 
 

@@ -116,7 +116,7 @@ class _NormScaleShift(_Norm):
         law = reference.law_dtype(x, ((scale, scale_table), (shift, shift_table)), self.norm, self.rounding)
         n = super().__call__(x.float() if law is torch.float32 else x)
         scale, shift = (reference.broadcast(m, t, index, x, law) for m, t in ((scale, scale_table), (shift, shift_table)))
-        return reference.modulate(n, scale, shift).to(x.dtype)
+        return reference.stored(reference.modulate(n, scale, shift), x, x, law, self.rounding)
 
 
 class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
@@ -242,11 +242,11 @@ class ScaleResidualNormScaleShift(_Norm):
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        law = reference.law_dtype(x, ((gate, gate_table), (scale, scale_table), (shift, shift_table)), self.norm, self.rounding)
-        r = reference.add_gated(residual, x, reference.broadcast(gate, gate_table, index, x, law), law)
+        law = reference.law_dtype(x, ((gate, gate_table), (scale, scale_table), (shift, shift_table)), self.norm, self.rounding, residual)
+        r = reference.add_gated(residual, x, reference.broadcast(gate, gate_table, index, x, law), law, self.rounding)
         n = super().__call__(r.float() if law is torch.float32 else r)
         scale, shift = (reference.broadcast(m, t, index, x, law) for m, t in ((scale, scale_table), (shift, shift_table)))
-        return reference.modulate(n, scale, shift).to(x.dtype), r
+        return reference.stored(reference.modulate(n, scale, shift), x, r, law, self.rounding), r
 
 
 class ScaleResidualLayerNormScaleShift(ScaleResidualNormScaleShift, nn.LayerNorm):  # type: ignore[misc]

@@ -151,18 +151,6 @@ def test_x_index_or_table_on_another_device(op: str) -> None:
         call(op, x=t(B, S, D, device="meta"), **{name: t(D)})
 
 
-@pytest.mark.parametrize(("op", "name"), PAIRS)
-def test_the_eager_law_has_one_dtype(op: str, name: str) -> None:
-    with pytest.raises(TypeError, match=rf'^{name}: rounding="eager" needs the dtype of x, torch.bfloat16, or float32, got torch.float16'):
-        call(op, **{name: t(D, dtype=torch.float16), "rounding": "eager"})
-
-
-@pytest.mark.parametrize("op", ["scale_residual", "scale_residual_norm_scale_shift"])
-def test_the_eager_law_needs_a_residual_like_x(op: str) -> None:
-    with pytest.raises(TypeError, match=r'residual: rounding="eager" needs the dtype of x, torch.bfloat16, got torch.float32'):
-        call(op, residual=t(B, S, D, dtype=torch.float32), rounding="eager")
-
-
 @pytest.mark.parametrize("op", OPS)
 def test_a_rejected_call_is_not_counted(op: str) -> None:
     before = kernels.counts()

@@ -94,10 +94,34 @@ def test_patching_again_changes_the_rounding_and_otherwise_nothing(model: nn.Mod
 
 def test_patching_again_picks_up_a_norm_replaced_since(model: nn.Module) -> None:
     patch_model(model)
-    model.blocks[0].norm1 = copy.deepcopy(unpatch_model(copy.deepcopy(model)).blocks[0].norm1)
+    with pytest.warns(UserWarning, match="was replaced by a FP32LayerNorm"):
+        model.blocks[0].norm1 = copy.deepcopy(unpatch_model(copy.deepcopy(model)).blocks[0].norm1)
     assert generated.origin_of(type(model.blocks[0].norm1)) is None
     patch_model(model)
+    assert generated.origin_of(type(model.blocks[0])) is not None
     assert generated.origin_of(type(model.blocks[0].norm1)) is not None
+
+
+@pytest.mark.parametrize(("name", "norm"), [("wan-t2v", "blocks.1.norm2"), ("hunyuan-video", "transformer_blocks.1.norm1.norm")])
+def test_a_norm_replaced_on_a_patched_model_runs_and_its_module_is_given_back(name: str, norm: str) -> None:
+    model, upstream = tiny.load(name, DTYPE), tiny.load(name, DTYPE)
+    replacement = nn.LayerNorm(24, eps=0.5, elementwise_affine=False)
+    upstream.set_submodule(norm, replacement)
+    expected = run(upstream, name)
+    patch_model(model)
+    with pytest.warns(UserWarning, match=rf"isn't fused any more: its {norm.split('.')[-1]} was replaced by a LayerNorm"):
+        model.set_submodule(norm, replacement)
+    assert 0 < fused_calls(lambda: torch.testing.assert_close(run(model, name), expected, rtol=0, atol=0)) < sum(tiny.MODELS[name].calls)
+    assert not is_patched(unpatch_model(model))
+    assert torch.equal(run(model, name), expected)
+
+
+def test_a_fused_norm_put_where_another_was_stays_fused(model: nn.Module) -> None:
+    patch_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.blocks[0].norm1 = copy.deepcopy(model.blocks[1].norm1)
+    assert generated.origin_of(type(model.blocks[0])) is not None
 
 
 def test_other_instances_of_the_class_are_left_alone(model: nn.Module) -> None:

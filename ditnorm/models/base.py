@@ -1,11 +1,13 @@
 """What a fused body states about the upstream class whose ``forward`` it replaces."""
 
+import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
 from ..generated import origin_of
+from ..hook_chains import set_class
 from .fingerprint import fingerprint
 
 FP32_LAYER_NORM = "918561380066"
@@ -44,6 +46,20 @@ class FusedBlock:
 
         def __getattr__(self, name: str) -> Any:
             """The sub-modules and Parameters of the upstream class."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Gives a module back to upstream's ``forward`` when somebody replaces one of its norms by a module that takes no modulation."""
+        super().__setattr__(name, value)
+        upstream = origin_of(type(self))
+        if upstream is None or name not in self.sites or issubclass(self.sites[name], FusedBlock) or origin_of(type(value)) is not None:
+            return
+        set_class(cast(nn.Module, self), upstream)
+        warnings.warn(
+            f"ditnorm: a {upstream.__name__} isn't fused any more: its {name} was replaced by a {type(value).__name__}; patching again "
+            "fuses it where it can",
+            UserWarning,
+            stacklevel=2,
+        )
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:

@@ -1,0 +1,102 @@
+"""Writes docs/compatibility.md from the data of the tests in tests/compatibility; ``--check`` says whether it is up to date."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from compatibility import matrix, parallel  # noqa: E402
+from compatibility.feature import FAMILIES, ORDERS, Feature  # noqa: E402
+
+PAGE = ROOT / "docs" / "compatibility.md"
+
+INTRODUCTION = """\
+# Compatibility
+
+What else people do to a pipeline, and what ditnorm does then. This page is written by `scripts/compatibility_table.py` from the data of
+the tests in `tests/compatibility`: every cell below is a test.
+
+A cell names what holds in all four orders:
+
+{orders}
+
+Each test checks that the output equals that of the unpatched model with the same feature (`torch.equal`; for Inductor the bound in
+`compiled.py`), that the feature is in effect as on the unpatched model, that the fused ops ran, and that unpatching restores the model.
+
+- **same**: as described.
+- **bound**: as described, within a derived bound instead of bit for bit.
+- **partly**: the rest is fused; patching names what isn't and why.
+- **upstream fails**: so does the unpatched model, with the same error; the test shows it.
+- **-**: the family has no such feature.
+
+Tests of features that need a GPU or a package that isn't installed are skipped. Cells marked *all* run with `make test-all` in some
+orders.
+"""
+
+
+def page() -> str:
+    lines = [INTRODUCTION.format(orders="\n".join(f"- **{order}**: {meaning}" for order, meaning in ORDERS.items()))]
+    for group, features in matrix.GROUPS.items():
+        lines += [f"## {group}", "", f"| | {' | '.join(FAMILIES)} | Remarks |", f"|---|{'---|' * len(FAMILIES)}---|"]
+        lines += [_row(feature) for feature in features]
+        lines.append("")
+    lines += [
+        "## Several processes",
+        "",
+        "Two ranks, with gloo on the CPU and with NCCL on two GPUs.",
+        "",
+        "| | Models | Remarks |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {kind} | {', '.join(models)} | {parallel.REMARKS.get(kind, '')} |" for kind, models in parallel.CASES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(feature: Feature) -> str:
+    return f"| {feature.name} | {' | '.join(_cell(feature, family) for family in FAMILIES)} | {'; '.join(_remarks(feature))} |"
+
+
+def _cell(feature: Feature, family: str) -> str:
+    if family not in feature.families:
+        return "-"
+    failure = feature.upstream.get(family)
+    if failure is not None:
+        where = {"cpu": " on the CPU", "cuda": " on GPUs", None: ""}[failure.device]
+        return f"upstream fails{where}" + (", else same" if failure.device is not None else "")
+    if feature.bound is not None:
+        return "bound"
+    return "partly" if feature.refused is not None else "same"
+
+
+def _remarks(feature: Feature) -> Iterator[str]:
+    yield from dict.fromkeys(f"upstream: {failure.why}" for failure in feature.upstream.values())
+    if feature.note:
+        yield feature.note
+    if feature.stuck is not None:
+        yield "unpatching a model that was patched first refuses until the feature is gone"
+    if feature.needs:
+        yield f"needs {', '.join(feature.needs)}"
+    if feature.gpus:
+        yield "needs a GPU" if feature.gpus == 1 else f"needs {feature.gpus} GPUs"
+    if feature.slow:
+        yield "*all*"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the page is out of date")
+    arguments = parser.parse_args()
+    if not arguments.check:
+        PAGE.write_text(page())
+        return 0
+    if PAGE.read_text() == page():
+        return 0
+    print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/compatibility_table.py")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

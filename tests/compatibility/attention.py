@@ -1,0 +1,71 @@
+"""How attention is computed: fused projections, backends, processors."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from .feature import Feature, its_output, linears_called
+
+
+class Scaled:
+    """A user's processor: another one's output, scaled."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.processor(*args, **kwargs)
+        return tuple(0.5 * o for o in output) if isinstance(output, tuple) else 0.5 * output
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, Attention | AttentionModuleMixin)]
+
+
+def _fuse_projections(model: nn.Module, folder: Path) -> nn.Module:
+    for attention in _attentions(model):
+        attention.fuse_projections()
+    return model
+
+
+def _set_processors(model: nn.Module, folder: Path) -> nn.Module:
+    for attention in _attentions(model):
+        attention.set_processor(Scaled(attention.processor))
+    return model
+
+
+def _reset_processors(model: nn.Module) -> nn.Module:
+    for attention in _attentions(model):
+        attention.set_processor(attention.processor.processor)
+    return model
+
+
+def _backend(name: str) -> Any:
+    def apply(model: nn.Module, folder: Path) -> nn.Module:
+        model.set_attention_backend(name)  # type: ignore[operator]
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)  # the call above also changes the whole process
+        return model
+
+    return apply
+
+
+def _default_backend(model: nn.Module) -> nn.Module:
+    model.reset_attention_backend()  # type: ignore[operator]
+    return model
+
+
+FEATURES = (
+    Feature("`set_attn_processor`", _set_processors, its_output, _reset_processors),
+    Feature(
+        "`fuse_projections` of every attention",
+        _fuse_projections,
+        linears_called,
+        families=("Wan",),
+        note="upstream's attention processors of the other families ignore it",
+    ),
+    Feature('`set_attention_backend("_native_math")`', _backend("_native_math"), its_output, _default_backend),
+)

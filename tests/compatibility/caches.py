@@ -1,0 +1,130 @@
+"""The caches of ``diffusers.hooks``, and layers that are skipped."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.hooks.hooks import HookRegistry
+from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
+from torch import Tensor, nn
+
+from .feature import Feature, Upstream, forward, its_output, linears_called
+
+STEPS = 6
+_step = 0
+
+
+def _run(model: nn.Module, family: str) -> Tensor:
+    """Several steps of one generation, as pipelines make them."""
+    global _step
+    outputs = []
+    for _step in range(STEPS):
+        with model.cache_context("cond", step_index=_step, sigma=1 - _step / STEPS, num_inference_steps=STEPS):  # type: ignore[operator]
+            outputs.append(forward(model, family, step=_step))
+    model._reset_stateful_cache()  # type: ignore[operator]
+    return torch.cat(outputs)
+
+
+def _timestep() -> int:
+    return 1000 - 1000 * _step // STEPS
+
+
+def _cache(config: Callable[[], Any]) -> Callable[[nn.Module, Path], nn.Module]:
+    def apply(model: nn.Module, folder: Path) -> nn.Module:
+        model.enable_cache(config())  # type: ignore[operator]
+        return model
+
+    return apply
+
+
+def _disable(model: nn.Module) -> nn.Module:
+    model.disable_cache()  # type: ignore[operator]
+    return model
+
+
+def _first_block() -> Any:
+    return diffusers.FirstBlockCacheConfig(threshold=10.0)
+
+
+def _mag_cache() -> Any:
+    return diffusers.MagCacheConfig(threshold=10.0, mag_ratios=torch.ones(STEPS), num_inference_steps=STEPS, retention_ratio=0.2)
+
+
+def _taylor_seer() -> Any:
+    return diffusers.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, cache_identifiers=[r".*blocks\.\d+\.attn\d?"])
+
+
+def _pyramid() -> Any:
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=("blocks",),
+        current_timestep_callback=_timestep,
+    )
+
+
+def _faster_cache() -> Any:
+    return diffusers.FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 600),
+        spatial_attention_block_identifiers=("blocks",),
+        current_timestep_callback=_timestep,
+        is_guidance_distilled=True,
+        tensor_format="BCFHW",
+    )
+
+
+def _sea_cache() -> Any:
+    return diffusers.SeaCacheConfig(threshold=10.0, raw_vision_callback=_latents)
+
+
+def _latents(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """[C, T, H, W] each; Qwen-Image's latents come as tokens."""
+    latents = kwargs["hidden_states"]
+    return list(latents if latents.dim() == 5 else latents.mT.unflatten(-1, (1, 4, 4)))
+
+
+def _layer_skip(**how: Any) -> Callable[[nn.Module, Path], nn.Module]:
+    def apply(model: nn.Module, folder: Path) -> nn.Module:
+        fqn = "blocks" if hasattr(model, "blocks") else "transformer_blocks"
+        apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn=fqn, **how))
+        return model
+
+    return apply
+
+
+def _remove_layer_skip(model: nn.Module) -> nn.Module:
+    HookRegistry.check_if_exists_or_initialize(model).remove_hook("layer_skip_hook", recurse=True)
+    return model
+
+
+FEATURES = (
+    Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some"),
+    Feature("`MagCacheConfig`", _cache(_mag_cache), linears_called, _disable, run=_run, fused="some"),
+    Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run),
+    Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run),
+    Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run),
+    Feature("`SeaCacheConfig`", _cache(_sea_cache), linears_called, _disable, run=_run, fused="some"),
+    Feature(
+        "`LayerSkipConfig`, whole block (`SkipLayerGuidance`)",
+        _layer_skip(),
+        linears_called,
+        _remove_layer_skip,
+        fused="some",
+        upstream={
+            "Qwen-Image": Upstream(
+                "must match the size of tensor", "the hook returns the two streams in the order of other families' blocks"
+            )
+        },
+    ),
+    Feature("`LayerSkipConfig`, feed-forward", _layer_skip(skip_attention=False), linears_called, _remove_layer_skip),
+    Feature(
+        "`LayerSkipConfig`, attention scores (`PerturbedAttentionGuidance`)",
+        _layer_skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
+        its_output,
+        _remove_layer_skip,
+        upstream=dict.fromkeys(("Wan", "HunyuanVideo"), Upstream("not registered", "diffusers has not registered the attention processor")),
+    ),
+)

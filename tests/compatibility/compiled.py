@@ -1,0 +1,119 @@
+"""``torch.compile`` in its forms, and ``torch.export``."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .feature import ORDERS, Feature, arguments_of, calls_of, forward, load, unchanged
+
+
+def graphs(target: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
+    """The number of graphs that this run compiled."""
+    torch._dynamo.utils.counters.clear()
+    output = run()
+    return output, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _whole(**how: Any) -> Callable[[nn.Module, Path], nn.Module]:
+    def apply(model: nn.Module, folder: Path) -> nn.Module:
+        torch._dynamo.reset()
+        return torch.compile(model, **how)  # type: ignore[return-value]
+
+    return apply
+
+
+def regional(**how: Any) -> Callable[[Any, Path], nn.Module]:
+    def apply(model: Any, folder: Path) -> nn.Module:
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(**how)
+        return model
+
+    return apply
+
+
+def _batches(model: nn.Module, family: str) -> Tensor:
+    """Three batch sizes."""
+    outputs = []
+    for batch in (2, 3, 4):
+        output = model(**_batch(family, batch), return_dict=False)[0]
+        outputs.append(output.detach()[:2])
+    return torch.stack(outputs)
+
+
+def _batch(family: str, batch: int) -> dict[str, Any]:
+    one = arguments_of(family, batch=1)
+    repeated = {k: v.repeat(batch, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) else v for k, v in one.items()}
+    return repeated | ({"img_shapes": one["img_shapes"] * batch} if "img_shapes" in one else {})
+
+
+def no_less_accurate(output: Tensor, expected: Tensor, family: str) -> None:
+    """As near to a float32 run of the same weights as the unpatched eager model is.
+
+    Inductor leaves out roundings inside the graphs between the fused ops and adds none, so the argument of
+    ``model_checks.no_less_accurate`` holds: the ratio of two such errors, estimated from N values, exceeds 1 by at most 4 / sqrt(N).
+    """
+    eager = load(family)
+    plain = forward(eager, family)
+    exact = forward(eager.float(), family, dtype=torch.float32)
+    assert _rms(output.float() - exact) <= _rms(plain.float() - exact) * (1 + 4 / math.sqrt(exact.numel()))
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def _exported(model: nn.Module, family: str) -> Tensor:
+    with torch.no_grad():
+        program = torch.export.export(model, (), arguments_of(family) | {"return_dict": False}, strict=False)
+        return program.module()(**arguments_of(family), return_dict=False)[0]
+
+
+def _one_more(found: int, upstream: int) -> bool:
+    return found <= upstream + 1
+
+
+_FIRST_BLOCK = (
+    "HunyuanVideo compiles one graph more than upstream: the model hands its first block a channel-strided stream, which upstream's blocks "
+    "pass on as it is and ditnorm's make dense"
+)
+_ALL = frozenset(ORDERS)
+_ALL_BUT_ONE = _ALL - {"patch before"}
+_HALF = _ALL - {"patch before", "patch after"}
+
+# A compiler that sees the whole model leaves out what nothing reads: Qwen-Image's text stream after the last attention.
+FEATURES = (
+    Feature('`torch.compile(backend="aot_eager")`', _whole(backend="aot_eager"), graphs, fused="any", compiles=True, slow=_HALF),
+    Feature(
+        '`torch.compile(backend="aot_eager", dynamic=True)`',
+        _whole(backend="aot_eager", dynamic=True),
+        graphs,
+        run=_batches,
+        fused="any",
+        compiles=True,
+        slow=_ALL,
+    ),
+    Feature(
+        '`compile_repeated_blocks(fullgraph=True)`, `backend="aot_eager"`',
+        regional(fullgraph=True, backend="aot_eager"),
+        graphs,
+        agrees=_one_more,
+        compiles=True,
+        note=_FIRST_BLOCK,
+    ),
+    Feature(
+        "`compile_repeated_blocks(fullgraph=True)`",
+        regional(fullgraph=True),
+        graphs,
+        bound=no_less_accurate,
+        agrees=_one_more,
+        compiles=True,
+        note=_FIRST_BLOCK,
+        slow=_ALL_BUT_ONE,
+    ),
+    Feature("`torch.compile`", _whole(), graphs, fused="any", bound=no_less_accurate, compiles=True, slow=_ALL),
+    Feature("`torch.export`", unchanged, calls_of(torch.export, "export"), run_with=_exported, compiles=True, slow=_HALF),
+)

@@ -1,0 +1,70 @@
+"""Copies, pickles, saved models; models converted after they were patched."""
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditnorm import generated, patch_model
+
+from .feature import Feature, forward, its_output, weights_at_rest
+from .offload import blocks_of
+
+
+def _another(make: Callable[[Any, Path], Any]) -> Callable[[Any, Path], Any]:
+    """What ``make`` makes of a model, with a weight changed, so that it shows which of the two runs."""
+
+    def apply(model: nn.Module, folder: Path) -> nn.Module:
+        made = make(model, folder)
+        with torch.no_grad():
+            next(p for p in blocks_of(made)[0].parameters() if p.dim() == 2).mul_(0.5)
+        return made
+
+    return apply
+
+
+def _pickle(model: nn.Module, folder: Path) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _torch_save(model: nn.Module, folder: Path) -> Any:
+    torch.save(model, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)
+
+
+def _save_pretrained(model: Any, folder: Path) -> Any:
+    """Saved models know nothing of the patch, so the loaded one is patched if the saved one was."""
+    model.save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder, torch_dtype=model.dtype).eval()
+    patched = any(generated.origin_of(type(m)) for m in model.modules())
+    return patch_model(loaded) if patched else loaded
+
+
+def _state_dict(model: Any, folder: Path) -> Any:
+    other = copy.deepcopy(model)
+    torch.save(model.state_dict(), folder / "state.pt")
+    other.load_state_dict(torch.load(folder / "state.pt"), strict=True)
+    return other
+
+
+def _convert(dtype: torch.dtype) -> Callable[[Any, Path], Any]:
+    return lambda model, folder: model.to(dtype)
+
+
+FEATURES = (
+    Feature("`copy.deepcopy`", _another(lambda model, folder: copy.deepcopy(model)), its_output),
+    Feature("`pickle`", _another(_pickle), its_output),
+    Feature("`torch.save` of the model", _another(_torch_save), its_output),
+    Feature("`save_pretrained`, `from_pretrained`", _another(_save_pretrained), its_output, note="a saved model loads unpatched"),
+    Feature("`state_dict`, `load_state_dict`", _another(_state_dict), its_output),
+    Feature("`.half()`", _convert(torch.float16), weights_at_rest, run_with=functools.partial(forward, dtype=torch.float16)),
+    Feature("`.float()`", _convert(torch.float32), weights_at_rest, run_with=functools.partial(forward, dtype=torch.float32)),
+    Feature(
+        "`.to(torch.bfloat16)`", _convert(torch.bfloat16), weights_at_rest, families=("Wan",), note="the others have no fp32 parameters"
+    ),
+)

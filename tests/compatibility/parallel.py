@@ -1,0 +1,165 @@
+"""One rank of the tests in ``test_parallel``: a model sharded over two processes, patched in every order, against the unpatched one."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import tiny
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from ditnorm import patch_model, unpatch_model
+
+from .feature import DTYPE
+from .matrix import fused_calls, is_patched
+from .offload import blocks_of
+
+WORLD = 2
+HEADS = {"num_attention_heads": 4}
+Parallelise = Callable[[Any, str], None]
+
+
+def _on_the_cpu_too() -> None:
+    """Diffusers counts accelerators and lists the devices that it has tried; with gloo the CPU computes the same."""
+    if not torch.accelerator.is_available():
+        torch.accelerator.device_count = lambda: WORLD
+        tensor_parallel._SUPPORTED_TP_DEVICES = (*tensor_parallel._SUPPORTED_TP_DEVICES, "cpu")
+
+
+def _ulysses(model: Any, device: str) -> None:
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
+
+
+def _ulysses_uneven(model: Any, device: str) -> None:
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD, ulysses_anything=True))
+
+
+def _ring(model: Any, device: str) -> None:
+    model.set_attention_backend("_native_cudnn")  # one of those that return log-sum-exps
+    model.enable_parallelism(config=ContextParallelConfig(ring_degree=WORLD))
+
+
+def _tensor_parallel(model: Any, device: str) -> None:
+    model.enable_parallelism(config=TensorParallelConfig(mesh=init_device_mesh(device, (WORLD,))))
+
+
+def _fsdp2(model: Any, device: str) -> None:
+    mesh = init_device_mesh(device, (WORLD,))
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+KINDS: dict[str, Parallelise] = {
+    "Ulysses": _ulysses,
+    "Ulysses, uneven shards": _ulysses_uneven,
+    "ring": _ring,
+    "tensor parallel": _tensor_parallel,
+    "FSDP2": _fsdp2,
+}
+CASES: dict[str, dict[str, str]] = {
+    "Ulysses": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "Wan, per token": "wan-ti2v"},
+    "Ulysses, uneven shards": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v"},
+    "ring": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "Wan, per token": "wan-ti2v"},
+    "tensor parallel": {"Qwen-Image": "qwen-image"},
+    "FSDP2": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"},
+}
+"""Kind -> family -> model: those that diffusers has a plan for."""
+
+REMARKS = {
+    "Ulysses, uneven shards": "`ulysses_anything=True`, text of 7 tokens",
+    "ring": "GPUs only: diffusers has no ring attention for the CPU",
+    "tensor parallel": "diffusers has a plan for Qwen-Image only",
+    "FSDP2": "`fully_shard` after patching; blocks that are sharded already are left alone with a warning",
+}
+
+
+def load(name: str, device: str) -> Any:
+    """The tiny model with a number of heads that two ranks can share."""
+    model = tiny.MODELS[name]
+    torch.manual_seed(0)
+    made = getattr(diffusers, model.cls)(**(model.config | HEADS))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return made.to(device, DTYPE).eval()
+
+
+def inputs(name: str, device: str, uneven: bool) -> dict[str, Any]:
+    arguments = tiny.inputs(name, 2, DTYPE)
+    if "img_shapes" in arguments and not uneven:  # the text too is sharded
+        arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :6]
+        arguments["encoder_hidden_states_mask"] = torch.ones(2, 6, dtype=torch.long)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def observe(model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The output, with the number of tokens that the first block sees and how many parameters are sharded."""
+    tokens: list[int] = []
+    query = next(m for name, m in model.named_modules() if name.endswith("to_q"))
+    handle = query.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
+    output = tiny.run(model, arguments)
+    handle.remove()
+    return output, (tokens, sum(isinstance(p, DTensor) for p in model.parameters()))
+
+
+def check(kind: str, name: str, order: str, device: str) -> None:
+    """One case on this rank; raises where the patched model differs."""
+    arguments = inputs(name, device, "uneven" in kind)
+    plain = load(name, device)
+    plainly = observe(plain, arguments)
+    every_call = fused_calls(lambda: tiny.run(patch_model(plain), arguments))[0]
+    upstream, model = load(name, device), load(name, device)
+    KINDS[kind](upstream, device.split(":")[0])
+    expected, observed = observe(upstream, arguments)
+    assert observed != plainly[1], "the model isn't sharded"
+
+    if order == "patch before":
+        patch_model(model, strict=True)
+    KINDS[kind](model, device.split(":")[0])
+    if order == "patch after" and kind == "FSDP2":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch_model(model)
+        assert any("FSDP" in str(w.message) for w in caught)
+        every_call = fused_calls(lambda: tiny.run(model, arguments))[0]
+    elif order == "patch after":
+        patch_model(model, strict=True)
+    calls, actual = fused_calls(lambda: observe(model, arguments))
+    assert torch.equal(actual[0], expected), f"differs by {(actual[0] - expected).abs().max()}"
+    assert actual[1] == observed
+    assert calls == every_call
+
+    if kind == "FSDP2":
+        return  # unpatching refuses: the classes are FSDP's
+    unpatch_model(model)
+    assert not is_patched(model)
+    assert torch.equal(observe(model, arguments)[0], expected)
+
+
+def rank(index: int, backend: str, kind: str, folder: str) -> None:
+    """Runs all cases of a kind and leaves what went wrong, by case, in a file."""
+    torch.set_num_threads(1)
+    _on_the_cpu_too()
+    device = "cpu" if backend == "gloo" else f"cuda:{index}"
+    if backend == "nccl":
+        torch.cuda.set_device(index)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=index, world_size=WORLD)
+    failures = {}
+    for family, name in CASES[kind].items():
+        for order in ("patch before", "patch after"):
+            try:
+                check(kind, name, order, device)
+            except Exception as error:
+                failures[f"{family}, {order}"] = f"{type(error).__name__}: {error}"
+    Path(folder, f"{index}.json").write_text(json.dumps(failures))
+    dist.destroy_process_group()

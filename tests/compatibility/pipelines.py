@@ -1,0 +1,173 @@
+"""What people call on pipelines. The pipelines are the tiny models without text encoders and, but for its own rows, without a VAE."""
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from . import lora
+from .feature import DEVICE, DTYPE, FAMILIES, Feature, Upstream, calls_of, its_output, linears_called, load
+
+_PIPELINES = {
+    "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
+    "Wan": ("WanPipeline", {"text_encoder": None, "tokenizer": None}),
+    "HunyuanVideo": ("HunyuanVideoPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
+}
+_TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
+
+
+def pipeline(family: str) -> Any:
+    """A pipeline around the tiny model of the family."""
+    name, absent = _PIPELINES[family]
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "Qwen-Image")
+    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=scheduler, vae=None, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any, family: str, steps: int = 2, **more: Any) -> Tensor:
+    """The latents after some steps."""
+    size = {"height": 64, "width": 64} | ({} if family == "Qwen-Image" else {"num_frames": 5})
+    arguments = _prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0)} | more
+    return pipe(**arguments, num_inference_steps=steps, output_type="latent", return_dict=False)[0]
+
+
+def _prompt(family: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator).to(DEVICE, DTYPE)
+
+    match family:
+        case "Qwen-Image":
+            mask = torch.ones(1, _TEXT, dtype=torch.long, device=DEVICE)
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_embeds_mask": mask, "true_cfg_scale": 1.0}
+        case "Wan":
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "guidance_scale": 1.0}
+        case _:
+            mask = torch.ones(1, _TEXT, device=DEVICE)
+            return {
+                "prompt_embeds": random(_TEXT, _TEXT_DIM),
+                "pooled_prompt_embeds": random(_POOLED_DIM),
+                "prompt_attention_mask": mask,
+            }
+
+
+def _model_offload(pipe: Any, folder: Path) -> Any:
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    return pipe
+
+
+def _sequential_offload(pipe: Any, folder: Path) -> Any:
+    pipe.enable_sequential_cpu_offload(device=DEVICE)
+    return pipe
+
+
+def _remove_hooks(pipe: Any) -> Any:
+    pipe.remove_all_hooks()
+    pipe.to(DEVICE)
+    return pipe
+
+
+def _group_offload(pipe: Any, folder: Path) -> Any:
+    pipe.enable_group_offload(onload_device=torch.device(DEVICE), offload_type="leaf_level", offload_to_disk_path=str(folder))
+    return pipe
+
+
+def _scheduler(pipe: Any, **shifts: float) -> Any:
+    return FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **shifts)
+
+
+def _another_scheduler(pipe: Any, folder: Path) -> Any:
+    pipe.scheduler = _scheduler(pipe, shift=5.0, base_shift=2.0, max_shift=3.0)
+    return pipe
+
+
+def _reset_scheduler(pipe: Any) -> Any:
+    pipe.scheduler = _scheduler(pipe, shift=1.0, base_shift=0.5, max_shift=1.15)
+    return pipe
+
+
+def _damped_at_each_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"latents": tensors["latents"] * 0.5}
+
+
+def _with_callback(pipe: Any, family: str) -> Tensor:
+    return generate(pipe, family, callback_on_step_end=_damped_at_each_step)
+
+
+def _from_pipe(pipe: Any, folder: Path) -> Any:
+    other = type(pipe).from_pipe(pipe, torch_dtype=DTYPE, scheduler=_scheduler(pipe, shift=5.0, base_shift=2.0, max_shift=3.0))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _same(pipe: Any, folder: Path) -> Any:
+    return pipe
+
+
+def _two_share(pipe: Any, family: str) -> Tensor:
+    """Two pipelines around one transformer, and one of a copied, unpatched model of another family in between."""
+    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    return torch.stack([generate(pipe, family), generate(other, family)])
+
+
+def _lora_weights(pipe: Any, folder: Path) -> Any:
+    family = next(family for family, (name, _) in _PIPELINES.items() if name == type(pipe).__name__)
+    donor = lora.add(load(family), "a", 1)
+    from peft.utils import get_peft_model_state_dict
+
+    type(pipe).save_lora_weights(str(folder), transformer_lora_layers=get_peft_model_state_dict(donor, adapter_name="a"))
+    pipe.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors", adapter_name="a")
+    return pipe
+
+
+def _unload_lora(pipe: Any) -> Any:
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def _cache_dit(pipe: Any, folder: Path) -> Any:
+    import cache_dit
+
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=10.0, max_warmup_steps=1)
+    return cache_dit.enable_cache(pipe, cache_config=config)
+
+
+def _feature(name: str, apply: Callable[[Any, Path], Any], observe: Any, undo: Any = None, **more: Any) -> Feature:
+    return Feature(name, apply, observe, undo, run=generate, load=pipeline, **more)
+
+
+FEATURES = (
+    _feature("`enable_model_cpu_offload`", _model_offload, calls_of(CpuOffload, "pre_forward"), _remove_hooks),
+    _feature(
+        "`enable_sequential_cpu_offload`",
+        _sequential_offload,
+        calls_of(AlignDevicesHook, "pre_forward"),
+        _remove_hooks,
+        upstream=dict.fromkeys(FAMILIES, Upstream("invalid combination", "diffusers offloads pipelines to an accelerator only", "cpu")),
+    ),
+    _feature("`enable_group_offload`, leaf level, disk", _group_offload, calls_of(diffusers.hooks.group_offloading.ModuleGroup, "onload_")),
+    _feature("`load_lora_weights`, `unload_lora_weights`", _lora_weights, its_output, _unload_lora),
+    _feature("another scheduler", _another_scheduler, its_output, _reset_scheduler),
+    _feature("`from_pipe` with another scheduler", _from_pipe, its_output),
+    _feature("`callback_on_step_end`", _same, its_output, run_with=_with_callback),
+    _feature("two pipelines that share a transformer", _same, its_output, run_with=_two_share, passes=2),
+    Feature(
+        "cache-dit's `enable_cache`",
+        _cache_dit,
+        linears_called,
+        run=functools.partial(generate, steps=6),
+        load=pipeline,
+        fused="some",
+        needs=("cache_dit",),
+    ),
+)

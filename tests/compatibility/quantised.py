@@ -1,0 +1,135 @@
+"""Quantised weights: through ``from_pretrained`` where that needs no hub, else by hand; a layer that returns another dtype."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditnorm import generated, patch_model
+
+from .feature import DEVICE, DTYPE, Feature, its_output
+from .offload import blocks_of
+
+
+class Int8Linear(nn.Linear):
+    """A user's quantised layer: int8 weights, inputs of any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.float().abs().amax() / 127
+        weight = (self.weight / scale).round().clamp(-127, 127) * scale
+        return F.linear(x.to(DTYPE), weight.to(DTYPE), None if self.bias is None else self.bias.to(DTYPE))
+
+
+class Float32Int8Linear(Int8Linear):
+    """One that returns float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def _returns_float32(model: nn.Module, folder: Path) -> nn.Module:
+    """The last layer of every attention and feed-forward returns float32, so the residual stream is promoted."""
+    for name, linear in model.named_modules():
+        if type(linear) is nn.Linear:
+            last = "blocks." in name and "refiner" not in name and name.endswith(("to_out.0", "to_add_out", "net.2", "proj_out"))
+            linear.__class__ = Float32Int8Linear if last else Int8Linear
+    return model
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [m for block in blocks_of(model) for m in block.modules() if type(m) is nn.Linear]
+
+
+def _from_pretrained(config: Callable[[], Any]) -> Callable[[Any, Path], Any]:
+    """Saves the model and loads it quantised; a loaded model knows nothing of the patch, so it is patched if the saved one was."""
+
+    def apply(model: Any, folder: Path) -> Any:
+        model.save_pretrained(folder)
+        device_map = {"device_map": DEVICE} if DEVICE == "cuda" else {}
+        loaded = type(model).from_pretrained(folder, torch_dtype=DTYPE, quantization_config=config(), **device_map).eval()
+        return patch_model(loaded) if any(generated.origin_of(type(m)) for m in model.modules()) else loaded
+
+    return apply
+
+
+def _torchao(config: str) -> Callable[[], Any]:
+    def make() -> Any:
+        import torchao.quantization
+
+        return diffusers.TorchAoConfig(getattr(torchao.quantization, config)())
+
+    return make
+
+
+def _torchao_by_hand(model: nn.Module, folder: Path) -> nn.Module:
+    import torchao.quantization
+
+    torchao.quantization.quantize_(model, torchao.quantization.Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _quanto_by_hand(model: nn.Module, folder: Path) -> nn.Module:
+    import optimum.quanto
+
+    optimum.quanto.quantize(model, weights=optimum.quanto.qfloat8)
+    optimum.quanto.freeze(model)
+    return model
+
+
+def _gguf(model: nn.Module, folder: Path) -> nn.Module:
+    """Every linear layer of the blocks in Q8_0 where its width is a multiple of that format's 32, else in bf16."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    for linear in _linears(model):
+        kind = gguf.GGMLQuantizationType.Q8_0 if linear.in_features % 32 == 0 else gguf.GGMLQuantizationType.BF16
+        data = torch.from_numpy(gguf.quants.quantize(linear.weight.detach().float().cpu().numpy(), kind)).to(DEVICE)
+        linear.__class__ = GGUFLinear
+        linear.compute_dtype = DTYPE  # type: ignore[assignment]
+        linear.weight = GGUFParameter(data, quant_type=kind)
+    return model
+
+
+def _bitsandbytes(**how: Any) -> Callable[[], Any]:
+    return lambda: diffusers.BitsAndBytesConfig(**how)
+
+
+FEATURES = (
+    Feature("layers that return fp32 into a bf16 stream", _returns_float32, its_output),
+    Feature("`TorchAoConfig`, int8 weights", _from_pretrained(_torchao("Int8WeightOnlyConfig")), its_output, needs=("torchao",)),
+    Feature("torchao int8 weights and activations, by hand", _torchao_by_hand, its_output, needs=("torchao",)),
+    Feature("`TorchAoConfig`, fp8 weights", _from_pretrained(_torchao("Float8WeightOnlyConfig")), its_output, needs=("torchao",)),
+    Feature(
+        "`QuantoConfig`, fp8 weights",
+        _from_pretrained(lambda: diffusers.QuantoConfig(weights_dtype="float8")),
+        its_output,
+        needs=("optimum.quanto",),
+    ),
+    Feature("optimum-quanto fp8 weights, by hand", _quanto_by_hand, its_output, needs=("optimum.quanto",)),
+    Feature(
+        "GGUF layers, by hand",
+        _gguf,
+        its_output,
+        needs=("gguf",),
+        families=("Qwen-Image", "HunyuanVideo"),
+        note="of the tiny Wan's widths none is a multiple of the format's 32",
+    ),
+    Feature(
+        "`BitsAndBytesConfig`, 8 bit",
+        _from_pretrained(_bitsandbytes(load_in_8bit=True)),
+        its_output,
+        needs=("bitsandbytes",),
+        gpus=1,
+    ),
+    Feature(
+        "`BitsAndBytesConfig`, 4 bit (NF4)",
+        _from_pretrained(_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE)),
+        its_output,
+        needs=("bitsandbytes",),
+        gpus=1,
+    ),
+)

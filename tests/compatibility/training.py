@@ -1,0 +1,58 @@
+"""Gradients through a patched model: full, LoRA, checkpointed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import lora
+from .feature import Feature, arguments_of, its_output, unchanged
+
+STEPS = 2
+
+
+def _gradients(model: nn.Module, family: str) -> Tensor:
+    """The output, then the gradient of every parameter that has one."""
+    model.zero_grad()
+    output = model(**arguments_of(family), return_dict=False)[0]
+    output.float().square().sum().backward()
+    gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return torch.cat([output.detach().float().flatten(), *gradients])
+
+
+def _train(model: nn.Module, family: str) -> Tensor:
+    """What a copy of the model has for trained parameters after a few steps."""
+    trained = copy.deepcopy(model)
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    for step in range(STEPS):
+        output = trained(**arguments_of(family, seed=step), return_dict=False)[0]
+        output.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([p.detach().float().flatten() for p in parameters])
+
+
+def _checkpointing(model: Any, folder: Path) -> nn.Module:
+    model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def _lora(model: Any, folder: Path) -> nn.Module:
+    model.requires_grad_(False)
+    return lora.add(model).train()
+
+
+def _lora_checkpointing(model: Any, folder: Path) -> nn.Module:
+    return _checkpointing(_lora(model, folder), folder)
+
+
+FEATURES = (
+    Feature("gradients of all parameters", unchanged, its_output, run_with=_gradients),
+    Feature("gradient checkpointing", _checkpointing, its_output, run_with=_gradients, fused="any"),
+    Feature("LoRA training steps", _lora, its_output, run_with=_train, passes=STEPS),
+    Feature("LoRA training steps, gradient checkpointing", _lora_checkpointing, its_output, run_with=_train, fused="any"),
+)
