@@ -29,7 +29,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=l
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
-demo: $(if $(wildcard .venv/test),.venv/test,.venv/demo)  ## three tiny pipelines with and without ditnorm, side by side
+demo: $(if $(wildcard .venv/test),.venv/test,.venv/demo)  ## digits drawn by three tiny pipelines with and without ditnorm, side by side
 	$(BIN)/python scripts/demo.py
 
 test: lint types test-build test-sanitized test-host test-suite  ## everything that CI checks, within 25 minutes on two cores
@@ -40,12 +40,12 @@ test-all: test  ## the same with the tests that take longer
 lint: .venv/test  ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror ditnorm/kernels/csrc/*
+	$(BIN)/clang-format --dry-run -Werror ditnorm/kernels/csrc/* scripts/bench/*.cu
 
 format: .venv/test  ## format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i ditnorm/kernels/csrc/*
+	$(BIN)/clang-format -i ditnorm/kernels/csrc/* scripts/bench/*.cu
 
 types: .venv/test  ## mypy
 	$(BIN)/mypy

@@ -2,61 +2,62 @@
 
 import functools
 import re
-import sys
-from pathlib import Path
 
-import pytest
+import demo
+import pictures
 from PIL import Image
 
 import ditnorm
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 PIPELINES = ["QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline"]
 
 
-@pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.delitem(sys.modules, "demo", raising=False)
-    import demo
-
-    return demo
-
-
 def rows(output):
-    """Blocks fused, blocks, ops before, ops after and largest difference of each pipeline in the printed table."""
-    pattern = r"^(\w+Pipeline) +(\d+) of (\d+) +(\d+) -> (\d+) +(\S+) +[\d.]+ -> [\d.]+$"
+    """Blocks fused, blocks, ops before, ops after, largest difference, digits read before and after of each pipeline in the table."""
+    pattern = r"^(\w+Pipeline) +(\d+) of (\d+) +(\d+) -> (\d+) +(\S+) +(\d+) of 10 -> (\d+) of 10 +[\d.]+ -> [\d.]+$"
     return {name: tuple(map(float, numbers)) for name, *numbers in re.findall(pattern, output, re.MULTILINE)}
 
 
-def test_demo_fuses_every_block_and_changes_nothing(demo, tmp_path, capsys):
-    status = demo.main(["--steps", "2", "--out", str(tmp_path / "new")])
+def panels(image, top, width, height):
+    """The three panels of a row of the sheet."""
+    return [image.crop((x, top, x + width, top + height)) for x in (pictures.MARGIN + i * (width + pictures.MARGIN) for i in range(3))]
+
+
+def test_demo_fuses_every_block_and_changes_nothing(tmp_path, capsys):
+    status = demo.main(["--steps", "4", "--out", str(tmp_path / "new")])
     output = capsys.readouterr().out
     table = rows(output)
     assert list(table) == PIPELINES
-    for fused, blocks, ops_before, ops_after, difference in table.values():
+    for fused, blocks, ops_before, ops_after, difference, read_before, read_after in table.values():
         assert fused == blocks > 0
         assert ops_after < ops_before
         assert difference == 0
+        assert read_before == read_after
     assert status == 0
     assert "bit-identical: verified" in output
-    picture = tmp_path / "new" / "demo.png"
-    assert str(picture) in output
-    with Image.open(picture) as image:
+    still, moving = tmp_path / "new" / "demo.png", tmp_path / "new" / "demo.gif"
+    assert str(still) in output
+    assert str(moving) in output
+
+    width, height = demo.COLUMNS * (96 + pictures.GAP) - pictures.GAP, 2 * 64 + pictures.GAP  # of the videos, the widest panels
+    with Image.open(still) as image:
         pixels = image.convert("L")
-    left, middle, right = (
-        pixels.crop((x, demo.MARGIN + demo.LABEL, x + 384, demo.MARGIN + demo.LABEL + 192))
-        for x in (demo.MARGIN, 2 * demo.MARGIN + 384, 3 * demo.MARGIN + 2 * 384)
-    )
-    assert left.tobytes() == middle.tobytes()
-    assert left.getextrema()[1] - left.getextrema()[0] > 128, "the picture shows nothing"
-    assert right.getextrema() == (0, 0)
+    top = pixels.height - pictures.MARGIN - height
+    before, after, difference = panels(pixels, top, width, height)
+    assert before.tobytes() == after.tobytes()
+    assert before.getextrema()[1] - before.getextrema()[0] > 128, "the picture shows nothing"
+    assert difference.crop((0, 0, 96, 64)).getextrema() == (0, 0)
+    with Image.open(moving) as image:
+        assert image.n_frames == 13
+        first = image.convert("L")
+        image.seek(12)
+        assert first.tobytes() != image.convert("L").tobytes(), "nothing moves"
 
 
-def test_demo_fails_where_something_differs(demo, tmp_path, capsys, monkeypatch):
+def test_demo_fails_where_something_differs(tmp_path, capsys, monkeypatch):
     """With the single rounding pictures aren't the same: the comparison must see it."""
     monkeypatch.setattr(ditnorm, "patch_pipeline", functools.partial(ditnorm.patch_pipeline, rounding="single"))
-    monkeypatch.setattr(demo, "PIPELINES", demo.PIPELINES[:1])
+    monkeypatch.setattr(demo, "FAMILIES", {"qwen-image": demo.FAMILIES["qwen-image"]})
     assert demo.main(["--steps", "2", "--out", str(tmp_path)]) == 1
-    *_, difference = rows(capsys.readouterr().out)["QwenImagePipeline"]
+    *_, difference, _, _ = rows(capsys.readouterr().out)["QwenImagePipeline"]
     assert difference > 0

@@ -1,0 +1,286 @@
+"""Times whole denoising steps of real models with random weights: eager, patched, compiled, and patched + compiled.
+
+    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--out DIR]
+
+Everything runs in one process with the same weights and inputs. Also compared: the latents after each of the first steps, patched against
+eager, which must be bit-identical. Writes DIR/transformers.json and DIR/transformers.png. The exit status is 1 if a model failed or
+latents differ. Real sizes need a GPU: 45 GB of its memory for all models.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from generation import compile_blocks, forget_compiled, synchronize
+from kernel_shares import Shares, measure
+from real_models import DTYPE, MODELS, RealModel
+from tables import environment, environment_line, text_table
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+import ditnorm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS = ("eager", "patched", "compiled", "patched + compiled")
+COMPARED = 3  # denoising steps whose latents are compared
+TIMED_STEPS, TIMED_SECONDS = 2, 2.0  # at least, after the first
+MOST_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way of running a model."""
+
+    first_step_s: float
+    """With what PyTorch and the compiler do once."""
+    step_ms: float
+    """Median wall time of a later step."""
+    steps: int
+    """How many were timed."""
+    peak_gb: float | None
+    """Largest memory allocated on the GPU, weights included, 1e9 bytes; None on the CPU."""
+    shares: Shares
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self) | {"other_share": self.shares.other}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, measured in every column."""
+
+    columns: Mapping[str, Column]
+    identical: int
+    """Denoising steps, of the compared ones, after which the patched latents equal those of eager bit for bit."""
+    reproducible: bool
+    """Whether eager itself gives the same bits again; looked at only where patched differs."""
+
+
+def denoise(model: nn.Module, real: RealModel, device: torch.device) -> Iterator[Tensor]:
+    """Euler steps from noise, without end; yields the latents after each. The velocity is scaled down so that latents stay finite."""
+    generator = torch.Generator(device).manual_seed(0)
+    latents = torch.randn(real.latents, generator=generator, device=device).to(DTYPE)
+    for index in range(1000):
+        timestep = torch.tensor(1000.0 - index, device=device)
+        with torch.inference_mode():
+            velocity = model(**real.arguments(real, latents, timestep), return_dict=False)[0]
+            latents = latents - 0.05 * velocity
+        yield latents
+
+
+def run(model: nn.Module, real: RealModel, device: torch.device, on_step: Callable[[], object]) -> tuple[Column, list[Tensor]]:
+    """Times the steps of one column; also returns the latents of the first steps, on the CPU."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    steps = denoise(model, real, device)
+    seconds: list[float] = []
+    latents: list[Tensor] = []
+    while len(seconds) <= TIMED_STEPS or (sum(seconds[1:]) < TIMED_SECONDS and len(seconds) < MOST_STEPS):
+        synchronize()
+        start = time.perf_counter()
+        result = next(steps)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        if len(latents) < COMPARED:
+            latents.append(result.cpu())
+        on_step()
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    shares = measure(lambda: next(steps), device)
+    return Column(seconds[0], statistics.median(seconds[1:]) * 1000, len(seconds) - 1, peak, shares), latents
+
+
+def compare(real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str]) -> Measured:
+    """Builds one model and measures the columns ``names``."""
+    model = real.build(layers, device)
+    columns: dict[str, Column] = {}
+    with tqdm(desc=real.title, unit="step", leave=False) as progress:
+
+        def measured(name: str) -> list[Tensor]:
+            progress.set_description(f"{real.title}, {name}")
+            columns[name], latents = run(model, real, device, progress.update)
+            return latents
+
+        def measured_compiled(name: str) -> None:
+            with empty_cache():
+                compile_blocks(model)
+                measured(name)
+                forget_compiled(model)
+
+        eager = measured("eager")
+        ditnorm.patch_model(model, strict=True)
+        patched = measured("patched")
+        ditnorm.unpatch_model(model)
+        same = [torch.equal(a, b) for a, b in zip(eager, patched, strict=True)]
+        again = eager if all(same) else [step.cpu() for step, _ in zip(denoise(model, real, device), range(COMPARED), strict=False)]
+        if "compiled" in names:
+            measured_compiled("compiled")
+            ditnorm.patch_model(model, strict=True)
+            measured_compiled("patched + compiled")
+    if not all(step.isfinite().all() for step in eager):
+        raise RuntimeError("the latents of the unpatched model aren't finite: nothing was compared")
+    return Measured(columns, sum(same), all(torch.equal(a, b) for a, b in zip(eager, again, strict=True)))
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """Lets Inductor find nothing compiled before: the first step shows the whole wait."""
+    with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+        yield
+
+
+def result(real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str]) -> dict[str, Any]:
+    """Measures one model; an error becomes part of the result."""
+    entry: dict[str, Any] = {
+        "title": real.title,
+        "source": real.source,
+        "tokens": real.tokens,
+        "layers": dict(layers),
+        "all_layers": {kind: real.config[kind] for kind in layers},
+    }
+    try:
+        found = compare(real, layers, device, names)
+        entry |= {
+            "columns": {name: column.json() for name, column in found.columns.items()},
+            "steps_compared": COMPARED,
+            "steps_identical": found.identical,
+            "eager_reproducible": found.reproducible,
+        }
+    except torch.OutOfMemoryError as error:
+        entry["error"] = f"out of GPU memory ({str(error).splitlines()[0]}); fewer layers: --layers N"
+    except Exception as error:  # the other models are still worth measuring
+        traceback.print_exc()
+        entry["error"] = f"{type(error).__name__}: {error}"
+    torch.compiler.reset()  # what was compiled holds on to the model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return entry
+
+
+def failed(entry: Mapping[str, Any]) -> bool:
+    return "error" in entry or entry["steps_identical"] < entry["steps_compared"]
+
+
+def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results as text."""
+    rows = [["model", "layers", "", "step ms", "vs eager", "GPU ms", "first step s", "kernels", "peak GB", "other", "bits"]]
+    for entry in entries.values():
+        if "error" in entry:
+            continue
+        eager = entry["columns"]["eager"]["step_ms"]
+        for index, (name, column) in enumerate(entry["columns"].items()):
+            shares = column["shares"]
+            rows.append(
+                [
+                    entry["title"] if index == 0 else "",
+                    layer_counts(entry) if index == 0 else "",
+                    name,
+                    f"{column['step_ms']:.1f}",
+                    "" if index == 0 else f"{column['step_ms'] / eager - 1:+.1%}",
+                    f"{shares['busy_ms']:.1f}",
+                    f"{column['first_step_s']:.1f}",
+                    str(shares["kernels"]),
+                    "" if column["peak_gb"] is None else f"{column['peak_gb']:.2f}",
+                    f"{column['other_share']:.1%}",
+                    bits(entry) if name == "patched" else "",
+                ]
+            )
+    errors = [f"{entry['title']}: {entry['error']}" for entry in entries.values() if "error" in entry]
+    return "\n".join([text_table(rows), *errors])
+
+
+def layer_counts(entry: Mapping[str, Any]) -> str:
+    """Measured layers of all."""
+    return " + ".join(f"{n}/{entry['all_layers'][kind]}" for kind, n in entry["layers"].items())
+
+
+def bits(entry: Mapping[str, Any]) -> str:
+    """What the comparison of patched with eager found."""
+    counts = f"{entry['steps_identical']} of {entry['steps_compared']} steps equal"
+    return counts if entry["eager_reproducible"] else f"{counts}; eager itself isn't reproducible"
+
+
+NOTES = """step ms: median wall time of one denoising step; GPU ms: sum over its kernels; first step: with the compiler's work.
+kernels: launched in one step; other: share of GPU time outside matmul and attention; bits: latents of patched against eager."""
+
+
+def chart(entries: Mapping[str, Mapping[str, Any]], path: Path, device: str) -> None:
+    """Bars: time of a step of each model in each column, eager = 100 %."""
+    good = [entry for entry in entries.values() if "error" not in entry]
+    names = list(good[0]["columns"])
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(good)), layout="constrained")
+    height = 0.8 / len(names)
+    for offset, name in enumerate(names):
+        values = [100 * entry["columns"][name]["step_ms"] / entry["columns"]["eager"]["step_ms"] for entry in good]
+        places = [index + offset * height for index in range(len(good))]
+        bars = axes.barh(places, values, height * 0.92, label=name, color=COLORS[name])
+        texts = [f"{value:.0f} %   {entry['columns'][name]['step_ms']:,.0f} ms" for value, entry in zip(values, good, strict=True)]
+        axes.bar_label(bars, texts, padding=3, fontsize=8)
+    axes.set_yticks(
+        [index + 0.4 - height / 2 for index in range(len(good))], [f"{entry['title']}\n{layer_counts(entry)} layers" for entry in good]
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3 * max(axes.get_xlim()[1] / 1.05, 100))
+    axes.set(xlabel="time of one denoising step, eager = 100 %", title=device)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+COLORS = {"eager": "#9aa0a6", "patched": "#1a73e8", "compiled": "#f2a600", "patched + compiled": "#137333"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Time whole denoising steps of real models with random weights.")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--layers", type=int, metavar="N", help="so many blocks of each kind (default: what fits; the table says how many)")
+    parser.add_argument("--quick", action="store_true", help="eager and patched only: nothing is compiled")
+    parser.add_argument("--out", type=Path, default=Path("bench-output"), metavar="DIR", help="(default: %(default)s)")
+    options = parser.parse_args(argv)
+    if options.layers is not None and options.layers < 1:
+        parser.error("--layers: at least 1")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = COLUMNS[:2] if options.quick else COLUMNS
+    entries: dict[str, dict[str, Any]] = {}
+    if not options.quick:
+        torch.compile(torch.neg)(torch.ones(8, device=device))  # starts the compiler: no model's first step is to wait for that
+    for name in options.models:
+        real = MODELS[name]
+        entries[name] = result(real, real.layers(options.layers), device, names)
+        print(f"{real.title}: {entries[name].get('error') or bits(entries[name])}", flush=True)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)])
+    report = {"command": command, "date": date.today().isoformat(), "environment": environment(device), "models": entries}
+    (options.out / "transformers.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{environment_line(device)}\n\n{table(entries)}\n\n{NOTES}")
+    if any("error" not in entry for entry in entries.values()):
+        chart(entries, options.out / "transformers.png", environment_line(device))
+    print(f"\nwritten to {options.out}")
+    return int(any(failed(entry) for entry in entries.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Runs a pipeline from a seed and keeps what each step made."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call of a pipeline made; tensors on the CPU."""
+
+    noise: Tensor
+    """The latents before the first step."""
+    latents: tuple[Tensor, ...]
+    """After each step."""
+    frames: Tensor
+    """Decoded, ``[B, F, 3, H, W]``, 0 to 1, float32; a picture has F = 1."""
+    seconds: float
+
+
+def generate(
+    pipe: DiffusionPipeline,
+    arguments: Mapping[str, Any],
+    steps: int,
+    *,
+    noise: Tensor | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Generation:
+    """Calls the pipeline with the one seed, or starting from ``noise``, the latents that another run began with."""
+    samples: list[Tensor] = []
+
+    def keep(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if not samples:
+            samples.append((args[2] if len(args) > 2 else kwargs["sample"]).cpu())
+        samples.append((result[0] if isinstance(result, tuple) else result.prev_sample).cpu())
+        on_step()
+        return result
+
+    given = {} if noise is None else {"latents": noise}
+    synchronize()
+    start = time.perf_counter()
+    # Not callback_on_step_end: HunyuanVideo-1.5's pipelines have none.
+    with wrapped(pipe.scheduler, "step", keep):
+        (output,) = pipe(
+            **arguments,
+            **given,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="pt",
+            return_dict=False,
+        )
+    frames = output.float().cpu()
+    seconds = time.perf_counter() - start
+    return Generation(samples[0], tuple(samples[1:]), frames[:, None] if frames.dim() == 4 else frames, seconds)
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def wrapped(owner: object, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, ``owner.name(...)`` calls ``around(method, ...)``."""
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(method, *args, **kwargs))
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def denoisers(pipe: DiffusionPipeline) -> list[ModelMixin]:
+    """The transformers of a pipeline; Wan2.2-A14B has two."""
+    return [module for name in ("transformer", "transformer_2") if (module := getattr(pipe, name, None)) is not None]
+
+
+def compile_blocks(model: Any) -> None:
+    """Compiles the repeated blocks of a diffusers model, as ``compile_repeated_blocks`` does."""
+    model.compile_repeated_blocks(fullgraph=True)
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Undoes :func:`compile_blocks`."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch.compiler.reset()

@@ -1,0 +1,98 @@
+"""Loads pipelines in diffusers' format, also those of ``examples/digits``, which come without text encoders."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from digit_pipelines import FAMILIES, PROMPTS, Family
+from PIL import Image
+
+
+class CannotRun(Exception):
+    """What the user asked for can't be run; the message says why and what would."""
+
+
+def pipeline_class(model: str, image: bool) -> type[DiffusionPipeline]:
+    """The class that a checkpoint names; Wan's image-to-video one where text-to-video is named (TI2V) and an image is given."""
+    try:
+        config = DiffusionPipeline.load_config(model)
+    except (OSError, ValueError) as error:
+        raise CannotRun(f"{model}: no pipeline in diffusers' format there: {error}") from error
+    name = config["_class_name"]
+    if name == "WanPipeline" and image and config.get("expand_timesteps"):
+        name = "WanImageToVideoPipeline"
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise CannotRun(f"{model} is a {name}, which diffusers {diffusers.__version__} doesn't have")
+    return found
+
+
+def load(model: str, dtype: torch.dtype, *, image: bool = False) -> DiffusionPipeline:
+    """The pipeline of ``model``, a folder or an id of the Hugging Face hub, on the CPU. :exc:`CannotRun` where it can't be loaded."""
+    cls = pipeline_class(model, image)
+    config = DiffusionPipeline.load_config(model)
+    absent: dict[str, Any] = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
+    try:
+        pipe = cls.from_pretrained(model, torch_dtype=dtype, **absent)
+    except (OSError, ValueError) as error:
+        raise CannotRun(f"{model}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def place(pipe: DiffusionPipeline, device: torch.device, *, offload: bool = False) -> DiffusionPipeline:
+    """Moves the pipeline to ``device``, or each component only for the time of its use."""
+    if not offload:
+        return pipe.to(device)
+    pipe.enable_model_cpu_offload(device=device)
+    return pipe
+
+
+def tiny_family(model: str, pipe: DiffusionPipeline) -> Family | None:
+    """The family, if ``model`` is a folder that ``train_tiny.py`` wrote."""
+    if not (Path(model) / PROMPTS).is_file():
+        return None
+    return next(family for family in FAMILIES.values() if type(pipe).__name__ == family.pipeline)
+
+
+def call_arguments(
+    model: str,
+    pipe: DiffusionPipeline,
+    *,
+    prompt: str | None,
+    default_prompt: str,
+    image: Path | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call, but for seed and steps. ``size``: width and height in pixels.
+
+    A tiny pipeline draws one picture for each digit of the prompt, all ten by default. :exc:`CannotRun` for what the pipeline doesn't take.
+    """
+    family = tiny_family(model, pipe)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    arguments: dict[str, Any] = {}
+    if family is not None:
+        digits = "0123456789" if prompt is None else prompt
+        if not (digits.isascii() and digits.isdigit()):
+            raise CannotRun(f"--prompt: {model} draws the digits of its prompt, such as 2026; got {prompt!r}")
+        arguments |= family.call_arguments([int(digit) for digit in digits], pipe, Path(model))
+    else:
+        arguments["prompt"] = default_prompt if prompt is None else prompt
+    if "image" in taken:
+        if image is None:
+            raise CannotRun(f"{model} is a {type(pipe).__name__}: it needs --image PATH")
+        arguments["image"] = Image.open(image).convert("RGB")
+    elif image is not None:
+        raise CannotRun(f"{model} is a {type(pipe).__name__}, which takes no --image")
+    given = {"width": size and size[0], "height": size and size[1], "num_frames": frames}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in taken:
+            raise CannotRun(f"{type(pipe).__name__} takes no {name}")
+        arguments[name] = value
+    return arguments

@@ -1,0 +1,296 @@
+"""The core of ``parity_*.py``: generates with and without ditnorm from one seed and compares, step by step and frame by frame."""
+
+import argparse
+import gc
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from digit_pipelines import FOLDER, STEPS
+from generation import Generation, compile_blocks, denoisers, forget_compiled, generate
+from loading import CannotRun, call_arguments, load, pipeline_class, place
+from pictures import Row, comparison_row, save_moving, sheet
+from PIL import Image
+from similarity import FrameDifference, frame_difference, relative_error
+from tables import environment, environment_line, text_table
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+import ditnorm
+from ditnorm import checks
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SINGLE_PSNR = 40.0  # dB that ``--rounding single`` must reach in bfloat16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family of pipelines."""
+
+    title: str
+    tiny: str
+    """Folder of its tiny model under ``examples/digits``."""
+    pipelines: tuple[str, ...]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One run against another from the same seed."""
+
+    title: str
+    identical: int
+    """Steps after which the latents are equal bit for bit."""
+    errors: tuple[float, ...]
+    """Relative error of the latents after each step."""
+    frames_identical: bool
+    frames: FrameDifference
+
+    @property
+    def exact(self) -> bool:
+        return self.identical == len(self.errors) and self.frames_identical
+
+    def row(self) -> list[str]:
+        frames = self.frames
+        return [
+            self.title,
+            f"{self.identical} of {len(self.errors)}",
+            f"{self.errors[-1]:.2e}" if self.errors[-1] else "0",
+            _decibel(frames.psnr),
+            _decibel(frames.worst_psnr) + ("" if frames.worst_psnr == math.inf else f" (frame {frames.worst_frame})"),
+            f"{frames.ssim:.6f}",
+            f"{frames.worst_ssim:.6f}",
+            *([] if frames.lpips is None else [f"{frames.lpips:.2e}"]),
+        ]
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "steps": len(self.errors),
+            "steps_identical": self.identical,
+            "relative_error_of_latents": self.errors,
+            "frames_identical": self.frames_identical,
+            **self.frames.json(),
+        }
+
+
+def compare(title: str, a: Generation, b: Generation) -> Difference:
+    """``a`` measured against ``b``."""
+    pairs = list(zip(a.latents, b.latents, strict=True))
+    return Difference(
+        title,
+        sum(torch.equal(x, y) for x, y in pairs),
+        tuple(relative_error(x, y) for x, y in pairs),
+        torch.equal(a.frames, b.frames),
+        frame_difference(a.frames.flatten(0, 1), b.frames.flatten(0, 1)),
+    )
+
+
+def _decibel(value: float) -> str:
+    return "equal" if value == math.inf else f"{value:.1f} dB"
+
+
+def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description=f"Generate with a {subject.title} pipeline with and without ditnorm, from the same seed, and compare. "
+        "Exit status: 0 parity holds, 1 it doesn't, 2 it couldn't be run."
+    )
+    tiny = FOLDER / subject.tiny
+    parser.add_argument(
+        "--model", default=str(tiny), help="folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny one)"
+    )
+    parser.add_argument("--prompt", help="for the tiny model: the digits to draw")
+    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit")
+    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the pipeline's)")
+    parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
+    parser.add_argument("--rounding", choices=checks.ROUNDINGS, default="eager", help="ditnorm's (default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component in use")
+    parser.add_argument("--compile", action="store_true", help="compare patched + compiled with compiled, too")
+    parser.add_argument("--out", type=Path, default=Path("parity-output"), metavar="DIR", help="(default: %(default)s)")
+    return parser, parser.parse_args(argv)
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parses ``--size``."""
+    try:
+        width, height = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, such as 1024x1024, got {text!r}") from None
+    return width, height
+
+
+class Session:
+    """Loads the pipeline and runs it, unpatched, patched, compiled and in float32."""
+
+    def __init__(self, subject: Subject, options: argparse.Namespace, device: torch.device, on_step: Callable[[], object]) -> None:
+        self.subject, self.options, self.device, self.on_step = subject, options, device, on_step
+        self.pipe = self._load(DTYPES[options.dtype])
+
+    def _load(self, dtype: torch.dtype) -> DiffusionPipeline:
+        pipe = load(self.options.model, dtype, image=self.options.image is not None)
+        return place(pipe, self.device, offload=self.options.offload)
+
+    def generate(self, like: Generation | None = None) -> Generation:
+        o = self.options
+        arguments = call_arguments(
+            o.model,
+            self.pipe,
+            prompt=o.prompt,
+            default_prompt=self.subject.prompt,
+            image=o.image,
+            size=o.size,
+            frames=o.frames,
+        )
+        return generate(self.pipe, arguments, o.steps, noise=None if like is None else like.noise.float(), on_step=self.on_step)
+
+    def compiled(self) -> Generation:
+        for model in denoisers(self.pipe):
+            compile_blocks(model)
+        try:
+            return self.generate()
+        finally:
+            for model in denoisers(self.pipe):
+                forget_compiled(model)
+
+    def float32(self, like: Generation) -> Generation:
+        """The same weights in float32, from the noise that ``like`` began with."""
+        del self.pipe
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.pipe = self._load(torch.float32)
+        allowed = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            return self.generate(like)
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that was compared; ``notes`` say what couldn't be."""
+
+    eager: Generation
+    patched: Generation
+    parity: Difference
+    yardstick: Difference | None
+    others: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    def rows(self) -> list[Difference]:
+        return [self.parity, *([self.yardstick] if self.yardstick else []), *self.others]
+
+
+def run(subject: Subject, options: argparse.Namespace, device: torch.device, progress: tqdm) -> Result:
+    """Makes all generations and compares them."""
+    notes: list[str] = []
+    others: list[Difference] = []
+    yardstick: Difference | None = None
+    session = Session(subject, options, device, progress.update)
+
+    progress.set_description("unpatched")
+    eager = session.generate()
+    progress.set_description("patched")
+    ditnorm.patch_pipeline(session.pipe, rounding=options.rounding)
+    patched = session.generate()
+    parity = compare("patched : unpatched", patched, eager)
+    both: Generation | None = None
+    try:
+        if options.compile:
+            progress.set_description("patched, compiled")
+            both = session.compiled()
+        ditnorm.unpatch_pipeline(session.pipe)
+        progress.set_description("unpatched, compiled")
+        compiled = session.compiled()
+        yardstick = compare("yardstick, compiled : unpatched", compiled, eager)
+        if both is not None:
+            others.append(compare("patched + compiled : compiled", both, compiled))
+    except Exception as error:  # no compiler here, or what it can't compile: parity doesn't depend on it
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        notes.append(f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    try:
+        progress.set_description("unpatched, float32")
+        exact = session.float32(eager)
+        others += [compare("unpatched : float32", eager, exact), compare("patched : float32", patched, exact)]
+    except torch.OutOfMemoryError:
+        notes.append("float32: too little GPU memory; --offload needs less")
+    return Result(eager, patched, parity, yardstick, tuple(others), tuple(notes))
+
+
+def holds(result: Result, rounding: str, dtype: str) -> tuple[bool, str]:
+    """Whether parity holds, and the rule in words."""
+    if rounding == "eager":
+        return result.parity.exact, "every latent and pixel equal bit for bit"
+    least = SINGLE_PSNR if dtype == "bfloat16" else 0.0
+    if result.yardstick is not None:
+        least = max(least, min(result.yardstick.frames.worst_psnr, SINGLE_PSNR if result.yardstick.exact else math.inf))
+    return result.parity.frames.worst_psnr >= least, f"PSNR of the worst frame at least {_decibel(least)}"
+
+
+def picture(result: Result, frame: int, title: str) -> Image.Image:
+    """Unpatched, patched and difference of one frame; a batch is tiled."""
+    before, after = result.eager.frames[:, frame], result.patched.frames[:, frame]
+    rows: list[Row] = [comparison_row(title, before, after, columns=min(len(before), 5))]
+    return sheet(rows)
+
+
+def write(result: Result, folder: Path, name: str, title: str, report: dict[str, Any]) -> Path:
+    """Writes the JSON and the picture or video; returns the path of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    images = [picture(result, frame, title) for frame in range(result.eager.frames.shape[1])]
+    path = folder / f"{name}.png"
+    if len(images) == 1:
+        images[0].save(path, optimize=True)
+        return path
+    return save_moving(images, path)
+
+
+def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
+    """Runs one family's script; returns the exit status."""
+    parser, options = parse(subject, argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if options.offload and device.type == "cpu":
+            raise CannotRun("--offload: there is no GPU to offload from")
+        name = pipeline_class(options.model, options.image is not None).__name__
+        if name not in subject.pipelines:
+            raise CannotRun(f"{options.model} is a {name}; this script takes {', '.join(subject.pipelines)}")
+        with tqdm(total=(4 + options.compile) * options.steps, unit="step") as progress:
+            result = run(subject, options, device, progress)
+    except CannotRun as reason:
+        parser.error(str(reason))
+    except torch.OutOfMemoryError as error:
+        parser.error(f"too little GPU memory: {str(error).splitlines()[0]} Try --offload, a smaller --size, fewer --frames.")
+
+    good, rule = holds(result, options.rounding, options.dtype)
+    script = f"scripts/parity_{subject.tiny.replace('-', '_')}.py"
+    report = {
+        "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
+        "environment": environment(device),
+        "pipeline": name,
+        "model": options.model,
+        "rounding": options.rounding,
+        "dtype": options.dtype,
+        "parity": good,
+        "rule": rule,
+        "comparisons": {difference.title: difference.json() for difference in result.rows()},
+        "notes": result.notes,
+    }
+    path = write(result, options.out, subject.tiny, f"{name}, {options.dtype}", report)
+    header = ["a : b", "steps equal", "latents' error", "PSNR", "worst PSNR", "SSIM", "worst SSIM"]
+    header += [] if result.parity.frames.lpips is None else ["LPIPS"]
+    print(f"\n{name}, {options.model}, {options.dtype}, rounding {options.rounding}\n{environment_line(device)}\n")
+    print(text_table([header, *(difference.row() for difference in result.rows())]))
+    print("\n".join(["", *(f"not compared: {note}" for note in result.notes)]))
+    print(f"parity {'holds' if good else 'DOES NOT HOLD'}: {rule}\nside by side: {path}")
+    return int(not good)

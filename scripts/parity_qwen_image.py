@@ -1,0 +1,21 @@
+"""Does ditnorm change what Qwen-Image draws? Generates with and without it, from the same seed, and compares.
+
+    python scripts/parity_qwen_image.py                                    the tiny model of this repository
+    python scripts/parity_qwen_image.py --model Qwen/Qwen-Image
+
+Prints a table, writes a side-by-side picture and a JSON. ``--help`` lists the options.
+"""
+
+import sys
+
+from parity import Subject, main
+
+SUBJECT = Subject(
+    title="Qwen-Image",
+    tiny="qwen-image",
+    pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+    prompt="A coffee shop entrance with a chalkboard sign that reads: Qwen Coffee",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(SUBJECT))

@@ -1,0 +1,34 @@
+"""The real models of ``scripts/real_models.py``, shrunk until they run on a CPU in a second; every path of theirs stays."""
+
+from dataclasses import replace
+from typing import Any
+
+_SMALL: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
+_TEXT = {
+    "joint_attention_dim": 16,
+    "text_dim": 16,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 16,
+    "text_embed_2_dim": 16,
+    "image_embed_dim": 16,
+}
+_ROPE = {
+    "QwenImageTransformer2DModel": "axes_dims_rope",
+    "HunyuanVideoTransformer3DModel": "rope_axes_dim",
+    "HunyuanVideo15Transformer3DModel": "rope_axes_dim",
+}
+
+
+def shrunk(models: dict[str, Any]) -> dict[str, Any]:
+    """Narrow models of few tokens and two layers of each kind."""
+    result = {}
+    for name, real in models.items():
+        config = {**real.config, **_SMALL, **{key: value for key, value in _TEXT.items() if key in real.config}}
+        if "ffn_dim" in config:
+            config["ffn_dim"] = 64
+        if real.cls in _ROPE:
+            config[_ROPE[real.cls]] = (4, 6, 6)
+        config |= dict.fromkeys(real.measured, 2)
+        latents = (1, 16, real.latents[2]) if len(real.latents) == 3 else (*real.latents[:2], 2, 4, 4)
+        result[name] = replace(real, config=config, measured=dict.fromkeys(real.measured, 2), latents=latents)
+    return result

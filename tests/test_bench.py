@@ -1,0 +1,177 @@
+"""The benchmarks of whole models and pipelines run, at a small size, and report what they measured."""
+
+import json
+import re
+import tempfile
+from dataclasses import replace
+
+import bench_pipeline
+import bench_transformers
+import diffusers
+import kernel_shares
+import pytest
+import real_models
+import results_page
+import torch
+from real_sizes import shrunk
+
+PUBLISHED = dict(real_models.MODELS)
+SMALL = shrunk(PUBLISHED)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs ``bench_transformers.py`` with shrunk models: status and report."""
+    monkeypatch.setattr(bench_transformers, "MODELS", SMALL)
+    monkeypatch.setattr(bench_transformers, "TIMED_SECONDS", 0)
+
+    def run(*options):
+        status = bench_transformers.main(["--out", str(tmp_path), *options])
+        return status, json.loads((tmp_path / "transformers.json").read_text())
+
+    return run
+
+
+def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
+    """One of every kind of inputs."""
+    chosen = ["qwen-image", "wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan-video-480p", "hunyuan-video-1.5"]
+    status, report = bench("--quick", "--models", *chosen)
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert list(report["models"]) == chosen
+    for entry in report["models"].values():
+        assert list(entry["columns"]) == ["eager", "patched"]
+        assert entry["steps_identical"] == entry["steps_compared"] == bench_transformers.COMPARED
+        assert entry["title"] in output
+        for column in entry["columns"].values():
+            assert column["steps"] == bench_transformers.TIMED_STEPS
+            assert 0 < column["other_share"] < 1
+    assert (tmp_path / "transformers.png").stat().st_size > 0
+
+
+def test_full_run_has_four_columns_and_makes_a_page(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_transformers, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
+    status, report = bench("--models", "wan2.2-ti2v-5b", "--layers", "1")
+    assert status == 0
+    (entry,) = report["models"].values()
+    assert tuple(entry["columns"]) == bench_transformers.COLUMNS
+    assert entry["layers"] == {"num_layers": 1}
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    assert results_page.main([str(tmp_path / "transformers.json"), "--docs", str(docs)]) == 0
+    page = (docs / "results.md").read_text()
+    assert report["command"] in page
+    assert entry["title"] in page
+    assert f"{entry['columns']['patched']['step_ms']:,.1f} ms" in page
+    assert (docs / "transformers.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen-image", "hunyuan-video-480p"])
+def test_columns_of_the_real_compiler(bench, name):
+    status, report = bench("--models", name, "--layers", "1")
+    assert status == 0
+    assert tuple(report["models"][name]["columns"]) == bench_transformers.COLUMNS
+
+
+def test_a_model_that_fails_leaves_the_others_measured(bench, capsys, monkeypatch):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines.")
+
+    monkeypatch.setitem(SMALL, "qwen-image", replace(SMALL["qwen-image"], arguments=too_large))
+    status, report = bench("--quick", "--models", "qwen-image", "wan2.1-1.3b")
+    assert status == 1
+    failed, measured = report["models"].values()
+    assert failed["error"].startswith("out of GPU memory (CUDA out of memory. Tried to allocate 20.00 GiB.)")
+    assert "error" not in measured
+    assert failed["error"] in capsys.readouterr().out
+
+
+def test_different_bits_are_a_failure(bench, monkeypatch, capsys):
+    patch = bench_transformers.ditnorm.patch_model
+    monkeypatch.setattr(bench_transformers.ditnorm, "patch_model", lambda model, strict: patch(model, rounding="single"))
+    status, report = bench("--quick", "--models", "qwen-image")
+    (entry,) = report["models"].values()
+    assert status == 1
+    assert entry["steps_identical"] < entry["steps_compared"]
+    assert entry["eager_reproducible"] is True
+    assert "of 3 steps equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_random_models_have_the_dtypes_of_loaded_ones(name):
+    real = SMALL[name]
+    model = real.build(real.layers(None), CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = getattr(diffusers, real.cls).from_pretrained(folder, torch_dtype=real_models.DTYPE)
+    assert {name: t.dtype for name, t in model.state_dict().items()} == {name: t.dtype for name, t in loaded.state_dict().items()}
+    assert {name: t.dtype for name, t in model.named_buffers()} == {name: t.dtype for name, t in loaded.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "width"),
+    [
+        ("qwen-image", 4096, 3072),
+        ("wan2.1-1.3b", 32760, 1536),
+        ("wan2.2-ti2v-5b", 27280, 3072),
+        ("wan2.2-a14b", 75600, 5120),
+        ("hunyuan-video-480p", 27030, 3072),
+        ("hunyuan-video-720p", 118800, 3072),
+        ("hunyuan-video-1.5", 49290, 2048),
+    ],
+)
+def test_published_sizes(name, tokens, width):
+    real = PUBLISHED[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, real.cls)(**{**real.config, **real.layers(1)})
+    assert real.tokens == tokens
+    assert real.config["num_attention_heads"] * real.config["attention_head_dim"] == width
+    assert real.layers(None).keys() == real.layers(1).keys() <= real.config.keys()
+    assert next(model.parameters()).is_meta
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>", "matmul"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "matmul"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matmul"),
+        ("triton_tem_fused_addmm_3", "matmul"),
+        ("aten::addmm", "matmul"),
+        ("aten::mm", "matmul"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention"),
+        ("void at::native::elementwise_kernel<128, 4, add>", "other"),
+        ("void at::native::vectorized_layer_norm_kernel<c10::BFloat16, float>", "other"),
+        ("triton_poi_fused_mul_add_native_layer_norm_0", "other"),
+        ("ditnorm::row_kernel<bf16>", "other"),
+        ("aten::native_layer_norm", "other"),
+        ("aten::add", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel, kind):
+    assert kernel_shares.kind(kernel) == kind
+
+
+def test_pipeline_table_has_every_stage(tmp_path, capsys):
+    assert bench_pipeline.main(["--steps", "2", "--runs", "1", "--prompt", "7", "--cache", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert re.findall(r"^(text encoding|denoising|decoding|other|total) ", output, re.MULTILINE) == list(bench_pipeline.STAGES)
+    times = json.loads((tmp_path / "pipeline.json").read_text())["milliseconds"]
+    for column in times.values():
+        assert column["denoising"] > 0
+        assert column["decoding"] > 0
+        assert sum(column[stage] for stage in bench_pipeline.STAGES[:-1]) == pytest.approx(column["total"])
+
+
+def test_committed_page_is_that_of_its_json():
+    if not (results_page.DOCS / results_page.JSON).exists():
+        pytest.skip(f"docs/{results_page.JSON}: not measured yet")
+    report = json.loads((results_page.DOCS / results_page.JSON).read_text())
+    assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report)

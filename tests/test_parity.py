@@ -1,0 +1,149 @@
+"""The parity scripts: hold where they should, fail where something differs, and name what can't be run."""
+
+import functools
+import importlib
+import json
+
+import generation
+import parity
+import pictures
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+import ditnorm
+
+SCRIPTS = ["qwen_image", "wan", "hunyuan_video"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiler(monkeypatch):
+    """The graphs are captured, but run without generated code: seconds instead of minutes."""
+    compiled = functools.partial(torch.nn.Module.compile, fullgraph=True, backend="eager")
+
+    def compile_blocks(model):
+        for module in model.modules():
+            if type(module).__name__ in model._repeated_blocks:
+                compiled(module)
+
+    monkeypatch.setattr(parity, "compile_blocks", compile_blocks)
+
+
+def run(script, folder, *options):
+    subject = importlib.import_module(f"parity_{script}").SUBJECT
+    status = parity.main(subject, ["--steps", "2", "--prompt", "37", "--out", str(folder), *options])
+    return status, json.loads((folder / f"{subject.tiny}.json").read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tiny_models_keep_every_bit(script, tmp_path, capsys):
+    status, report = run(script, tmp_path)
+    output = capsys.readouterr().out
+    assert status == 0
+    assert report["parity"] is True
+    assert report["notes"] == []
+    found = report["comparisons"]
+    assert found["patched : unpatched"]["steps_identical"] == 2
+    assert found["patched : unpatched"]["psnr"] is None  # infinite
+    assert 0 < found["unpatched : float32"]["relative_error_of_latents"][-1] < 0.1
+    assert found["unpatched : float32"] == found["patched : float32"]
+    assert "yardstick, compiled : unpatched" in found
+    assert "parity holds" in output
+    (picture,) = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    assert str(picture) in output
+
+
+def test_side_by_side_shows_equal_pictures_and_a_black_difference(tmp_path):
+    run("qwen_image", tmp_path)
+    with Image.open(tmp_path / "qwen-image.png") as image:
+        pixels = image.convert("L")
+    width, height = 2 * 64 + pictures.GAP, 64  # two digits
+    top = pictures.MARGIN + pictures.LABEL
+    panels = [pixels.crop((x, top, x + width, top + height)) for x in (pictures.MARGIN + i * (width + pictures.MARGIN) for i in range(3))]
+    assert panels[0].tobytes() == panels[1].tobytes()
+    assert panels[0].getextrema() != panels[2].getextrema()
+    assert panels[2].crop((0, 0, 64, 64)).getextrema() == (0, 0)
+
+
+def test_single_rounding_differs_and_is_measured_against_the_yardstick(tmp_path):
+    status, report = run("qwen_image", tmp_path, "--rounding", "single", "--compile")
+    found = report["comparisons"]
+    assert found["patched : unpatched"]["steps_identical"] == 0
+    assert found["patched : unpatched"]["worst_psnr"] >= 40
+    assert "patched + compiled : compiled" in found
+    assert "PSNR" in report["rule"]
+    assert status == int(not report["parity"])
+
+
+@pytest.mark.slow
+def test_yardstick_of_the_real_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "compile_blocks", generation.compile_blocks)
+    status, report = run("qwen_image", tmp_path)
+    assert status == 0
+    assert report["notes"] == []
+    assert report["comparisons"]["yardstick, compiled : unpatched"]["worst_psnr"] >= 30
+
+
+def test_a_difference_is_a_failure(tmp_path, monkeypatch, capsys):
+    patch = ditnorm.patch_pipeline
+    monkeypatch.setattr(ditnorm, "patch_pipeline", lambda pipe, rounding: patch(pipe, rounding="single"))
+    status, report = run("qwen_image", tmp_path)
+    assert status == 1
+    assert report["parity"] is False
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+
+
+def test_without_a_compiler_parity_is_still_decided(tmp_path, monkeypatch):
+    def missing(model):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(parity, "compile_blocks", missing)
+    status, report = run("qwen_image", tmp_path)
+    assert status == 0
+    assert report["notes"] == ["torch.compile: RuntimeError: no C++ compiler"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", str(parity.FOLDER / "wan")], "is a WanPipeline; this script takes QwenImagePipeline"),
+        (["--model", "no/such/folder/anywhere"], "no pipeline in diffusers' format"),
+        (["--prompt", "a cat"], "draws the digits of its prompt"),
+        (["--image", "cat.png"], "takes no --image"),
+        (["--frames", "5"], "takes no num_frames"),
+        (["--size", "large"], "expected WIDTHxHEIGHT"),
+        pytest.param(["--offload"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_run_is_named(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("qwen_image", tmp_path, *options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_weights_are_named(tmp_path, capsys):
+    index = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit):
+        run("qwen_image", tmp_path / "out", "--model", str(tmp_path))
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_too_little_memory_says_what_helps(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(parity, "generate", full)
+    with pytest.raises(SystemExit):
+        run("qwen_image", tmp_path)
+    assert "--offload" in capsys.readouterr().err
+
+
+def test_wrapping_a_method_ends_with_the_block():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    with generation.wrapped(scheduler, "step", lambda step, x: x + 1):
+        assert scheduler.step(1) == 2
+    assert "step" not in vars(scheduler)
