@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE
+from cases import DEVICE, torch_norms
 from torch import Tensor
 
 from ditnorm import kernels
@@ -91,6 +91,7 @@ def test_gradients_flow_through_mixed_dtypes() -> None:
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
+@torch_norms
 def test_a_hooked_layer_promotes_as_one_without_a_hook() -> None:
     layer = ScaleResidualNormScaleShift(D, elementwise_affine=False, rounding="eager").to(DEVICE)
     residual, x = t(B, S, D, dtype=torch.bfloat16), t(B, S, D, dtype=torch.float32)
