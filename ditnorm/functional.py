@@ -44,7 +44,7 @@ _norm_scale_shift = kernels.ops.norm_scale_shift.default
 _scale_residual_norm_scale_shift = kernels.ops.scale_residual_norm_scale_shift.default
 _scale_residual = kernels.ops.scale_residual.default
 
-# A tenth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
+# A sixth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 

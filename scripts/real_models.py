@@ -1,6 +1,9 @@
 """The configurations of published models, and inputs of the size that their pipelines give them by default: data, no weights.
 
-Configurations: ``transformer/config.json`` of the checkpoints named as ``source``, and diffusers' ``scripts/convert_*_to_diffusers.py``.
+Configurations: of Qwen-Image and HunyuanVideo, the defaults of diffusers' classes; of Wan2.1-1.3B, A14B and HunyuanVideo-1.5, diffusers'
+``scripts/convert_*_to_diffusers.py``. That of TI2V-5B hasn't been compared with its checkpoint's ``transformer/config.json`` yet.
+``source`` names the checkpoint that a configuration stands for.
+
 Token counts: a latent frame every 4 frames (the first alone), latent pixels of 8 x 8 (16 x 16 for TI2V-5B and HunyuanVideo-1.5),
 2 x 2 of them a token (1 for HunyuanVideo-1.5).
 """
