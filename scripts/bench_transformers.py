@@ -266,15 +266,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries: dict[str, dict[str, Any]] = {}
     if not options.quick:
         torch.compile(torch.neg)(torch.ones(8, device=device))  # starts the compiler: no model's first step is to wait for that
-    for name in options.models:
-        real = MODELS[name]
-        entries[name] = result(real, real.layers(options.layers), device, names)
-        print(f"{real.title}: {entries[name].get('error') or bits(entries[name])}", flush=True)
-
     options.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)])
     report = {"command": command, "date": date.today().isoformat(), "environment": environment(device), "models": entries}
-    (options.out / "transformers.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name in options.models:
+        real = MODELS[name]
+        start = time.perf_counter()
+        entries[name] = result(real, real.layers(options.layers), device, names)
+        (options.out / "transformers.json").write_text(json.dumps(report, indent=1) + "\n")  # a run cut short keeps what it has
+        print(f"{real.title}: {entries[name].get('error') or bits(entries[name])} ({time.perf_counter() - start:.0f} s)", flush=True)
     print(f"\n{environment_line(device)}\n\n{table(entries)}\n\n{NOTES}")
     if any("error" not in entry for entry in entries.values()):
         chart(entries, options.out / "transformers.png", environment_line(device))

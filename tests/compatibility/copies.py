@@ -12,7 +12,7 @@ from torch import nn
 
 from ditnorm import generated, patch_model
 
-from .feature import Feature, forward, its_output, weights_at_rest
+from .feature import DEVICE, Feature, forward, its_output, weights_at_rest
 from .offload import blocks_of
 
 
@@ -40,7 +40,7 @@ def _torch_save(model: nn.Module, folder: Path) -> Any:
 def _save_pretrained(model: Any, folder: Path) -> Any:
     """Saved models know nothing of the patch, so the loaded one is patched if the saved one was."""
     model.save_pretrained(folder)
-    loaded = type(model).from_pretrained(folder, torch_dtype=model.dtype).eval()
+    loaded = type(model).from_pretrained(folder, torch_dtype=model.dtype).to(DEVICE).eval()
     patched = any(generated.origin_of(type(m)) for m in model.modules())
     return patch_model(loaded) if patched else loaded
 

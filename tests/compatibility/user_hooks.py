@@ -25,7 +25,7 @@ def _what_hooks_saw(target: nn.Module, run: Callable[[], Tensor]) -> tuple[Tenso
     """The values that a hook is shown."""
     _seen.clear()
     output = run()
-    return output, [t.contiguous().view(torch.uint8).numpy().tobytes() for t in _seen]
+    return output, [t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in _seen]
 
 
 def _watch(model: nn.Module, folder: Path) -> nn.Module:
