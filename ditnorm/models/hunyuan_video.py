@@ -35,7 +35,6 @@ class HunyuanVideoTransformerBlock(FusedBlock):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        hidden_states = hidden_states.contiguous()
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
         c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
 
@@ -173,7 +172,6 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         token_replace_emb: Tensor = None,  # type: ignore[assignment]  # upstream's default; always given
         num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
-        hidden_states = hidden_states.contiguous()
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = self.norm1(
             hidden_states, temb, token_replace_emb, num_tokens
         )

@@ -21,7 +21,6 @@ class WanTransformerBlock(FusedBlock):
     site_count = 4
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
-        hidden_states = hidden_states.contiguous()
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table)
 
         x = self.norm1(hidden_states, **modulation1)
@@ -53,7 +52,6 @@ class WanVACETransformerBlock(FusedBlock):
     ) -> tuple[Tensor | None, Tensor]:
         if self.proj_in is not None:
             control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
-        control_hidden_states = control_hidden_states.contiguous()
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table.to(temb.device))
 
         x = self.norm1(control_hidden_states, **modulation1)

@@ -34,6 +34,7 @@ bool waits_for_previous_kernel(Kernel kernel) {
   if (answer == 0) {
     cudaFuncAttributes attributes;
     const bool found = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    if (!found) cudaGetLastError();
     answer = found && attributes.ptxVersion >= 90 ? 2 : 1;
     known[device].store(answer, std::memory_order_relaxed);
   }
@@ -53,7 +54,9 @@ int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream,
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &early;
   config.numAttrs = waits_for_previous_kernel(kernel) ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error != cudaSuccess) cudaGetLastError();  // clear it: PyTorch's next check would report it as its own
+  return error;
 #else
   (void)stream;
   return sim_launch(kernel, grid, dim3(threads), args...);

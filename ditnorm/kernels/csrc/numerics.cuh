@@ -82,22 +82,29 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
   return pack;
 }
 
-// Past L1, which the modulations need.
-template <class T, int N>
-__device__ __forceinline__ Pack<T, N> load_stream(const T* source) {
+// How rows pass the caches: as anything else, or first to leave. Which is faster was measured for each op: docs/kernels.md.
+enum class Cache { normal, streaming };
+
+template <Cache CACHE, class T, int N>
+__device__ __forceinline__ Pack<T, N> load_row(const T* source) {
   Pack<T, N> pack;
   const auto* words = reinterpret_cast<const typename Pack<T, N>::Access*>(source);
 #pragma unroll
-  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) pack.words[i] = __ldcs(words + i);
+  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) pack.words[i] = CACHE == Cache::streaming ? __ldcs(words + i) : words[i];
   return pack;
 }
 
-// Streaming: the next kernel reads these rows after the cache has forgotten them.
-template <class T, int N>
-__device__ __forceinline__ void store_pack(T* target, const Pack<T, N>& pack) {
+template <Cache CACHE, class T, int N>
+__device__ __forceinline__ void store_row(T* target, const Pack<T, N>& pack) {
   auto* words = reinterpret_cast<typename Pack<T, N>::Access*>(target);
 #pragma unroll
-  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) __stcs(words + i, pack.words[i]);
+  for (int i = 0; i < Pack<T, N>::kAccesses; ++i) {
+    if constexpr (CACHE == Cache::streaming) {
+      __stcs(words + i, pack.words[i]);
+    } else {
+      words[i] = pack.words[i];
+    }
+  }
 }
 
 template <class T, int N>

@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
   constexpr int kPerTile = kTile / kStep;          // accesses of one thread
   constexpr int kAccesses = ITEMS * kPerTile;
   constexpr auto kEach = std::make_integer_sequence<int, kAccesses>{};
+  constexpr Cache kCache = RESIDUAL ? Cache::normal : Cache::streaming;
   __shared__ Exchange exchange;
 
   const int width = static_cast<int>(p.width);
@@ -90,8 +91,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
   const T* const residual = advance<T>(p.residual.data, at.offset(p.residual) + first);
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
-    v[i] = load_stream<T, N>((RESIDUAL ? residual : x) + i * kStep);
-    if constexpr (RESIDUAL) branch[i] = load_stream<T, N>(x + i * kStep);
+    v[i] = load_row<kCache, T, N>((RESIDUAL ? residual : x) + i * kStep);
+    if constexpr (RESIDUAL) branch[i] = load_row<kCache, T, N>(x + i * kStep);
   });
 
   const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, affine = p.weight.data != nullptr;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
         v[i] = add_gated(v[i], branch[i], gate_values);
       }
       if (!at.valid && gated) v[i] = filled<T, N>(kNaN);
-      store_pack(static_cast<T*>(p.r) + out + i * kStep, v[i]);
+      store_row<kCache>(static_cast<T*>(p.r) + out + i * kStep, v[i]);
     });
   }
 
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
         y = from_floats<T, N>(n);
       }
     }
-    store_pack(static_cast<T*>(p.y) + out + i * kStep, y);
+    store_row<kCache>(static_cast<T*>(p.y) + out + i * kStep, y);
   });
 }
 

@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Proble
   if (column >= p.width) return;
   wait_for_previous_kernel();
   const Token at(p, blockIdx.y, token);
-  auto v = load_stream<T, N>(static_cast<const T*>(p.residual.data) + at.offset(p.residual) + column);
-  const auto branch = load_stream<T, N>(static_cast<const T*>(p.x.data) + at.offset(p.x) + column);
+  auto v = load_row<Cache::normal, T, N>(static_cast<const T*>(p.residual.data) + at.offset(p.residual) + column);
+  const auto branch = load_row<Cache::normal, T, N>(static_cast<const T*>(p.x.data) + at.offset(p.x) + column);
   if (p.gate.data == nullptr) {
     v = add(v, branch);
   } else {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Proble
     }
     if (!at.valid) v = filled<T, N>(kNaN);
   }
-  store_pack(static_cast<T*>(p.r) + (at.batch * p.tokens + token) * p.width + column, v);
+  store_row<Cache::streaming>(static_cast<T*>(p.r) + (at.batch * p.tokens + token) * p.width + column, v);
 }
 
 template <class T>
