@@ -250,6 +250,13 @@ def chart(entries: Mapping[str, Mapping[str, Any]], path: Path, device: str) -> 
 COLORS = {"eager": "#9aa0a6", "patched": "#1a73e8", "compiled": "#f2a600", "patched + compiled": "#137333"}
 
 
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The arguments that make a difference to what is measured."""
+    models = [] if options.models == list(MODELS) else ["--models", *options.models]
+    layers = [] if options.layers is None else ["--layers", str(options.layers)]
+    return models + layers + (["--quick"] if options.quick else [])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description="Time whole denoising steps of real models with random weights.")
@@ -267,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.quick:
         torch.compile(torch.neg)(torch.ones(8, device=device))  # starts the compiler: no model's first step is to wait for that
     options.out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "scripts/bench_transformers.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "scripts/bench_transformers.py", *chosen(options)])
     report = {"command": command, "date": date.today().isoformat(), "environment": environment(device), "models": entries}
     for name in options.models:
         real = MODELS[name]

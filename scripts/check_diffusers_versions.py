@@ -49,7 +49,8 @@ def check(version: Version, folder: Path) -> str:
     site = next((folder / "lib").glob("python*")) / "site-packages"
     (site / "packages_of_the_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
     _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", f"diffusers=={version}"], check=True)
-    done = _run([str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *TESTS], env={"PYTHONPATH": str(ROOT)})
+    pytest = [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--numprocesses", "auto"]
+    done = _run([*pytest, *TESTS], env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # the workers take every core
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines[-1] if lines else f"pytest ended with status {done.returncode} and printed nothing"
 
@@ -61,7 +62,9 @@ def _run(command: list[str], *, check: bool = False, env: dict[str, str] | None 
 def results(versions: list[Version]) -> Iterator[tuple[Version, str]]:
     for version in tqdm(versions, desc="diffusers", unit="release"):
         with tempfile.TemporaryDirectory() as folder:
-            yield version, check(version, Path(folder))
+            outcome = check(version, Path(folder))
+        tqdm.write(f"{version}: {outcome}")
+        yield version, outcome
 
 
 def main() -> int:
