@@ -35,11 +35,11 @@ def pipeline(family: str) -> Any:
 def generate(pipe: Any, family: str, steps: int = 2, **more: Any) -> Tensor:
     """The latents after some steps."""
     size = {"height": 64, "width": 64} | ({} if family == "Qwen-Image" else {"num_frames": 5})
-    arguments = _prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0)} | more
+    arguments = prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0)} | more
     return pipe(**arguments, num_inference_steps=steps, output_type="latent", return_dict=False)[0]
 
 
-def _prompt(family: str) -> dict[str, Any]:
+def prompt(family: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
