@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from . import lora
-from .feature import DEVICE, DTYPE, FAMILIES, Feature, Observe, Upstream, calls_of, its_output, linears_called, load
+from .feature import DEVICE, DTYPE, FAMILIES, Feature, Observe, Upstream, calls_of, its_output, linears_called, load, weights_at_rest
 
 _PIPELINES = {
     "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
@@ -135,6 +135,22 @@ def _unload_lora(pipe: Any) -> Any:
     return pipe
 
 
+def _on_the_cpu(family: str) -> Any:
+    return pipeline(family).to("cpu")
+
+
+def _where_it_is(pipe: Any, family: str) -> Tensor:
+    return generate(pipe, family, **{k: v.to(pipe.device) for k, v in prompt(family).items() if isinstance(v, Tensor)})
+
+
+def _to_cuda(pipe: Any, folder: Path) -> Any:
+    return pipe.to("cuda")
+
+
+def _to_cpu(pipe: Any) -> Any:
+    return pipe.to("cpu")
+
+
 _WAN_VAE = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 _VAES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen-Image": ("AutoencoderKLQwenImage", _WAN_VAE),
@@ -210,6 +226,7 @@ FEATURES = (
     _feature("`from_pipe` with another scheduler", _from_pipe, its_output),
     _feature("`callback_on_step_end`", _same, its_output, run_with=_with_callback),
     _feature("two pipelines that share a transformer", _same, its_output, run_with=_two_share, passes=2),
+    Feature('`pipe.to("cuda")`', _to_cuda, weights_at_rest, _to_cpu, run=_where_it_is, load=_on_the_cpu, gpus=1),
     Feature("`vae.enable_tiling`", _tile, _vae_calls("tiled_decode"), _do_not_tile, run=_decoded, load=_with_vae),
     Feature("`vae.enable_slicing`", _slice, _vae_calls("_decode"), _do_not_slice, run=_decoded, load=_with_vae),
     Feature(
