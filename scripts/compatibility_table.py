@@ -48,8 +48,8 @@ def page() -> str:
     lines += [
         "## Several processes",
         "",
-        "Two ranks, with gloo on the CPU and with NCCL on two GPUs. The output equals that of the unpatched model on two ranks bit for bit,",
-        "and is as near to a float32 run's as that of the model on one device (`no_less_accurate` in `parallel.py`).",
+        "Two ranks, with gloo on the CPU and with NCCL on two GPUs. The output equals that of the unpatched model on two ranks bit for",
+        "bit, and is as near to a float32 run's as that of the model on one device (`no_less_accurate` in `parallel.py`).",
         "",
         "| | Models | Remarks |",
         "|---|---|---|",
