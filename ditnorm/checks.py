@@ -113,7 +113,17 @@ def _check(
         raise ValueError("index: given without a modulation to select rows of")
     _devices(x, {"residual": residual, "index": index, **affine}, modulations)
     if rounding == "eager" and not torch.is_autocast_enabled(x.device.type):  # autocast chooses the dtypes itself
-        _law(x, residual, modulations, norm)
+        fused_dtypes(x, residual, modulations, norm)
+
+
+def fused_dtypes(x: Tensor, residual: Tensor | None, modulations: Mapping[str, Modulation], norm: str) -> None:
+    """Raises ``UnfusedDtypesError`` where ``rounding="eager"`` with these dtypes isn't fused."""
+    if residual is not None and residual.dtype is not x.dtype:
+        raise UnfusedDtypesError(f'residual: rounding="eager" is fused in the dtype of x, {x.dtype}, got {residual.dtype}')
+    law = law_dtype(x, tuple(modulations.values()), norm, "eager")
+    for name, (m, _) in modulations.items():
+        if m is not None and law is not torch.float32 and m.dtype is not x.dtype:
+            raise UnfusedDtypesError(f'{name}: rounding="eager" is fused in the dtype of x, {x.dtype}, or float32, got {m.dtype}')
 
 
 def index_range(index: Tensor, *modulations: Tensor | None) -> None:
@@ -195,15 +205,6 @@ def _devices(x: Tensor, others: Mapping[str, Tensor | None], modulations: Mappin
     for name, t in named.items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
-
-
-def _law(x: Tensor, residual: Tensor | None, modulations: Mapping[str, Modulation], norm: str) -> None:
-    if residual is not None and residual.dtype is not x.dtype:
-        raise UnfusedDtypesError(f'residual: rounding="eager" is fused in the dtype of x, {x.dtype}, got {residual.dtype}')
-    law = law_dtype(x, tuple(modulations.values()), norm, "eager")
-    for name, (m, _) in modulations.items():
-        if m is not None and law is not torch.float32 and m.dtype is not x.dtype:
-            raise UnfusedDtypesError(f'{name}: rounding="eager" is fused in the dtype of x, {x.dtype}, or float32, got {m.dtype}')
 
 
 def _shape(t: Tensor) -> str:

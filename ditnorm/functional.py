@@ -46,6 +46,8 @@ _scale_residual = kernels.ops.scale_residual.default
 
 # A sixth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
+# Under Dynamo an op that rejects its arguments ends the trace: nothing catches that, so mixed dtypes are found before.
+_traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
 def norm_scale_shift(
@@ -72,13 +74,14 @@ def norm_scale_shift(
         if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             checks.norm_scale_shift(*tensors, norm, eps, rounding)
             return _differentiable(_norm_scale_shift, codes, reference.norm_scale_shift, (norm, eps, rounding), tensors)
+        if _traced_by_dynamo() and rounding == "eager" and _mixed(x, scale, shift):
+            checks.fused_dtypes(x, None, {"scale": (scale, scale_table), "shift": (shift, shift_table)}, norm)
         return _norm_scale_shift(*tensors, *codes)
     except _REJECTED:
         try:
             checks.norm_scale_shift(*tensors, norm, eps, rounding)
         except checks.UnfusedDtypesError:
-            kernels.count_reference("norm_scale_shift")
-            return reference.norm_scale_shift(*tensors, norm, eps, rounding)
+            return _unfused(reference.norm_scale_shift, (norm, eps, rounding), tensors)
         raise
 
 
@@ -110,13 +113,16 @@ def scale_residual_norm_scale_shift(
             checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
             expression = reference.scale_residual_norm_scale_shift
             return _differentiable(_scale_residual_norm_scale_shift, codes, expression, (norm, eps, rounding), tensors)
+        if _traced_by_dynamo() and rounding == "eager" and _mixed(x, residual, gate, scale, shift):
+            checks.fused_dtypes(
+                x, residual, {"gate": (gate, gate_table), "scale": (scale, scale_table), "shift": (shift, shift_table)}, norm
+            )
         return _scale_residual_norm_scale_shift(*tensors, *codes)
     except _REJECTED:
         try:
             checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
         except checks.UnfusedDtypesError:
-            kernels.count_reference("scale_residual_norm_scale_shift")
-            return reference.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
+            return _unfused(reference.scale_residual_norm_scale_shift, (norm, eps, rounding), tensors)
         raise
 
 
@@ -139,13 +145,14 @@ def scale_residual(
         if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             checks.scale_residual(*tensors, rounding)
             return _differentiable(_scale_residual, codes, reference.scale_residual, (rounding,), tensors)
+        if _traced_by_dynamo() and rounding == "eager" and _mixed(x, residual, gate):
+            checks.fused_dtypes(x, residual, {"gate": (gate, gate_table)}, "layer")
         return _scale_residual(*tensors, *codes)
     except _REJECTED:
         try:
             checks.scale_residual(*tensors, rounding)
         except checks.UnfusedDtypesError:
-            kernels.count_reference("scale_residual")
-            return reference.scale_residual(*tensors, rounding)
+            return _unfused(reference.scale_residual, (rounding,), tensors)
         raise
 
 
@@ -156,6 +163,13 @@ def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
     return rounding == "eager" and any(t is not None and torch.is_autocast_enabled(t.device.type) for t in tensors)
 
 
+def _mixed(x: Tensor, *others: Tensor | None) -> bool:
+    for t in others:  # noqa: SIM110 (Dynamo traces a generator several times as long)
+        if t is not None and t.dtype is not x.dtype:
+            return True
+    return False
+
+
 def _differentiable(
     op: Callable[..., Any],
     codes: tuple[Any, ...],
@@ -163,9 +177,12 @@ def _differentiable(
     options: tuple[Any, ...],
     tensors: tuple[Tensor | None, ...],
 ) -> Any:
-    if torch.compiler.is_compiling():  # a compiler sees the expression and chooses what to save itself
-        return expression(*tensors, *options)
-    if options[-1] == "eager":
-        kernels.count_reference(expression.__name__)
-        return expression(*tensors, *options)
+    if options[-1] == "eager" or torch.compiler.is_compiling():  # a compiler chooses itself what to save
+        return _unfused(expression, options, tensors)
     return Recompute.apply(op, codes, expression, options, *tensors)
+
+
+def _unfused(expression: Callable[..., Any], options: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> Any:
+    if not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+        kernels.count_reference(expression.__name__)
+    return expression(*tensors, *options)

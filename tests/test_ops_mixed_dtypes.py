@@ -84,6 +84,22 @@ def test_a_modulation_in_another_half_precision_promotes(name: str) -> None:
     assert unfused("norm_scale_shift", before)
 
 
+@pytest.mark.parametrize(("stream", "sublayer"), MIXED)
+def test_mixed_dtypes_compile_without_a_graph_break_or_a_recompile(stream: torch.dtype, sublayer: torch.dtype) -> None:
+    def site(residual: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        y, r = scale_residual_norm_scale_shift(residual, x, m, m, m, rounding="eager")
+        return y, r, norm_scale_shift(x, m, m, rounding="eager"), scale_residual(residual, x, m, rounding="eager")
+
+    call = (t(B, S, D, dtype=stream), t(B, S, D, dtype=sublayer), t(B, 1, D, dtype=torch.bfloat16))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(site, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            assert all(same(a, b) for a, b in zip(compiled(*call), site(*call), strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_gradients_flow_through_mixed_dtypes() -> None:
     residual, x = t(B, S, D, dtype=torch.bfloat16), t(B, S, D, dtype=torch.float32).requires_grad_()
     scale_residual(residual, x, rounding="eager").sum().backward()

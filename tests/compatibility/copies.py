@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ditnorm import generated, patch_model
 
-from .feature import DEVICE, Feature, forward, its_output, weights_at_rest
+from .feature import DEVICE, Feature, arguments_of, forward, its_output, load, weights_at_rest
 from .offload import blocks_of
 
 
@@ -56,6 +57,18 @@ def _convert(dtype: torch.dtype) -> Callable[[Any, Path], Any]:
     return lambda model, folder: model.to(dtype)
 
 
+def _on_the_cpu(family: str) -> nn.Module:
+    return load(family).cpu()
+
+
+def _where_it_is(model: Any, family: str) -> Tensor:
+    return tiny.run(model, {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in arguments_of(family).items()})
+
+
+def _to_cuda(model: nn.Module, folder: Path) -> nn.Module:
+    return model.to("cuda")
+
+
 FEATURES = (
     Feature("`copy.deepcopy`", _another(lambda model, folder: copy.deepcopy(model)), its_output),
     Feature("`pickle`", _another(_pickle), its_output),
@@ -67,4 +80,5 @@ FEATURES = (
     Feature(
         "`.to(torch.bfloat16)`", _convert(torch.bfloat16), weights_at_rest, families=("Wan",), note="the others have no fp32 parameters"
     ),
+    Feature('`.to("cuda")`', _to_cuda, weights_at_rest, nn.Module.cpu, run=_where_it_is, load=_on_the_cpu, gpus=1),
 )

@@ -1,17 +1,23 @@
 """LoRA through diffusers and PEFT."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 from peft import LoraConfig
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .feature import FAMILIES, Feature, its_output, linears_called, load
+from .feature import FAMILIES, Feature, calls_of, its_output, linears_called, load
 
 # Of each family the attention, a feed-forward layer and, where there is one, the layer that makes the modulation.
 TARGETS = ["to_q", "to_k", "to_v", "ffn.net.2", "img_mlp.net.2", "ff.net.2", "img_mod.1", "norm1.linear", "norm.linear"]
+
+
+_KEPT = "upstream's `unload_lora` leaves such modules where they are"
+_SAVED_CALLED = calls_of(ModulesToSaveWrapper, "_forward_wrapped")
 
 
 def _config(rank: int = 4, **more: Any) -> LoraConfig:
@@ -75,6 +81,10 @@ def _disable(model: Any, folder: Path) -> nn.Module:
     return model
 
 
+def _and_save(name: str) -> Callable[[Any, Path], Any]:
+    return lambda model, folder: add(model, modules_to_save=[name])
+
+
 def _unload(model: Any) -> nn.Module:
     model.unload_lora()
     return model
@@ -88,4 +98,14 @@ FEATURES = (
     Feature("hot-swap an adapter", _hotswap, its_output, _unload),
     Feature("`fuse_lora`", _fuse, its_output),
     Feature("`fuse_lora`, `unfuse_lora`", _fuse_and_unfuse, linears_called),
+    Feature("`modules_to_save`: `proj_out`", _and_save("proj_out"), _SAVED_CALLED, note=_KEPT),
+    Feature(
+        "`modules_to_save`: a norm",
+        _and_save("blocks.1.norm2"),
+        _SAVED_CALLED,
+        families=("Wan",),
+        fused="some",
+        refused="no fused layer stands in for .*ModulesToSaveWrapper",
+        note=f"the others' norms have no weights; {_KEPT}",
+    ),
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditnorm import generated, kernels
 from ditnorm.patching import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
 
-from . import attention, caches, compiled, copies, foreign, gpu, lora, modes, offload, pipelines, quantised, training, user_hooks
+from . import attention, caches, compiled, copies, foreign, gpu, lora, modes, modular, offload, pipelines, quantised, training, user_hooks
 from .feature import DEVICE, ORDERS, Feature, Upstream, modules_of
 
 PATCHED_FIRST = ("patch before", "unpatch while active")
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
     "Precision, modes and threads": modes.FEATURES,
     "Copies, saving and conversion": copies.FEATURES,
     "Training": training.FEATURES,
-    "Pipelines": pipelines.FEATURES,
+    "Pipelines": (*pipelines.FEATURES, *modular.FEATURES),
     "GPU only": gpu.FEATURES,
     "Other patchers": foreign.FEATURES,
 }

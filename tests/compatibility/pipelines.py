@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from . import lora
-from .feature import DEVICE, DTYPE, FAMILIES, Feature, Upstream, calls_of, its_output, linears_called, load
+from .feature import DEVICE, DTYPE, FAMILIES, Feature, Observe, Upstream, calls_of, its_output, linears_called, load, weights_at_rest
 
 _PIPELINES = {
     "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
@@ -23,11 +23,11 @@ _PIPELINES = {
 _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 
 
-def pipeline(family: str) -> Any:
+def pipeline(family: str, vae: Any = None) -> Any:
     """A pipeline around the tiny model of the family."""
     name, absent = _PIPELINES[family]
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "Qwen-Image")
-    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=scheduler, vae=None, **absent)
+    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=scheduler, vae=vae, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -35,11 +35,11 @@ def pipeline(family: str) -> Any:
 def generate(pipe: Any, family: str, steps: int = 2, **more: Any) -> Tensor:
     """The latents after some steps."""
     size = {"height": 64, "width": 64} | ({} if family == "Qwen-Image" else {"num_frames": 5})
-    arguments = _prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0)} | more
-    return pipe(**arguments, num_inference_steps=steps, output_type="latent", return_dict=False)[0]
+    arguments = prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0), "output_type": "latent"} | more
+    return pipe(**arguments, num_inference_steps=steps, return_dict=False)[0]
 
 
-def _prompt(family: str) -> dict[str, Any]:
+def prompt(family: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -135,6 +135,71 @@ def _unload_lora(pipe: Any) -> Any:
     return pipe
 
 
+def _on_the_cpu(family: str) -> Any:
+    return pipeline(family).to("cpu")
+
+
+def _where_it_is(pipe: Any, family: str) -> Tensor:
+    return generate(pipe, family, **{k: v.to(pipe.device) for k, v in prompt(family).items() if isinstance(v, Tensor)})
+
+
+def _to_cuda(pipe: Any, folder: Path) -> Any:
+    return pipe.to("cuda")
+
+
+def _to_cpu(pipe: Any) -> Any:
+    return pipe.to("cpu")
+
+
+_WAN_VAE = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+_VAES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen-Image": ("AutoencoderKLQwenImage", _WAN_VAE),
+    "Wan": ("AutoencoderKLWan", _WAN_VAE),
+    "HunyuanVideo": (
+        "AutoencoderKLHunyuanVideo",
+        {"latent_channels": 4, "block_out_channels": (4, 8, 8, 8), "layers_per_block": 0, "norm_num_groups": 1},
+    ),
+}
+
+
+def _with_vae(family: str) -> Any:
+    name, config = _VAES[family]
+    torch.manual_seed(0)
+    vae = getattr(diffusers, name)(**config)
+    return pipeline(family, vae.to(DEVICE).eval())  # bf16 convolutions are slow on the CPU
+
+
+def _decoded(pipe: Any, family: str) -> Tensor:
+    """Two decoded pictures or videos."""
+    number = "num_images_per_prompt" if family == "Qwen-Image" else "num_videos_per_prompt"
+    return generate(pipe, family, output_type="pt", **{number: 2})
+
+
+def _vae_calls(method: str) -> Observe:
+    return lambda pipe, run: calls_of(type(pipe.vae), method)(pipe, run)
+
+
+def _tile(pipe: Any, folder: Path) -> Any:
+    tiles = {f"tile_sample_{size}_{side}": pixels for size, pixels in (("min", 48), ("stride", 32)) for side in ("height", "width")}
+    pipe.vae.enable_tiling(**tiles)
+    return pipe
+
+
+def _do_not_tile(pipe: Any) -> Any:
+    pipe.vae.disable_tiling()
+    return pipe
+
+
+def _slice(pipe: Any, folder: Path) -> Any:
+    pipe.vae.enable_slicing()
+    return pipe
+
+
+def _do_not_slice(pipe: Any) -> Any:
+    pipe.vae.disable_slicing()
+    return pipe
+
+
 def _cache_dit(pipe: Any, folder: Path) -> Any:
     import cache_dit
 
@@ -161,6 +226,9 @@ FEATURES = (
     _feature("`from_pipe` with another scheduler", _from_pipe, its_output),
     _feature("`callback_on_step_end`", _same, its_output, run_with=_with_callback),
     _feature("two pipelines that share a transformer", _same, its_output, run_with=_two_share, passes=2),
+    Feature('`pipe.to("cuda")`', _to_cuda, weights_at_rest, _to_cpu, run=_where_it_is, load=_on_the_cpu, gpus=1),
+    Feature("`vae.enable_tiling`", _tile, _vae_calls("tiled_decode"), _do_not_tile, run=_decoded, load=_with_vae),
+    Feature("`vae.enable_slicing`", _slice, _vae_calls("_decode"), _do_not_slice, run=_decoded, load=_with_vae),
     Feature(
         "cache-dit's `enable_cache`",
         _cache_dit,
