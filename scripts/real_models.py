@@ -1,7 +1,7 @@
 """The configurations of published models, and inputs of the size that their pipelines give them by default: data, no weights.
 
 Configurations: of Qwen-Image and HunyuanVideo, the defaults of diffusers' classes; of Wan2.1-1.3B, A14B and HunyuanVideo-1.5, diffusers'
-``scripts/convert_*_to_diffusers.py``. That of TI2V-5B hasn't been compared with its checkpoint's ``transformer/config.json`` yet.
+``scripts/convert_*_to_diffusers.py``; of TI2V-5B, ``wan/configs/wan_ti2v_5B.py`` of Wan's own repository.
 ``source`` names the checkpoint that a configuration stands for.
 
 Token counts: a latent frame every 4 frames (the first alone), latent pixels of 8 x 8 (16 x 16 for TI2V-5B and HunyuanVideo-1.5),
