@@ -51,11 +51,12 @@ def place(pipe: DiffusionPipeline, device: torch.device, *, offload: bool = Fals
     return pipe
 
 
-def tiny_family(model: str, pipe: DiffusionPipeline) -> Family | None:
+def tiny_family(model: str) -> Family | None:
     """The family, if ``model`` is a folder that ``train_tiny.py`` wrote."""
     if not (Path(model) / PROMPTS).is_file():
         return None
-    return next(family for family in FAMILIES.values() if type(pipe).__name__ == family.pipeline)
+    named = DiffusionPipeline.load_config(model)["_class_name"]
+    return next((family for family in FAMILIES.values() if named == family.pipeline), None)
 
 
 def call_arguments(
@@ -72,7 +73,7 @@ def call_arguments(
 
     A tiny pipeline draws one picture for each digit of the prompt, all ten by default. :exc:`CannotRun` for what the pipeline doesn't take.
     """
-    family = tiny_family(model, pipe)
+    family = tiny_family(model)
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {}
     if family is not None:
