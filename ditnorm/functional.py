@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, kernels, reference
+from . import checks, checks_rope, kernels, reference, reference_rope
 from .autograd import Recompute
 
 _NORM = {name: code for code, name in enumerate(checks.NORMS)}
+_QK_NORM = {name: code for code, name in enumerate(checks_rope.NORMS)}
 _ROUNDING = {name: code for code, name in enumerate(checks.ROUNDINGS)}
 _REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad arguments raise on the way to the kernel
 
@@ -43,6 +44,8 @@ _REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad argu
 _norm_scale_shift = kernels.ops.norm_scale_shift.default
 _scale_residual_norm_scale_shift = kernels.ops.scale_residual_norm_scale_shift.default
 _scale_residual = kernels.ops.scale_residual.default
+_qk_norm_rope = kernels.ops.qk_norm_rope.default
+_joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 
 # A sixth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -153,6 +156,106 @@ def scale_residual(
             checks.scale_residual(*tensors, rounding)
         except checks.UnfusedDtypesError:
             return _unfused(reference.scale_residual, (rounding,), tensors)
+        raise
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    rotary: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    head_dim: int,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    rounding: str = "single",
+) -> tuple[Tensor, Tensor]:
+    """``(query, key)``: each RMS-normed, then rotated by position; what stands between the projections and the attention of a block.
+
+    ``query``, ``key``: [B, S, H * d], d being ``head_dim``, each with its own S and H; any strides (a last dim that isn't dense is copied
+    once, chunks of a fused projection are read in place). Results: [B, S, H, d], contiguous, in the dtype of ``query``.
+    ``*_weight``: [d], normed per head; [H * d], normed across all heads; None: per head without a weight.
+    ``norm``: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which under ``"eager"`` rounds before it
+    multiplies by the weight).
+    ``rotary`` (RoPE on neighbouring elements, arXiv:2104.09864): None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``,
+    float32, of width d (a value for each element, HunyuanVideo) or d / 2 (for each pair, Wan); shared over heads; [S', n],
+    [B or 1, S', n] or [B or 1, S', 1, n], any strides. The first S' <= S tokens are rotated, the rest is only normed.
+
+    Dtypes, rounding laws, gradients: see the module. ``"eager"`` is fused for one dtype of query, key and weights; on CUDA its bits are
+    promised for the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` across heads, with d a multiple of 8.
+    Errors: ``TypeError``, ``ValueError``, naming the argument.
+
+    Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
+    """
+    cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_rope.tables(rotary)
+    tensors = (query, key, query_weight, key_weight, cos, sin)
+    try:
+        codes = (head_dim, _QK_NORM[norm], eps, _ROUNDING[rounding])
+        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
+            options = (head_dim, norm, eps, rounding)
+            checks_rope.qk_norm_rope(*tensors, *options)
+            return _differentiable(_qk_norm_rope, codes, reference_rope.qk_norm_rope, options, tensors)
+        if _traced_by_dynamo() and rounding == "eager":
+            checks_rope.fused_dtypes(query, key, query_weight, key_weight, cos)
+        return _qk_norm_rope(*tensors, *codes)
+    except _REJECTED:
+        try:
+            checks_rope.qk_norm_rope(*tensors, head_dim, norm, eps, rounding)
+        except checks.UnfusedDtypesError:
+            return _unfused(reference_rope.qk_norm_rope, (head_dim, norm, eps, rounding), tensors)
+        raise
+
+
+def joint_qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    rotary: Tensor | tuple[Tensor, Tensor] | None,
+    encoder_query: Tensor,
+    encoder_key: Tensor,
+    encoder_value: Tensor,
+    encoder_query_weight: Tensor | None,
+    encoder_key_weight: Tensor | None,
+    encoder_rotary: Tensor | tuple[Tensor, Tensor] | None,
+    *,
+    head_dim: int,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    encoder_first: bool = False,
+    rounding: str = "single",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(query, key, value)`` of joint attention: :func:`qk_norm_rope` of two streams, both written into one tensor each.
+
+    Each stream: [B, S, H * d], S its own. Results: [B, S + S_encoder, H, d], contiguous, the encoder's tokens first if ``encoder_first``
+    (Qwen-Image) or last (HunyuanVideo). All else as :func:`qk_norm_rope`.
+
+    Source: ``QwenDoubleStreamAttnProcessor2_0``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
+    """
+    cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_rope.tables(rotary)
+    encoder_cos, encoder_sin = (
+        (encoder_rotary, None) if encoder_rotary is None or isinstance(encoder_rotary, Tensor) else checks_rope.tables(encoder_rotary)
+    )
+    encoder = (encoder_query, encoder_key, encoder_value, encoder_query_weight, encoder_key_weight, encoder_cos, encoder_sin)
+    tensors = (query, key, value, query_weight, key_weight, cos, sin, *encoder)
+    try:
+        codes = (head_dim, _QK_NORM[norm], eps, encoder_first, _ROUNDING[rounding])
+        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
+            options = (head_dim, norm, eps, encoder_first, rounding)
+            checks_rope.joint_qk_norm_rope(*tensors, *options)
+            return _differentiable(_joint_qk_norm_rope, codes, reference_rope.joint_qk_norm_rope, options, tensors)
+        if _traced_by_dynamo() and rounding == "eager":
+            checks_rope.fused_dtypes(query, key, query_weight, key_weight, cos, value)
+            others = (encoder_query, encoder_value)
+            checks_rope.fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, *others)
+        return _joint_qk_norm_rope(*tensors, *codes)
+    except _REJECTED:
+        try:
+            checks_rope.joint_qk_norm_rope(*tensors, head_dim, norm, eps, encoder_first, rounding)
+        except checks.UnfusedDtypesError:
+            return _unfused(reference_rope.joint_qk_norm_rope, (head_dim, norm, eps, encoder_first, rounding), tensors)
         raise
 
 

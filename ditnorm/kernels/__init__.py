@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, checks_rope, reference, reference_rope
 from ..checks import NORMS, ROUNDINGS
 
 _lib = torch.library.Library("ditnorm", "DEF")
@@ -27,9 +27,19 @@ _lib.define(
     "Tensor? gate_table, Tensor? scale_table, Tensor? shift_table, Tensor? index, int norm, float eps, int rounding) -> (Tensor, Tensor)"
 )
 _lib.define("scale_residual(Tensor residual, Tensor x, Tensor? gate, Tensor? gate_table, Tensor? index, int rounding) -> Tensor")
+_lib.define(
+    "qk_norm_rope(Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, int head_dim, int norm, "
+    "float eps, int rounding) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "joint_qk_norm_rope(Tensor query, Tensor key, Tensor value, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, "
+    "Tensor encoder_query, Tensor encoder_key, Tensor encoder_value, Tensor? encoder_query_weight, Tensor? encoder_key_weight, "
+    "Tensor? encoder_cos, Tensor? encoder_sin, int head_dim, int norm, float eps, bool encoder_first, int rounding) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 ops = torch.ops.ditnorm
-OPS = ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual")
+OPS = ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual", "qk_norm_rope", "joint_qk_norm_rope")
 
 unavailable: str | None = None
 """Why the compiled kernels can't serve CUDA tensors, or None. Known for certain after the first CUDA call."""
@@ -111,6 +121,26 @@ def _scale_residual(
     return reference.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
 
 
+def _qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if _compiled_serves(query):
+        return ops.qk_norm_rope.default(query, *arguments)
+    *others, head_dim, norm, eps, rounding = arguments
+    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, ROUNDINGS[rounding])
+    checks_rope.qk_norm_rope(query, *others, *options)
+    count_reference("qk_norm_rope")
+    return reference_rope.qk_norm_rope(query, *others, *options)
+
+
+def _joint_qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _compiled_serves(query):
+        return ops.joint_qk_norm_rope.default(query, *arguments)
+    *others, head_dim, norm, eps, encoder_first, rounding = arguments
+    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
+    checks_rope.joint_qk_norm_rope(query, *others, *options)
+    count_reference("joint_qk_norm_rope")
+    return reference_rope.joint_qk_norm_rope(query, *others, *options)
+
+
 def _count(op: str, x: Tensor, index: Tensor | None, *modulations: Tensor | None) -> None:
     if index is not None and x.device.type == "cpu":
         checks.index_range(index, *modulations)
@@ -142,8 +172,32 @@ def _fake_scale_residual(
     return residual.new_empty(x.shape)
 
 
-_bodies: tuple[Any, ...] = (_norm_scale_shift, _scale_residual_norm_scale_shift, _scale_residual)
-_fakes: tuple[Any, ...] = (_fake_norm_scale_shift, _fake_scale_residual_norm_scale_shift, _fake_scale_residual)
+def _fake_qk_norm_rope(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *others, head_dim, norm, eps, rounding = arguments
+    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, ROUNDINGS[rounding])
+    checks_rope.qk_norm_rope(query, key, *others, *options)
+    query, key = (t.unflatten(-1, (-1, head_dim)) for t in (query, key))
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _fake_joint_qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *others, head_dim, norm, eps, encoder_first, rounding = arguments
+    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
+    checks_rope.joint_qk_norm_rope(query, *others, *options)
+    encoder_query = others[6]
+    batch, tokens, width = query.shape
+    q, k, v = (query.new_empty(batch, tokens + encoder_query.shape[1], width // head_dim, head_dim) for _ in range(3))
+    return q, k, v
+
+
+_bodies: tuple[Any, ...] = (_norm_scale_shift, _scale_residual_norm_scale_shift, _scale_residual, _qk_norm_rope, _joint_qk_norm_rope)
+_fakes: tuple[Any, ...] = (
+    _fake_norm_scale_shift,
+    _fake_scale_residual_norm_scale_shift,
+    _fake_scale_residual,
+    _fake_qk_norm_rope,
+    _fake_joint_qk_norm_rope,
+)
 for _op, _body, _fake in zip(OPS, _bodies, _fakes, strict=True):
     _lib.impl(_op, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditnorm::{_op}", _fake, lib=_lib)

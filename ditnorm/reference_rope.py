@@ -1,0 +1,124 @@
+"""QK normalisation and rotary embedding in plain PyTorch: the specification, the path of every device without kernels, and the fallback.
+
+    n = rms_norm(x) * weight                                     over each head, or across all heads
+    (a, b) -> (a * cos - b * sin, b * cos + a * sin)             for each pair of neighbours of n (RoPE, arXiv:2104.09864)
+
+``rounding="eager"`` is what diffusers' attention processors compute, rounding for rounding: the norm as its module computes it, the
+rotation in float32 from the rounded norm. ``rounding="single"`` is float32 throughout with one rounding of the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    rounding: str,
+) -> tuple[Tensor, Tensor]:
+    """``(query, key)``, each [B, S, H, d], contiguous."""
+    q = norm_rope(query, query_weight, cos, sin, head_dim, norm, eps, rounding)
+    k = norm_rope(key, key_weight, cos, sin, head_dim, norm, eps, rounding)
+    return q.contiguous(), k.contiguous()
+
+
+def joint_qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    encoder_query: Tensor,
+    encoder_key: Tensor,
+    encoder_value: Tensor,
+    encoder_query_weight: Tensor | None,
+    encoder_key_weight: Tensor | None,
+    encoder_cos: Tensor | None,
+    encoder_sin: Tensor | None,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    encoder_first: bool,
+    rounding: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(query, key, value)`` of both streams, one after the other along the tokens, each [B, S, H, d], contiguous."""
+    own = (
+        norm_rope(query, query_weight, cos, sin, head_dim, norm, eps, rounding),
+        norm_rope(key, key_weight, cos, sin, head_dim, norm, eps, rounding),
+        value.unflatten(-1, (-1, head_dim)),
+    )
+    encoder = (
+        norm_rope(encoder_query, encoder_query_weight, encoder_cos, encoder_sin, head_dim, norm, eps, rounding),
+        norm_rope(encoder_key, encoder_key_weight, encoder_cos, encoder_sin, head_dim, norm, eps, rounding),
+        encoder_value.unflatten(-1, (-1, head_dim)),
+    )
+    first, second = (encoder, own) if encoder_first else (own, encoder)
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+    return q, k, v
+
+
+def norm_rope(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, head_dim: int, norm: str, eps: float, rounding: str
+) -> Tensor:
+    """``x`` [B, S, H * d] normed, its leading tokens rotated, as many as ``cos`` has -> [B, S, H, d]."""
+    if rounding == "single":
+        wide = norm_rope(x.float(), None if weight is None else weight.float(), cos, sin, head_dim, norm, eps, "eager")
+        return wide.to(x.dtype)
+    n = normalize(x, weight, head_dim, norm, eps)
+    if cos is None:
+        return n
+    rotated = rotate(n[:, : token_count(cos)], cos, sin)
+    return rotated if rotated.shape[1] == n.shape[1] else torch.cat([rotated, n[:, rotated.shape[1] :]], dim=1)
+
+
+def normalize(x: Tensor, weight: Tensor | None, head_dim: int, norm: str, eps: float) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) of ``x`` [B, S, H * d], across all heads if ``weight`` is as long, else of each -> [B, S, H, d]."""
+    across = weight is not None and weight.shape[0] != head_dim
+    if not across:
+        x = x.unflatten(-1, (-1, head_dim))
+    n = F.rms_norm(x, x.shape[-1:], weight, eps) if norm == "rms" else diffusers_rms_norm(x, weight, eps)
+    return n.unflatten(-1, (-1, head_dim)) if across else n
+
+
+def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As diffusers' ``RMSNorm``, which rounds to the dtype of a half-precision weight before it multiplies."""
+    variance = x.float().pow(2).mean(-1, keepdim=True)
+    n = x * torch.rsqrt(variance + eps)
+    if weight is None:
+        return n.to(x.dtype)
+    return (n if weight.dtype is torch.float32 else n.to(weight.dtype)) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
+    """``x`` [B, S, H, d] rotated, pair by pair, by tables as of the op."""
+    if sin is None:  # complex: diffusers' apply_rotary_emb_qwen
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * _per_head(cos)).flatten(3).type_as(x)
+    cos, sin = _per_head(cos), _per_head(sin)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    if cos.shape[-1] == x.shape[-1]:  # a value for each element: diffusers' apply_rotary_emb
+        turned = torch.stack([-b, a], dim=-1).flatten(3)
+        return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    out = torch.empty_like(x)  # a value for each pair: WanAttnProcessor
+    out[..., 0::2] = a * cos - b * sin
+    out[..., 1::2] = a * sin + b * cos
+    return out
+
+
+def token_count(table: Tensor) -> int:
+    """The tokens of a rotary table [S, n], [B, S, n] or [B, S, 1, n]."""
+    return table.shape[0] if table.dim() == 2 else table.shape[1]
+
+
+def _per_head(table: Tensor) -> Tensor:
+    return table if table.dim() == 4 else table.unsqueeze(-2)
