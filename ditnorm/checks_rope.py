@@ -10,7 +10,7 @@ from .reference_rope import token_count
 
 NORMS = ("rms", "diffusers_rms")
 
-_TABLES = (torch.complex64, *FLOATS)
+_TABLES = (*FLOATS, torch.float64)
 
 
 def qk_norm_rope(
@@ -28,6 +28,7 @@ def qk_norm_rope(
     """Arguments as of the op. Raises ``TypeError`` or ``ValueError`` that names one; ``UnfusedDtypesError`` says that no other is wrong."""
     _options(head_dim, norm, eps, rounding)
     _stream("", {"query": query, "key": key}, {"query": query_weight, "key": key_weight}, cos, sin, head_dim, query)
+    _dtypes(rounding, query, {"key": key}, cos)
     if rounding == "eager" and not torch.is_autocast_enabled(query.device.type):
         fused_dtypes(query, key, query_weight, key_weight, cos)
 
@@ -67,6 +68,8 @@ def joint_qk_norm_rope(
                 raise ValueError(
                     f"{prefix}{name}: expected the tokens of {prefix}query {_shape(stream['query'])} and one width for all, got {_shape(x)}"
                 )
+    _dtypes(rounding, query, {"key": key, "value": value}, cos)
+    _dtypes(rounding, query, {f"encoder_{name}": x for name, x in encoder.items()}, encoder_cos)
     if rounding == "eager" and not torch.is_autocast_enabled(query.device.type):
         fused_dtypes(query, key, query_weight, key_weight, cos, value)
         fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, encoder_query, encoder_value)
@@ -100,6 +103,17 @@ def _options(head_dim: int, norm: str, eps: float, rounding: str) -> None:
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
     if head_dim < 1:
         raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
+
+
+def _dtypes(rounding: str, query: Tensor, others: dict[str, Tensor], cos: Tensor | None) -> None:
+    """What ``"single"`` takes; ``"eager"`` promotes as PyTorch does."""
+    if rounding == "eager":
+        return
+    for name, x in others.items():
+        if x.dtype is not query.dtype:
+            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
+    if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
+        raise TypeError(f"rotary: expected dtype float32 or complex64, got {cos.dtype}")
 
 
 def _stream(
@@ -136,11 +150,11 @@ def _stream(
 def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Tensor, tokens: int) -> None:
     if head_dim % 2 != 0:
         raise ValueError(f"head_dim: expected an even number with {name}, got {head_dim}")
-    _tensor(name, cos, _TABLES if sin is None else FLOATS)
+    _tensor(name, cos, (torch.complex64,) if sin is None and cos.is_complex() else _TABLES)
     if sin is None and not cos.is_complex():
         raise TypeError(f"{name}: expected a complex Tensor or a pair (cos, sin), got a Tensor of {cos.dtype}")
     if sin is not None:
-        _tensor(name, sin, FLOATS)
+        _tensor(name, sin, _TABLES)
         if sin.shape != cos.shape or sin.dtype is not cos.dtype:
             raise ValueError(f"{name}: expected cos and sin alike, got {_shape(cos)} of {cos.dtype} and {_shape(sin)} of {sin.dtype}")
     widths = (head_dim // 2,) if sin is None else (head_dim // 2, head_dim)

@@ -84,6 +84,8 @@ def norm_rope(
 def normalize(x: Tensor, weight: Tensor | None, head_dim: int, norm: str, eps: float) -> Tensor:
     """RMSNorm (arXiv:1910.07467) of ``x`` [B, S, H * d], across all heads if ``weight`` is as long, else of each -> [B, S, H, d]."""
     across = weight is not None and weight.shape[0] != head_dim
+    if x.stride(-1) != 1:
+        x = x.contiguous()
     if not across:
         x = x.unflatten(-1, (-1, head_dim))
     n = F.rms_norm(x, x.shape[-1:], weight, eps) if norm == "rms" else diffusers_rms_norm(x, weight, eps)
@@ -102,7 +104,7 @@ def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
     """``x`` [B, S, H, d] rotated, pair by pair, by tables as of the op."""
     if sin is None:  # complex: diffusers' apply_rotary_emb_qwen
-        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * _per_head(cos)).flatten(3).type_as(x)
     cos, sin = _per_head(cos), _per_head(sin)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)

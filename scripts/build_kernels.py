@@ -179,10 +179,10 @@ class Build:
         return "".join(printed)
 
     def compile_ops(self, defines: Sequence[str] = ()) -> None:
-        target = self.folder / "ops.o"
-        command = [cxx(), *self.flags, "-Wall", "-Wextra", *defines, "-c", str(SOURCES / "ops.cpp"), "-o", str(target)]
-        run("compile ops.cpp", command, self.verbose)
-        self.objects.append(target)
+        for source in sorted(SOURCES.glob("*.cpp")):
+            target = self.folder / f"{source.stem}_binding.o"
+            run(f"compile {source.name}", [cxx(), *self.flags, "-Wall", "-Wextra", *defines, "-c", source, "-o", target], self.verbose)
+            self.objects.append(target)
 
     def link(self, out: Path, libraries: Sequence[str | Path]) -> None:
         # A stub with the right soname gives DT_NEEDED libtorch.so without having PyTorch; `import torch` has loaded the real one by then.

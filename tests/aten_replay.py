@@ -5,6 +5,8 @@ read groups of 4 elements and run Welford over them; states are combined within 
 difference: here the reciprocal square root is correctly rounded, and CUDA's ``rsqrtf`` isn't always.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,7 +107,7 @@ def _affine(n: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _groups(x: Tensor) -> tuple[Tensor, ...]:
     """[N, <= 128, 4] for each turn of the lanes over the row."""
-    return x.view(x.shape[0], -1, GROUP).split(LANES, dim=1)
+    return x.unflatten(1, (-1, GROUP)).split(LANES, dim=1)
 
 
 def _halves(state: Welford) -> tuple[Welford, Welford]:
@@ -122,3 +124,44 @@ def _combine(mine: Welford, other: Welford) -> Welford:
     m2 = fma(delta * delta * other.count, own, mine.m2 + other.m2)
     empty = count == 0
     return Welford(mean.masked_fill(empty, 0), m2.masked_fill(empty, 0), count)
+
+
+def mean_of_squares(x: Tensor) -> Tensor:
+    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D] (``Reduce.cuh``, one warp a row)."""
+    n, d = x.shape
+    squares = x.float().cpu() ** 2
+    lanes = 32
+    if d >= 128 and d % GROUP == 0:
+        grouped = torch.nn.functional.pad(squares, (0, -d % (lanes * GROUP))).unflatten(1, (-1, lanes, GROUP))
+        sums = [sum_in_order(grouped[..., j].unbind(1)) for j in range(GROUP)]
+    else:
+        while lanes > d:
+            lanes //= 2
+        sums = list(torch.nn.functional.pad(squares, (0, -d % lanes)).unflatten(1, (-1, lanes)).unbind(1))
+    total = sum_in_order(sums)
+    while total.shape[-1] > 1:
+        mine, other = total.chunk(2, dim=-1)
+        total = mine + other
+    factor = torch.tensor(float(n), dtype=torch.float32) / torch.tensor(float(n * d), dtype=torch.float32)
+    return total[:, 0] * factor
+
+
+def sum_in_order(terms: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Diffusers' ``RMSNorm.forward``, as on CUDA."""
+    rows = x.reshape(-1, x.shape[-1])
+    n = rows * reciprocal_root(mean_of_squares(rows), eps)[:, None]
+    if weight is None:
+        return n.to(x.dtype).view(x.shape)
+    return (n.to(weight.dtype) * weight).view(x.shape)
+
+
+def complex_rotary(x: Tensor, freqs: Tensor) -> Tensor:
+    """``apply_rotary_emb_qwen(x, freqs, use_real=False)``, as on CUDA: nvcc contracts the product of complex numbers."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (t.unsqueeze(1).expand_as(a) for t in (freqs.real, freqs.imag))
+    turned = torch.stack([fma(a, cos, -(b * sin)), fma(a, sin, b * cos)], dim=-1)
+    return turned.flatten(3).type_as(x)

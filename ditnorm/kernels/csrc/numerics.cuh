@@ -82,6 +82,12 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* source) {
   return pack;
 }
 
+// `elements` from `data` on, which may be null: then nobody reads through the result.
+template <class T>
+__device__ __forceinline__ const T* advance(const void* data, int64_t elements) {
+  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(data) + elements * sizeof(T));
+}
+
 // How rows pass the caches: as anything else, or first to leave. Which is faster was measured for each op: docs/kernels.md.
 enum class Cache { normal, streaming };
 

@@ -1,38 +1,14 @@
-// The ops of torch.ops.ditnorm for one dispatch key: reads the tensors, checks them tersely, allocates the outputs, launches.
-// Schemas, fakes and the errors that users see are Python's: ditnorm/kernels/__init__.py, ditnorm/checks.py.
+// The ops of torch.ops.ditnorm for one dispatch key (those of query and key: qk_ops.cpp): reads the tensors, checks them tersely, allocates
+// the outputs, launches. Schemas, fakes and the errors that users see are Python's: ditnorm/kernels/__init__.py, ditnorm/checks.py.
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <string>
 
-#include "problem.h"
-#include "torch_abi.h"
+#include "op_call.h"
+#include "qk_ops.h"
 
 namespace {
 
 using namespace ditnorm;
-using abi::check;
-using abi::Tensor;
-using Optional = std::optional<Tensor>;
-
-#ifdef DITNORM_CPU_SIM
-constexpr const char* kDispatchKey = "CPU";
-#else
-constexpr const char* kDispatchKey = "CUDA";
-#endif
-
-enum Rounding : int64_t { single, eager };
-
-std::atomic<int64_t> calls[3];  // norm_scale_shift, scale_residual_norm_scale_shift, scale_residual
-
-DType float_dtype(const Tensor& t) {
-  static const int32_t f32 = aoti_torch_dtype_float32(), f16 = aoti_torch_dtype_float16(), bf16 = aoti_torch_dtype_bfloat16();
-  const int32_t dtype = t.dtype();
-  if (dtype == bf16) return DType::bf16;
-  if (dtype == f32) return DType::f32;
-  check(dtype == f16, "ditnorm: unsupported dtype");
-  return DType::f16;
-}
 
 DType index_dtype(const Tensor& t) {
   const int32_t dtype = t.dtype();
@@ -144,13 +120,7 @@ class Call {
   void run(int (*op)(const Problem&, void*), std::atomic<int64_t>& count) {
     count.fetch_add(1, std::memory_order_relaxed);
     if (problem.batch * problem.tokens == 0) return;
-#ifdef DITNORM_CPU_SIM
-    const int error = op(problem, nullptr);
-#else
-    const abi::DeviceGuard guard(device_index_);
-    const int error = op(problem, abi::current_cuda_stream(device_index_));
-#endif
-    if (error != 0) throw std::runtime_error(std::string("ditnorm: kernel launch failed: ") + error_string(error));
+    call_kernel(op, problem, device_index_);
   }
 
   Problem problem{};
@@ -259,13 +229,14 @@ DITNORM_EXPORT int ditnorm_register() try {
   library->impl<&norm_scale_shift_op>("norm_scale_shift");
   library->impl<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift");
   library->impl<&scale_residual_op>("scale_residual");
+  ditnorm::register_qk_ops(*library);
   library.release();
   return 0;
 } catch (const std::exception&) {
   return 1;
 }
 
-DITNORM_EXPORT void ditnorm_counts(int64_t out[3]) {
-  for (int i = 0; i < 3; ++i) out[i] = calls[i].load(std::memory_order_relaxed);
+DITNORM_EXPORT void ditnorm_counts(int64_t out[5]) {
+  for (int i = 0; i < 5; ++i) out[i] = ditnorm::calls[i].load(std::memory_order_relaxed);
 }
 }

@@ -1,4 +1,4 @@
-// What one call of an op asks for, in plain C++: filled by ops.cpp, passed by value to the kernels. Strides count elements.
+// What one call of an op asks for, in plain C++: filled by ops.cpp and qk_ops.cpp, passed by value to the kernels. Strides count elements.
 #pragma once
 #include <cstdint>
 
@@ -48,7 +48,48 @@ struct Problem {
   bool round_each;
 };
 
+// Where the tokens of one head are rotated by position. The tables are float32 and shared over heads.
+struct Rotary {
+  const float *cos, *sin;  // null where nothing is rotated
+  int64_t batch_stride, token_stride, step;
+  int64_t tokens;    // the leading ones are rotated
+  bool per_element;  // a value for each element of a head, else for each pair of neighbours
+  bool contracted;   // products and sums fuse: as ATen multiplies complex numbers, and always in rounding="single"
+};
+
+// One of query, key and value: [batch, tokens, width], last dim dense -> out, [batch, tokens, width] with dense tokens.
+struct HeadRows {
+  const void* data;
+  int64_t batch_stride, token_stride, width;
+  Vector weight;
+  void* out;
+  int64_t out_batch_stride;
+  float mean_factor;  // 1 / head_dim, as ATen computes it for diffusers' RMSNorm
+  bool copied;        // neither normed nor rotated
+};
+
+constexpr int kParts = 3;
+
+// What shares its tokens and rotary tables.
+struct HeadStream {
+  HeadRows parts[kParts];
+  int64_t count, tokens;
+  Rotary rotary;
+};
+
+// RMSNorm per head or across heads, and the rotary embedding, of one or two streams.
+struct HeadProblem {
+  int64_t batch, head_dim;
+  DType dtype;
+  bool across;  // one norm over all heads
+  bool twice;   // diffusers' RMSNorm: its mean, and rounding="eager" rounds before the multiplication by the weight
+  bool eager;
+  float eps;
+  HeadStream streams[2];  // the second may have no tokens
+};
+
 // Each returns a cudaError_t. `stream` is a cudaStream_t.
+int qk_norm_rope(const HeadProblem& problem, void* stream);
 int norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual(const Problem& problem, void* stream);

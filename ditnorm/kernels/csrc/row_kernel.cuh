@@ -3,36 +3,17 @@
 // scale and shift both given or both missing; of the modulations given, all have a table or none has. docs/kernels.md tells what was
 // measured on the way here.
 #pragma once
-#include <utility>
-
 #include "formulas.cuh"
 #include "launch.h"
 #include "shapes.h"
 #include "statistics.cuh"
+#include "unroll.cuh"
 
 namespace ditnorm {
-
-template <int I>
-struct Constant {
-  __host__ __device__ constexpr operator int() const { return I; }
-};
-
-// f(0), f(1), ..., each inlined with its constant. LLVM makes a copy of a loop for every condition that doesn't change in it; of this it
-// makes none.
-template <int... I, class F>
-__device__ __forceinline__ void each(std::integer_sequence<int, I...>, F&& f) {
-  (f(Constant<I>{}), ...);
-}
 
 // Half-precision modulations in float32 arithmetic: without tables that is rounding="single", and multiplications and additions may fuse.
 template <class T, class M, bool ROUND>
 constexpr bool kContracts = !ROUND && std::is_same_v<T, M> && !std::is_same_v<T, float>;
-
-// `elements` from `data` on, which may be null: then nobody reads through the result.
-template <class T>
-__device__ __forceinline__ const T* advance(const void* data, int64_t elements) {
-  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(data) + elements * sizeof(T));
-}
 
 // The row of a modulation that one token reads, from a thread's first column on.
 template <class M, int N>

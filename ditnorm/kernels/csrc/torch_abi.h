@@ -23,6 +23,7 @@ using StableIValue = uint64_t;
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_complex64();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int16();

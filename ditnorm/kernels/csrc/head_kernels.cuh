@@ -1,0 +1,199 @@
+// The fast kernels of QK normalisation and rotary embedding. They serve what models use: one dtype T of rows and weights, everything
+// aligned. A row of one token (of query, key or value) stays in registers from its one load to its one store. Three of them differ in
+// the statistics:
+//
+//   head_kernel         norm per head of 128, diffusers' RMSNorm: a head is half a warp or a warp, nothing leaves it
+//   any_head_kernel     norm per head of any multiple of 8: statistics through shared memory, in ATen's order
+//   across_kernel       norm across all heads, torch's RMSNorm: the block's reduction of statistics.cuh
+#pragma once
+#include "launch.h"
+#include "mean_square.cuh"
+#include "rope.cuh"
+#include "shapes.h"
+#include "statistics.cuh"
+#include "unroll.cuh"
+
+namespace ditnorm {
+
+// Which row a block works on: blockIdx.x counts tokens of the first stream and then of the second, query, key and value of a token in a
+// row, since they share its angles.
+struct HeadPlace {
+  const HeadStream& stream;
+  const HeadRows& rows;
+  int64_t batch, token;
+
+  __device__ __forceinline__ static HeadPlace of_block(const HeadProblem& p) {
+    const auto of_first = static_cast<unsigned>(p.streams[0].tokens * p.streams[0].count);
+    const bool second = blockIdx.x >= of_first;
+    const HeadStream& stream = p.streams[second];
+    const unsigned at = second ? blockIdx.x - of_first : blockIdx.x;
+    const auto count = static_cast<unsigned>(stream.count);
+    const unsigned token = count == 1 ? at : count == 2 ? at / 2 : at / 3;
+    return {stream, stream.parts[at - token * count], blockIdx.y, token};
+  }
+  template <class T>
+  __device__ __forceinline__ const T* source() const {
+    return static_cast<const T*>(rows.data) + batch * rows.batch_stride + token * rows.token_stride;
+  }
+  template <class T>
+  __device__ __forceinline__ T* target() const {
+    return static_cast<T*>(rows.out) + batch * rows.out_batch_stride + token * rows.width;
+  }
+  __device__ __forceinline__ bool rotated() const { return token < stream.rotary.tokens && !rows.copied; }
+};
+
+// x * rstd * weight with the roundings of the law. TWICE: see HeadProblem.
+template <class T, bool ROUND, bool TWICE, int N>
+__device__ __forceinline__ void normalize_row(float (&n)[N], float rstd, bool weighted, const Pack<T, N>& weight) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) n[j] = __fmul_rn(rstd, n[j]);
+  if constexpr (ROUND && TWICE) {
+    auto rounded = from_floats<T, N>(n);
+    if (weighted) {
+#pragma unroll
+      for (int j = 0; j < N; j += 2) put(rounded, j, __hmul2_rn(pair(rounded, j), pair(weight, j)));
+    }
+    to_floats(n, rounded);
+  } else {
+    if (weighted) {
+      float w[N];
+      to_floats(w, weight);
+#pragma unroll
+      for (int j = 0; j < N; ++j) n[j] = __fmul_rn(w[j], n[j]);
+    }
+    if constexpr (ROUND) to_floats(n, from_floats<T, N>(n));
+  }
+}
+
+constexpr int kHeadThreads = 128;
+
+template <class T, bool ROUND, int ITEMS>
+__global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p) {
+  constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
+  wait_for_previous_kernel();
+  const auto at = HeadPlace::of_block(p);
+  const int width = static_cast<int>(at.rows.width);
+  const int first = (static_cast<int>(blockIdx.z) * kHeadThreads * ITEMS + static_cast<int>(threadIdx.x)) * N;
+  const T* const x = at.source<T>() + first;
+  T* const out = at.target<T>() + first;
+  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
+  const auto inside = [&](int i) { return first + i * kStep < width; };
+
+  Pack<T, N> v[ITEMS];
+  each(kEach, [&](auto i) { v[i] = inside(i) ? load_row<Cache::streaming, T, N>(x + i * kStep) : filled<T, N>(0.0f); });
+  if (!at.rows.copied) {
+    const int column = first % kWarpHead;
+    const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
+    Pack<T, N> weight;
+    Angles<N> angles;
+    if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
+    if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
+    each(kEach, [&](auto i) {
+      float n[N];
+      to_floats(n, v[i]);
+      const float mean = __fmul_rn(warp_head_sum_of_squares(n), at.rows.mean_factor);
+      normalize_row<T, ROUND, true>(n, rsqrtf(__fadd_rn(mean, p.eps)), weighted, weight);
+      if (rotated) rotate(n, angles, at.stream.rotary.contracted);
+      v[i] = from_floats<T, N>(n);
+    });
+  }
+  each(kEach, [&](auto i) {
+    if (inside(i)) store_row<Cache::streaming>(out + i * kStep, v[i]);
+  });
+}
+
+template <class T, bool ROUND, int ITEMS>
+__global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProblem p) {
+  constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
+  __shared__ T row[kStep * ITEMS];
+  __shared__ float rstds[kStep * ITEMS / 8];
+  wait_for_previous_kernel();
+  const auto at = HeadPlace::of_block(p);
+  const int width = static_cast<int>(at.rows.width), head_dim = static_cast<int>(p.head_dim), first = static_cast<int>(threadIdx.x) * N;
+  const T* const x = at.source<T>() + first;
+  T* const out = at.target<T>() + first;
+  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
+  const auto inside = [&](int i) { return first + i * kStep < width; };
+
+  Pack<T, N> v[ITEMS];
+  each(kEach, [&](auto i) {
+    if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * kStep);
+  });
+  if (!at.rows.copied) {
+    each(kEach, [&](auto i) {
+      if (inside(i)) *reinterpret_cast<Pack<T, N>*>(&row[first + i * kStep]) = v[i];
+    });
+    __syncthreads();
+    constexpr int kWarps = kHeadThreads / 32;
+    for (int head = static_cast<int>(threadIdx.x) / 32; head < width / head_dim; head += kWarps) {
+      const float sum = mean_order_sum_of_squares(head_dim, [&](int j) { return to_float(row[head * head_dim + j]); });
+      if (threadIdx.x % 32 == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
+    }
+    __syncthreads();
+    const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
+    each(kEach, [&](auto i) {
+      if (!inside(i)) return;
+      const int head = (first + i * kStep) / head_dim, column = first + i * kStep - head * head_dim;
+      Pack<T, N> weight;
+      if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
+      float n[N];
+      to_floats(n, v[i]);
+      normalize_row<T, ROUND, true>(n, rstds[head], weighted, weight);
+      if (rotated) rotate(n, load_angles<N>(at.stream.rotary, at.batch, at.token, column), at.stream.rotary.contracted);
+      v[i] = from_floats<T, N>(n);
+    });
+  }
+  each(kEach, [&](auto i) {
+    if (inside(i)) store_row<Cache::streaming>(out + i * kStep, v[i]);
+  });
+}
+
+// LANES: of ATen's, that one thread is. head_dim divides kTile, so a thread's columns have the same angles in every tile.
+template <class T, bool ROUND, int ITEMS, int LANES>
+__global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProblem p) {
+  constexpr int N = LANES * kGroup;
+  __shared__ Exchange exchange;
+  wait_for_previous_kernel();
+  const auto at = HeadPlace::of_block(p);
+  const int width = static_cast<int>(at.rows.width), first = static_cast<int>(threadIdx.x) * N;
+  const T* const x = at.source<T>() + first;
+  T* const out = at.target<T>() + first;
+  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
+  const auto inside = [&](int i) { return i < kFullTiles<ITEMS> || first + i * kTile < width; };
+
+  Pack<T, N> v[ITEMS], weights[ITEMS];
+  each(kEach, [&](auto i) {
+    if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * kTile);
+  });
+  if (unlikely(at.rows.copied)) {
+    return each(kEach, [&](auto i) {
+      if (inside(i)) store_row<Cache::streaming>(out + i * kTile, v[i]);
+    });
+  }
+  const bool rotated = at.rotated();
+  Angles<N> angles;
+  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, first % static_cast<int>(p.head_dim));
+  each(kEach, [&](auto i) {
+    if (inside(i)) weights[i] = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
+  });
+
+  Welford lanes[LANES] = {};
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    float values[N];
+    to_floats(values, v[i]);
+    each(std::make_integer_sequence<int, N>{}, [&](auto j) { add<Norm::rms>(lanes[j / kGroup], values[j], 0.0f); });
+  });
+  const Welford whole = reduce<Norm::rms, true>(lanes, exchange);
+  const float rstd = rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps));
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    float n[N];
+    to_floats(n, v[i]);
+    normalize_row<T, ROUND, false>(n, rstd, true, weights[i]);
+    if (rotated) rotate(n, angles, at.stream.rotary.contracted);
+    store_row<Cache::streaming>(out + i * kTile, from_floats<T, N>(n));
+  });
+}
+
+}  // namespace ditnorm

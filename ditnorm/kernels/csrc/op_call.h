@@ -1,0 +1,47 @@
+// What the ops' bindings share: the dispatch key, dtypes, counters, and the call of a kernel on the current stream of a device.
+#pragma once
+#include <atomic>
+#include <string>
+
+#include "problem.h"
+#include "torch_abi.h"
+
+namespace ditnorm {
+
+using abi::check;
+using abi::Tensor;
+using Optional = std::optional<Tensor>;
+
+#ifdef DITNORM_CPU_SIM
+constexpr const char* kDispatchKey = "CPU";
+#else
+constexpr const char* kDispatchKey = "CUDA";
+#endif
+
+enum Rounding : int64_t { single, eager };
+
+// norm_scale_shift, scale_residual_norm_scale_shift, scale_residual, qk_norm_rope, joint_qk_norm_rope
+inline std::atomic<int64_t> calls[5];
+
+inline DType float_dtype(const Tensor& t) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), f16 = aoti_torch_dtype_float16(), bf16 = aoti_torch_dtype_bfloat16();
+  const int32_t dtype = t.dtype();
+  if (dtype == bf16) return DType::bf16;
+  if (dtype == f32) return DType::f32;
+  check(dtype == f16, "ditnorm: unsupported dtype");
+  return DType::f16;
+}
+
+template <class Problem>
+void call_kernel(int (*op)(const Problem&, void*), const Problem& problem, int32_t device_index) {
+#ifdef DITNORM_CPU_SIM
+  (void)device_index;
+  const int error = op(problem, nullptr);
+#else
+  const abi::DeviceGuard guard(device_index);
+  const int error = op(problem, abi::current_cuda_stream(device_index));
+#endif
+  if (error != 0) throw std::runtime_error(std::string("ditnorm: kernel launch failed: ") + error_string(error));
+}
+
+}  // namespace ditnorm

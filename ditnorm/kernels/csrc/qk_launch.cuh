@@ -1,0 +1,95 @@
+// Choosing among the kernels of QK normalisation and rotary embedding, for one dtype. Each has a file of its own (qk_norm_rope_bf16.cu,
+// ...), so that they compile side by side.
+#pragma once
+#include <algorithm>
+
+#include "any_qk_kernel.cuh"
+#include "dispatch.cuh"
+#include "head_kernels.cuh"
+
+namespace ditnorm {
+
+inline bool fast_rotary(const Rotary& r) {
+  if (r.cos == nullptr) return true;
+  const auto aligned = [&](const float* table) {
+    const auto at = reinterpret_cast<uintptr_t>(table) % 16;
+    return at == 0 || (r.step == 2 && at == sizeof(float));
+  };
+  return aligned(r.cos) && aligned(r.sin) && r.batch_stride % 4 == 0 && r.token_stride % 4 == 0 &&
+         (r.step == 1 || (r.step == 2 && !r.per_element));
+}
+
+// Whether everything is of one dtype and aligned, so that a fast kernel may serve it.
+inline bool fast_heads(const HeadProblem& p) {
+  if (p.head_dim % 8 != 0) return false;
+  int64_t blocks = 0;
+  for (const HeadStream& stream : p.streams) {
+    if (!fast_rotary(stream.rotary)) return false;
+    for (int64_t i = 0; i < stream.count; ++i) {
+      const HeadRows& rows = stream.parts[i];
+      if (!aligned16(rows.data, p.dtype, rows.batch_stride, rows.token_stride) || rows.width * bytes(p.dtype) % 16 != 0) return false;
+      if (rows.weight.data != nullptr && (rows.weight.dtype != p.dtype || !aligned16(rows.weight.data, p.dtype, 0, 0))) return false;
+    }
+    blocks += stream.tokens * stream.count;
+  }
+  return blocks <= 0x7fffffff && p.batch <= 0xffff;
+}
+
+template <class T, bool ROUND>
+int launch_qk_law(const HeadProblem& p, void* stream) {
+  int64_t blocks = 0, widest = 0, narrowest = INT64_MAX, norms = 0;
+  for (const HeadStream& s : p.streams) {
+    blocks += s.tokens * s.count;
+    for (const HeadRows *rows = s.parts, *end = rows + s.count; rows != end; ++rows) {
+      widest = std::max(widest, rows->width);
+      narrowest = std::min(narrowest, rows->width);
+      norms = std::max(norms, p.batch * s.tokens * (p.across ? 1 : rows->width / p.head_dim));
+    }
+  }
+  constexpr int64_t kElements = kHeadThreads * 16 / sizeof(T);  // of a block's one access
+  int error = 0;
+  bool served = false;
+  const auto serve = [&](auto kernel, unsigned threads, int64_t chunks = 1) {
+    served = true;
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch), static_cast<unsigned>(chunks));
+    error = launch(kernel, grid, threads, stream, p);
+  };
+  const bool fast = fast_heads(p) && (p.across != p.twice || !p.eager);  // the norms whose order the fast kernels have
+  if (fast && p.across && kTile % p.head_dim == 0 && narrowest == widest) {
+    const int64_t tiles = (widest + kTile - 1) / kTile;
+    const auto serve_tiles = [&](auto items) {
+      if (tiles <= full_tiles(items) || tiles > items) return;
+      constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
+      serve(&across_kernel<T, ROUND, items, kLanesOfThread>, kLanes / kLanesOfThread);
+    };
+    serve_tiles(Constant<2>{}), serve_tiles(Constant<3>{}), serve_tiles(Constant<4>{}), serve_tiles(Constant<6>{});
+    serve_tiles(Constant<8>{}), serve_tiles(Constant<10>{}), serve_tiles(Constant<12>{});
+  } else if (fast && !p.across && p.head_dim == kWarpHead) {
+    const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
+    if (chunks(3) * 3 <= chunks(2) * 2) {
+      serve(&head_kernel<T, ROUND, 3>, kHeadThreads, chunks(3));
+    } else {
+      serve(&head_kernel<T, ROUND, 2>, kHeadThreads, chunks(2));
+    }
+  } else if (fast && !p.across) {
+    const auto serve_items = [&](auto items) {
+      if (!served && widest <= items * kElements) serve(&any_head_kernel<T, ROUND, items>, kHeadThreads);
+    };
+    serve_items(Constant<3>{}), serve_items(Constant<6>{});
+  }
+  if (served) return error;
+  constexpr int kNorms = kLanes / 32;  // of a block
+  dim3 grid = ditnorm::blocks((norms + kNorms - 1) / kNorms);
+  grid.y = 2 * kParts;
+  return launch(&any_qk_kernel<T, ROUND>, grid, kLanes, stream, p);
+}
+
+template <class T>
+int launch_qk_kernels(const HeadProblem& p, void* stream) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (p.eager) return launch_qk_law<T, true>(p, stream);
+  }
+  return launch_qk_law<T, false>(p, stream);
+}
+
+}  // namespace ditnorm

@@ -1,0 +1,195 @@
+// The ops of query and key: as ops.cpp.
+#include "qk_ops.h"
+
+#include <initializer_list>
+
+#include "op_call.h"
+
+namespace ditnorm {
+namespace {
+
+enum HeadNorm : int64_t { rms, diffusers_rms };
+
+// Fills a HeadProblem. Keeps the dense copies of operands whose last dim is not dense alive until the launch.
+class HeadCall {
+ public:
+  HeadCall(const Tensor& query, int64_t head_dim, int64_t norm, double eps, int64_t rounding)
+      : device_type_(query.device_type()), device_index_(query.device_index()) {
+    check(query.dim() == 3 && head_dim >= 1, "ditnorm: query must be [B, S, H * head_dim]");
+    check(norm == rms || norm == diffusers_rms, "ditnorm: norm");
+    check(rounding == single || rounding == Rounding::eager, "ditnorm: rounding");
+    problem_.batch = query.sizes()[0];
+    problem_.head_dim = head_dim;
+    problem_.dtype = float_dtype(query);
+    problem_.twice = norm == diffusers_rms;
+    problem_.eager = rounding == Rounding::eager;
+    problem_.eps = static_cast<float>(eps);
+  }
+
+  // Adds `x` [B, S, H * d] to a stream; the first that is added gives it its tokens.
+  void rows(HeadStream& stream, const Tensor& x, const Optional* weight) {
+    check_device(x);
+    const int64_t* sizes = x.sizes();
+    check(x.dim() == 3 && sizes[0] == problem_.batch && sizes[2] >= 1 && sizes[2] % problem_.head_dim == 0, "ditnorm: shape of a stream");
+    check(float_dtype(x) == problem_.dtype, "ditnorm: all streams must have the dtype of query");
+    if (stream.count == 0) stream.tokens = sizes[1];
+    check(sizes[1] == stream.tokens, "ditnorm: tokens of a stream");
+    const Tensor& source = dense(x);
+    const int64_t* strides = source.strides();
+    HeadRows& rows = stream.parts[stream.count++];
+    rows = {source.data(), strides[0], strides[1], sizes[2], {}, nullptr, 0, 0.0f, weight == nullptr};
+    if (weight == nullptr) return;
+    const bool across = *weight && (*weight)->dim() == 1 && (*weight)->sizes()[0] != problem_.head_dim;
+    const int64_t span = across ? rows.width : problem_.head_dim;
+    if (*weight) {
+      check((*weight)->dim() == 1 && (*weight)->sizes()[0] == span, "ditnorm: shape of a weight");
+      check_device(**weight);
+      const Tensor& vector = dense(**weight);
+      rows.weight = {vector.data(), float_dtype(vector)};
+      check(!problem_.eager || rows.weight.dtype == problem_.dtype, "ditnorm: eager rounding needs weights of the dtype of query");
+    }
+    check(!normed_ || across == problem_.across, "ditnorm: norms per head and across heads in one call");
+    problem_.across = across;
+    normed_ = true;
+    // As ATen's mean computes it: the number of results over that of elements, both rounded to float32.
+    const int64_t results = problem_.batch * stream.tokens * (rows.width / span);
+    rows.mean_factor = static_cast<float>(results) / static_cast<float>(results * span);
+  }
+
+  // After the stream's rows. `cos` alone is complex.
+  void rotary(HeadStream& stream, const Optional& cos, const Optional& sin) {
+    if (!cos) return check(!sin, "ditnorm: sin without cos");
+    check_device(*cos);
+    const bool complex = !sin;
+    const int64_t dim = cos->dim();
+    check(cos->dtype() == (complex ? aoti_torch_dtype_complex64() : aoti_torch_dtype_float32()), "ditnorm: dtype of a rotary table");
+    check(dim >= 2 && dim <= 4 && (dim != 4 || cos->sizes()[2] == 1), "ditnorm: shape of a rotary table");
+    const Tensor *first = &*cos, *second = nullptr;
+    if (!complex) {
+      check_device(*sin);
+      check(sin->dtype() == cos->dtype() && sin->dim() == dim, "ditnorm: cos and sin must be alike");
+      second = &*sin;
+      bool alike = true;
+      for (int64_t i = 0; i < dim; ++i) {
+        check(sin->sizes()[i] == cos->sizes()[i], "ditnorm: cos and sin must be alike");
+        alike = alike && sin->strides()[i] == cos->strides()[i];
+      }
+      if (!alike) first = &copy(*cos), second = &copy(*sin);
+    }
+    const int64_t *sizes = first->sizes(), *strides = first->strides(), width = sizes[dim - 1], head_dim = problem_.head_dim;
+    check(head_dim % 2 == 0 && (width == head_dim / 2 || (!complex && width == head_dim)), "ditnorm: last dim of a rotary table");
+    check(dim == 2 || sizes[0] == 1 || sizes[0] == problem_.batch, "ditnorm: batch of a rotary table");
+    const int token_dim = dim == 2 ? 0 : 1, scale = complex ? 2 : 1;
+    check(sizes[token_dim] <= stream.tokens, "ditnorm: tokens of a rotary table");
+    const auto* values = static_cast<const float*>(first->data());
+    stream.rotary = {values,
+                     complex ? values + 1 : static_cast<const float*>(second->data()),
+                     dim == 2 || sizes[0] == 1 ? 0 : strides[0] * scale,
+                     strides[token_dim] * scale,
+                     strides[dim - 1] * scale,
+                     sizes[token_dim],
+                     width == head_dim,
+                     complex || !problem_.eager};
+  }
+
+  // [B, tokens, H, d], into which `streams` write their part `i`, one after the other.
+  Tensor output(std::initializer_list<HeadStream*> streams, int64_t i, const Tensor& like) {
+    int64_t tokens = 0;
+    const int64_t width = (*streams.begin())->parts[i].width;
+    for (const HeadStream* stream : streams) {
+      check(stream->parts[i].width == width, "ditnorm: both streams must have the same width");
+      tokens += stream->tokens;
+    }
+    const int64_t sizes[] = {problem_.batch, tokens, width / problem_.head_dim, problem_.head_dim};
+    Tensor out = abi::empty(4, sizes, like.dtype(), like);
+    auto* target = static_cast<char*>(out.data());
+    const int64_t bytes = problem_.dtype == DType::f32 ? 4 : 2;
+    for (HeadStream* stream : streams) {
+      stream->parts[i].out = target;
+      stream->parts[i].out_batch_stride = tokens * width;
+      target += stream->tokens * width * bytes;
+    }
+    return out;
+  }
+
+  HeadStream& stream(int i) { return problem_.streams[i]; }
+
+  void run(std::atomic<int64_t>& count) {
+    count.fetch_add(1, std::memory_order_relaxed);
+    if (problem_.batch * (problem_.streams[0].tokens + problem_.streams[1].tokens) == 0) return;
+    call_kernel(&qk_norm_rope, problem_, device_index_);
+  }
+
+ private:
+  void check_device(const Tensor& t) const {
+    check(t.device_type() == device_type_ && t.device_index() == device_index_, "ditnorm: tensors on different devices");
+  }
+
+  const Tensor& dense(const Tensor& t) {
+    const int64_t dim = t.dim();
+    return t.sizes()[dim - 1] <= 1 || t.strides()[dim - 1] == 1 ? t : copy(t);
+  }
+
+  const Tensor& copy(const Tensor& t) {
+    check(copied_ < kMaxCopies, "ditnorm: too many operands");
+    return copies_[copied_++] = abi::contiguous(t);
+  }
+
+  HeadProblem problem_{};
+  static constexpr int kMaxCopies = 14;
+  Tensor copies_[kMaxCopies];
+  int copied_ = 0;
+  int32_t device_type_, device_index_;
+  bool normed_ = false;
+};
+
+std::tuple<Tensor, Tensor> qk_norm_rope_op(const Tensor& query, const Tensor& key, const Optional& query_weight, const Optional& key_weight,
+                                           const Optional& cos, const Optional& sin, int64_t head_dim, int64_t norm, double eps,
+                                           int64_t rounding) {
+  HeadCall call(query, head_dim, norm, eps, rounding);
+  HeadStream &of_query = call.stream(0), &of_key = call.stream(1);
+  check(key.dim() == 3, "ditnorm: key must be [B, S, H * head_dim]");
+  const bool together = query.dim() == 3 && key.sizes()[1] == query.sizes()[1];  // then they share their angles
+  call.rows(of_query, query, &query_weight);
+  call.rows(together ? of_query : of_key, key, &key_weight);
+  call.rotary(of_query, cos, sin);
+  if (!together) call.rotary(of_key, cos, sin);
+  Tensor q = call.output({&of_query}, 0, query);
+  Tensor k = together ? call.output({&of_query}, 1, query) : call.output({&of_key}, 0, query);
+  call.run(calls[3]);
+  return {std::move(q), std::move(k)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_qk_norm_rope_op(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                         const Optional& query_weight, const Optional& key_weight, const Optional& cos,
+                                                         const Optional& sin, const Tensor& encoder_query, const Tensor& encoder_key,
+                                                         const Tensor& encoder_value, const Optional& encoder_query_weight,
+                                                         const Optional& encoder_key_weight, const Optional& encoder_cos,
+                                                         const Optional& encoder_sin, int64_t head_dim, int64_t norm, double eps,
+                                                         int64_t encoder_first, int64_t rounding) {
+  HeadCall call(query, head_dim, norm, eps, rounding);
+  HeadStream &own = call.stream(0), &encoder = call.stream(1);
+  call.rows(own, query, &query_weight);
+  call.rows(own, key, &key_weight);
+  call.rows(own, value, nullptr);
+  call.rotary(own, cos, sin);
+  call.rows(encoder, encoder_query, &encoder_query_weight);
+  call.rows(encoder, encoder_key, &encoder_key_weight);
+  call.rows(encoder, encoder_value, nullptr);
+  call.rotary(encoder, encoder_cos, encoder_sin);
+  HeadStream *first = encoder_first ? &encoder : &own, *second = encoder_first ? &own : &encoder;
+  Tensor q = call.output({first, second}, 0, query);
+  Tensor k = call.output({first, second}, 1, query);
+  Tensor v = call.output({first, second}, 2, query);
+  call.run(calls[4]);
+  return {std::move(q), std::move(k), std::move(v)};
+}
+
+}  // namespace
+
+void register_qk_ops(abi::Library& library) {
+  library.impl<&qk_norm_rope_op>("qk_norm_rope");
+  library.impl<&joint_qk_norm_rope_op>("joint_qk_norm_rope");
+}
+
+}  // namespace ditnorm
