@@ -41,10 +41,10 @@ def measure(contestants: list[Contestant], warn: Callable[[str], None]) -> dict[
     x = Cell(NSS, *CELL).inputs()["x"]
     calls[LAYER_NORM] = functools.partial(F.layer_norm, x, CELL[1:], None, None, 1e-6)
     calls[ADD] = functools.partial(torch.add, x, x)
-    return _rotate(calls)
+    return rotate(calls)
 
 
-def _rotate(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def rotate(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.disable()
