@@ -72,7 +72,11 @@ __global__ void __launch_bounds__(kLanes, 4) any_qk_kernel(const HeadProblem p) 
         const int64_t column = j % p.head_dim;
         const int64_t of_a = (rotary.per_element ? column : column / 2) * rotary.step;
         const int64_t of_b = rotary.per_element ? of_a + rotary.step : of_a;
-        rotate(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b], rotary.contracted);
+        if (rotary.contracted) {
+          rotate_pair<true>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b]);
+        } else {
+          rotate_pair<false>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b]);
+        }
       }
       out[j] = from_float<T>(a);
       if (j + 1 < span) out[j + 1] = from_float<T>(b);

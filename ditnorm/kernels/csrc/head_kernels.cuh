@@ -2,8 +2,8 @@
 // aligned. A row of one token (of query, key or value) stays in registers from its one load to its one store. Three of them differ in
 // the statistics:
 //
-//   head_kernel         norm per head of 128, diffusers' RMSNorm: a head is half a warp or a warp, nothing leaves it
-//   any_head_kernel     norm per head of any multiple of 8: statistics through shared memory, in ATen's order
+//   head_kernel         norm per head of 64, 128 or 256, diffusers' RMSNorm: a head is a part of a warp, nothing leaves it
+//   any_head_kernel     norm per head of any multiple of 8 from 32 on: statistics through shared memory, in ATen's order
 //   across_kernel       norm across all heads, torch's RMSNorm: the block's reduction of statistics.cuh
 #pragma once
 #include "launch.h"
@@ -13,6 +13,15 @@
 #include "statistics.cuh"
 #include "unroll.cuh"
 
+#ifndef QK_W
+#define QK_W 0
+#endif
+#ifndef QK_A
+#define QK_A 0
+#endif
+#ifndef QK_L
+#define QK_L 0
+#endif
 namespace ditnorm {
 
 // Which row a block works on: blockIdx.x counts tokens of the first stream and then of the second, query, key and value of a token in a
@@ -67,7 +76,7 @@ __device__ __forceinline__ void normalize_row(float (&n)[N], float rstd, bool we
 
 constexpr int kHeadThreads = 128;
 
-template <class T, bool ROUND, int ITEMS>
+template <class T, bool ROUND, int ITEMS, int HEAD>
 __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
   wait_for_previous_kernel();
@@ -80,9 +89,9 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p)
   const auto inside = [&](int i) { return first + i * kStep < width; };
 
   Pack<T, N> v[ITEMS];
-  each(kEach, [&](auto i) { v[i] = inside(i) ? load_row<Cache::streaming, T, N>(x + i * kStep) : filled<T, N>(0.0f); });
+  each(kEach, [&](auto i) { v[i] = inside(i) ? load_row<Cache::normal, T, N>(x + i * kStep) : filled<T, N>(0.0f); });
   if (!at.rows.copied) {
-    const int column = first % kWarpHead;
+    const int column = first % HEAD;
     const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
     Pack<T, N> weight;
     Angles<N> angles;
@@ -91,43 +100,51 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p)
     each(kEach, [&](auto i) {
       float n[N];
       to_floats(n, v[i]);
-      const float mean = __fmul_rn(warp_head_sum_of_squares(n), at.rows.mean_factor);
+      const float mean = __fmul_rn(head_sum_of_squares<HEAD>(n), at.rows.mean_factor);
       normalize_row<T, ROUND, true>(n, rsqrtf(__fadd_rn(mean, p.eps)), weighted, weight);
       if (rotated) rotate(n, angles, at.stream.rotary.contracted);
       v[i] = from_floats<T, N>(n);
     });
   }
   each(kEach, [&](auto i) {
-    if (inside(i)) store_row<Cache::streaming>(out + i * kStep, v[i]);
+    if (inside(i)) store_row<Cache::normal>(out + i * kStep, v[i]);
   });
 }
+
+constexpr int kLeastHead = 32;
 
 template <class T, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
-  __shared__ T row[kStep * ITEMS];
-  __shared__ float rstds[kStep * ITEMS / 8];
+  constexpr int kHeads = kStep * ITEMS / kLeastHead, kGap = 16 / sizeof(T);  // between heads: 4 banks, so that they don't share one
+  __shared__ uint4 memory[(kStep * ITEMS + kHeads * kGap) * sizeof(T) / sizeof(uint4)];
+  __shared__ float rstds[kHeads];
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);
   const int width = static_cast<int>(at.rows.width), head_dim = static_cast<int>(p.head_dim), first = static_cast<int>(threadIdx.x) * N;
   const T* const x = at.source<T>() + first;
   T* const out = at.target<T>() + first;
+  T* const row = reinterpret_cast<T*>(memory);
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
   const auto inside = [&](int i) { return first + i * kStep < width; };
 
   Pack<T, N> v[ITEMS];
   each(kEach, [&](auto i) {
-    if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * kStep);
+    if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * kStep);
   });
   if (!at.rows.copied) {
     each(kEach, [&](auto i) {
-      if (inside(i)) *reinterpret_cast<Pack<T, N>*>(&row[first + i * kStep]) = v[i];
+      const int head = (first + i * kStep) / head_dim;
+      if (inside(i)) *reinterpret_cast<Pack<T, N>*>(&row[first + i * kStep + head * kGap]) = v[i];
     });
     __syncthreads();
-    constexpr int kWarps = kHeadThreads / 32;
-    for (int head = static_cast<int>(threadIdx.x) / 32; head < width / head_dim; head += kWarps) {
-      const float sum = mean_order_sum_of_squares(head_dim, [&](int j) { return to_float(row[head * head_dim + j]); });
-      if (threadIdx.x % 32 == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
+    constexpr int kTeams = kHeadThreads / kTeam;
+    for (int some = 0; some < width / head_dim; some += kTeams) {
+      const int head = some + static_cast<int>(threadIdx.x) / kTeam;
+      const bool any = head < width / head_dim;
+      const T* const elements = &row[any ? head * (head_dim + kGap) : 0];
+      const float sum = team_sum_of_squares(head_dim, [&](int j) { return to_float(elements[j]); });
+      if (any && threadIdx.x % kTeam == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
     }
     __syncthreads();
     const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
@@ -144,7 +161,7 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
     });
   }
   each(kEach, [&](auto i) {
-    if (inside(i)) store_row<Cache::streaming>(out + i * kStep, v[i]);
+    if (inside(i)) store_row<Cache::normal>(out + i * kStep, v[i]);
   });
 }
 
@@ -163,19 +180,26 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
 
   Pack<T, N> v[ITEMS], weights[ITEMS];
   each(kEach, [&](auto i) {
-    if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * kTile);
+    if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * kTile);
   });
   if (unlikely(at.rows.copied)) {
     return each(kEach, [&](auto i) {
-      if (inside(i)) store_row<Cache::streaming>(out + i * kTile, v[i]);
+      if (inside(i)) store_row<Cache::normal>(out + i * kTile, v[i]);
     });
   }
   const bool rotated = at.rotated();
+  const int column = first % static_cast<int>(p.head_dim);
   Angles<N> angles;
-  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, first % static_cast<int>(p.head_dim));
+#if QK_A == 0
+  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
+#else
+  if (rotated && first < p.head_dim) prefetch_angles<N>(at.stream.rotary, at.batch, at.token, column);
+#endif
+#if QK_W == 0
   each(kEach, [&](auto i) {
     if (inside(i)) weights[i] = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
   });
+#endif
 
   Welford lanes[LANES] = {};
   each(kEach, [&](auto i) {
@@ -185,14 +209,20 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
     each(std::make_integer_sequence<int, N>{}, [&](auto j) { add<Norm::rms>(lanes[j / kGroup], values[j], 0.0f); });
   });
   const Welford whole = reduce<Norm::rms, true>(lanes, exchange);
+#if QK_A != 0
+  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
+#endif
   const float rstd = rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps));
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
     float n[N];
     to_floats(n, v[i]);
+#if QK_W == 1
+    weights[i] = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
+#endif
     normalize_row<T, ROUND, false>(n, rstd, true, weights[i]);
     if (rotated) rotate(n, angles, at.stream.rotary.contracted);
-    store_row<Cache::streaming>(out + i * kTile, from_floats<T, N>(n));
+    store_row<Cache::normal>(out + i * kTile, from_floats<T, N>(n));
   });
 }
 

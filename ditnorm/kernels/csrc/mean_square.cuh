@@ -9,7 +9,7 @@
 
 namespace ditnorm {
 
-constexpr int kWarpHead = 128;  // the width of a head that one warp takes at once
+constexpr int kGrouped = 128;  // rows from this width on are taken in groups
 
 // The squares of half-precision values are exact in float32, so that fusing changes no bit of theirs; of float32 values each is rounded.
 __device__ __forceinline__ float add_square(float sum, float v) { return __fadd_rn(sum, __fmul_rn(v, v)); }
@@ -18,54 +18,104 @@ __device__ __forceinline__ float add_along(int thread_bit, float sum) {
   return __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, thread_bit));
 }
 
-// A head of 128 in a warp's threads of 4 elements.
-__device__ __forceinline__ float warp_head_sum_of_squares(const float (&v)[4]) {
-  float sum = __fmul_rn(v[0], v[0]);
+// Adds the values of the thread whose number differs in one bit. Of the N sums a thread keeps the half that the bit of its number says,
+// its partner the other: from then on that bit says what the upper half's bit of a sum's number said.
+template <int N>
+__device__ __forceinline__ void halve_along(int thread_bit, float* sums) {
+  const bool upper = threadIdx.x & thread_bit;
 #pragma unroll
-  for (int j = 1; j < 4; ++j) sum = add_square(sum, v[j]);
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) sum = add_along(bit, sum);
-  return sum;
+  for (int i = 0; i < N / 2; ++i) {
+    const float own = upper ? sums[i + N / 2] : sums[i], others = upper ? sums[i] : sums[i + N / 2];
+    sums[i] = __fadd_rn(own, __shfl_xor_sync(0xffffffffu, others, thread_bit));
+  }
 }
 
-// The same in half a warp, a thread being the lanes 2 t and 2 t + 1. After the first step it keeps one of them, its partner the other.
-__device__ __forceinline__ float warp_head_sum_of_squares(const float (&v)[8]) {
-  float lower = __fmul_rn(v[0], v[0]), upper = __fmul_rn(v[4], v[4]);
-#pragma unroll
-  for (int j = 1; j < 4; ++j) lower = add_square(lower, v[j]), upper = add_square(upper, v[j + 4]);
-  const bool keeps_upper = threadIdx.x & 8;
-  const float other = __shfl_xor_sync(0xffffffffu, keeps_upper ? lower : upper, 8);
-  float sum = __fadd_rn(keeps_upper ? upper : lower, other);
-  return add_along(8, add_along(1, add_along(2, add_along(4, sum))));
+// The groups' sums over their places.
+__device__ __forceinline__ float sum_of_group(const float* sums) {
+  return __fadd_rn(__fadd_rn(__fadd_rn(sums[0], sums[1]), sums[2]), sums[3]);
 }
 
-// A row of `width` elements v(0), v(1), ... in the lanes of a warp, all of which get the result.
-template <class V>
-__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  float sums[4] = {};
-  int lanes = 32;
-  if (width >= kWarpHead && width % 4 == 0) {
-    for (int group = lane * 4; group < width; group += 32 * 4) {
+// A head of HEAD elements by its neighbouring threads of N elements, all of which get the result. The order in which thread bits are
+// combined is that of the lanes' bits, and which stands where follows from which elements a thread has.
+template <int HEAD, int N>
+__device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
+  float sums[N];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] = add_square(sums[j], v(group + j));
-    }
+  for (int j = 0; j < N; ++j) sums[j] = __fmul_rn(v[j], v[j]);
+  const auto along = [&](int thread_bit) { sums[0] = add_along(thread_bit, sums[0]); };
+  if constexpr (HEAD == 64 && N == 8) {  // thread bits 2 (a lane's second element), 1, 0; places
+    halve_along<8>(4, sums), halve_along<4>(2, sums), halve_along<2>(1, sums);
+    along(4), along(2), along(1);
+  } else if constexpr (HEAD == 64) {
+    halve_along<4>(8, sums), halve_along<2>(4, sums);
+    along(2), along(1), along(8), along(4);
+  } else if constexpr (HEAD == 128 && N == 8) {  // a thread is the lanes 2 t and 2 t + 1
+    sums[0] = sum_of_group(sums), sums[1] = sum_of_group(sums + 4);
+    halve_along<2>(8, sums);
+    along(4), along(2), along(1), along(8);
+  } else if constexpr (HEAD == 128) {
+    sums[0] = sum_of_group(sums);
+    along(16), along(8), along(4), along(2), along(1);
   } else {
-    while (lanes > width) lanes /= 2;
-    int taken = 0;
-    for (int j = lane; lane < lanes && j < width; j += lanes, ++taken) {
+    static_assert(HEAD == 256 && N == 8);  // thread bit 4 (a lane's second group), then as with 128
+    halve_along<8>(16, sums);
+    sums[0] = sum_of_group(sums);
+    along(8), along(4), along(2), along(1), along(16);
+  }
+  return sums[0];
+}
+
+// Which elements a lane takes, and how many lanes there are.
+struct MeanOrder {
+  int width, lanes;
+  bool grouped;
+
+  __device__ __forceinline__ explicit MeanOrder(int width) : width(width), lanes(32), grouped(width >= kGrouped && width % 4 == 0) {
+    while (!grouped && lanes > width) lanes /= 2;
+  }
+
+  template <class V>
+  __device__ __forceinline__ float of_lane(int lane, const V& v) const {
+    float sums[4] = {};
+    if (grouped) {
+      for (int first = lane * 4; first < width; first += 32 * 4) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (taken % 4 == k) sums[k] = add_square(sums[k], v(j));
+        for (int j = 0; j < 4; ++j) sums[j] = add_square(sums[j], v(first + j));
+      }
+    } else if (lane < lanes) {
+      for (int first = lane; first < width; first += 4 * lanes) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (first + k * lanes < width) sums[k] = add_square(sums[k], v(first + k * lanes));
+        }
       }
     }
+    return sum_of_group(sums);
   }
-  float sum = __fadd_rn(__fadd_rn(__fadd_rn(sums[0], sums[1]), sums[2]), sums[3]);
+};
+
+// A row of `width` elements v(0), v(1), ... by a warp, all of whose threads get the result.
+template <class V>
+__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v) {
+  const MeanOrder order(width);
+  float sum = order.of_lane(static_cast<int>(threadIdx.x) % 32, v);
   for (int bit = 16; bit > 0; bit /= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, sum, bit);
-    if (bit < lanes) sum = __fadd_rn(sum, other);
+    if (bit < order.lanes) sum = __fadd_rn(sum, other);
   }
   return __shfl_sync(0xffffffffu, sum, 0);
+}
+
+constexpr int kTeam = 8;
+
+// The same by 8 neighbouring threads, each being the lanes t, t + 8, t + 16 and t + 24: widths from 32 on.
+template <class V>
+__device__ __forceinline__ float team_sum_of_squares(int width, const V& v) {
+  const MeanOrder order(width);
+  const int t = static_cast<int>(threadIdx.x) % kTeam;
+  const auto of = [&](int lane) { return order.of_lane(t + lane, v); };
+  const float sum = __fadd_rn(__fadd_rn(of(0), of(16)), __fadd_rn(of(8), of(24)));
+  return add_along(1, add_along(2, add_along(4, sum)));
 }
 
 }  // namespace ditnorm

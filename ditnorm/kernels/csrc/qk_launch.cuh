@@ -59,21 +59,25 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     const int64_t tiles = (widest + kTile - 1) / kTile;
     const auto serve_tiles = [&](auto items) {
       if (tiles <= full_tiles(items) || tiles > items) return;
-      constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
+      constexpr int kLanesOfThread = QK_L ? QK_L : lanes_per_thread(sizeof(T), items);
       serve(&across_kernel<T, ROUND, items, kLanesOfThread>, kLanes / kLanesOfThread);
     };
     serve_tiles(Constant<2>{}), serve_tiles(Constant<3>{}), serve_tiles(Constant<4>{}), serve_tiles(Constant<6>{});
     serve_tiles(Constant<8>{}), serve_tiles(Constant<10>{}), serve_tiles(Constant<12>{});
-  } else if (fast && !p.across && p.head_dim == kWarpHead) {
-    const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
-    if (chunks(3) * 3 <= chunks(2) * 2) {
-      serve(&head_kernel<T, ROUND, 3>, kHeadThreads, chunks(3));
-    } else {
-      serve(&head_kernel<T, ROUND, 2>, kHeadThreads, chunks(2));
-    }
   } else if (fast && !p.across) {
+    const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
+    const auto serve_head = [&](auto head) {
+      if (p.head_dim != head) return;
+      if (chunks(3) * 3 <= chunks(2) * 2) {
+        serve(&head_kernel<T, ROUND, 3, head>, kHeadThreads, chunks(3));
+      } else {
+        serve(&head_kernel<T, ROUND, 2, head>, kHeadThreads, chunks(2));
+      }
+    };
+    serve_head(Constant<64>{}), serve_head(Constant<128>{});
+    if constexpr (sizeof(T) == 2) serve_head(Constant<256>{});
     const auto serve_items = [&](auto items) {
-      if (!served && widest <= items * kElements) serve(&any_head_kernel<T, ROUND, items>, kHeadThreads);
+      if (!served && p.head_dim >= kLeastHead && widest <= items * kElements) serve(&any_head_kernel<T, ROUND, items>, kHeadThreads);
     };
     serve_items(Constant<3>{}), serve_items(Constant<6>{});
   }

@@ -36,17 +36,51 @@ __device__ __forceinline__ Angles<N> load_angles(const Rotary& r, int64_t batch,
   return angles;
 }
 
-__device__ __forceinline__ void rotate(float& a, float& b, float cos_a, float cos_b, float sin_a, float sin_b, bool contracted) {
-  const float re = contracted ? __fmaf_rn(a, cos_a, -__fmul_rn(b, sin_a)) : __fsub_rn(__fmul_rn(a, cos_a), __fmul_rn(b, sin_a));
-  b = contracted ? __fmaf_rn(a, sin_b, __fmul_rn(b, cos_b)) : __fadd_rn(__fmul_rn(b, cos_b), __fmul_rn(a, sin_b));
-  a = re;
+#ifndef QK_A
+#define QK_A 0
+#endif
+// Both tables' lines of one token, where a thread's angles begin.
+template <int N>
+__device__ __forceinline__ void prefetch_angles(const Rotary& r, int64_t batch, int64_t token, int column) {
+#ifdef __CUDA_ARCH__
+  const int64_t offset = batch * r.batch_stride + token * r.token_stride + (r.per_element || r.step == 2 ? column : column / 2);
+#if QK_A == 1
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(r.cos + offset));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(r.sin + offset));
+#else
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(r.cos + offset));
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(r.sin + offset));
+#endif
+#endif
+}
+
+// CONTRACTED: see Rotary.
+template <bool CONTRACTED>
+__device__ __forceinline__ void rotate_pair(float& a, float& b, float cos_a, float cos_b, float sin_a, float sin_b) {
+  const float x = a;
+  if constexpr (CONTRACTED) {
+    a = __fmaf_rn(x, cos_a, -__fmul_rn(b, sin_a));
+    b = __fmaf_rn(x, sin_b, __fmul_rn(b, cos_b));
+  } else {
+    a = __fsub_rn(__fmul_rn(x, cos_a), __fmul_rn(b, sin_a));
+    b = __fadd_rn(__fmul_rn(b, cos_b), __fmul_rn(x, sin_b));
+  }
+}
+
+template <bool CONTRACTED, int N>
+__device__ __forceinline__ void rotate_pairs(float (&n)[N], const Angles<N>& angles) {
+#pragma unroll
+  for (int j = 0; j < N; j += 2) {
+    rotate_pair<CONTRACTED>(n[j], n[j + 1], angles.cos[j], angles.cos[j + 1], angles.sin[j], angles.sin[j + 1]);
+  }
 }
 
 template <int N>
 __device__ __forceinline__ void rotate(float (&n)[N], const Angles<N>& angles, bool contracted) {
-#pragma unroll
-  for (int j = 0; j < N; j += 2) {
-    rotate(n[j], n[j + 1], angles.cos[j], angles.cos[j + 1], angles.sin[j], angles.sin[j + 1], contracted);
+  if (contracted) {
+    rotate_pairs<true>(n, angles);
+  } else {
+    rotate_pairs<false>(n, angles);
   }
 }
 
