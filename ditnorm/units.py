@@ -9,7 +9,8 @@ from torch import nn
 from . import generated, layers
 from .hook_chains import Untraceable, captured
 from .models import body_for, near_miss
-from .models.base import FusedBlock
+from .models.attention import FusedAttention, QKNorm
+from .models.base import FusedBlock, matches
 from .models.fingerprint import fingerprint
 
 # Wrappers that shard or replicate the parameters of the modules inside (DDP, FSDP).
@@ -52,6 +53,8 @@ class Unit:
     body: type[FusedBlock]
     swaps: list[Swap] = field(default_factory=list)
     refusal: str | None = None
+    unfused: dict[str, str] = field(default_factory=dict)
+    """Attention modules that stay upstream's -> why. That doesn't refuse the block."""
 
     @property
     def fused(self) -> bool:
@@ -139,10 +142,36 @@ def _collect(unit: Unit, name: str, module: nn.Module, body: type[FusedBlock]) -
     table = getattr(module, body.table) if body.table is not None else None
     for path, expected in body.sites.items():
         child = module.get_submodule(path)
+        if issubclass(expected, FusedAttention):
+            _collect_attention(unit, _join(name, path), child, expected)
+            continue
         reason = _collect_site(unit, _join(name, path), child, expected, table, path not in body.unmodulated)
         if reason is not None:
             return f"{path}: {reason}"
     return None
+
+
+def _collect_attention(unit: Unit, name: str, child: nn.Module, body: type[FusedAttention]) -> None:
+    """Adds an attention module and its norms to the swaps of ``unit``, or the reason why not to what stays unfused."""
+    upstream = upstream_of(type(child))
+    reason = generated_by_others(type(child)) or (None if matches(body, upstream) else _unknown(upstream, body)) or body.unsupported(child)
+    if reason is None:
+        swaps = [Swap(name, child, upstream, body)]
+        norms = {norm: child.get_submodule(norm) for norm in body.norms(child)}
+        swaps += [Swap(_join(name, norm), module, upstream_of(type(module)), QKNorm) for norm, module in norms.items()]
+        reason = next(filter(None, (_untouchable(swap.module) for swap in swaps)), None)
+    if reason is None:
+        unit.swaps += swaps
+    else:
+        unit.unfused[name] = reason
+
+
+def _untouchable(module: nn.Module) -> str | None:
+    try:
+        captured(module)
+    except Untraceable as untraceable:
+        return str(untraceable)
+    return generated_by_others(type(module))
 
 
 def _collect_site(unit: Unit, name: str, child: nn.Module, expected: type, table: nn.Parameter | None, modulated: bool) -> str | None:

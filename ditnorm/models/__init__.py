@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from .attention import FusedAttention
 from .base import FusedBlock, matches
 
 
@@ -13,6 +14,7 @@ def _bodies() -> tuple[type[FusedBlock], ...]:
         for module in modules
         for body in vars(module).values()
         if isinstance(body, type) and issubclass(body, FusedBlock) and body is not FusedBlock and body.__module__ == module.__name__
+        if not issubclass(body, FusedAttention)  # a site of blocks: what it computes is settled by its processor
     )
 
 

@@ -3,12 +3,113 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import scale_residual
+from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from .adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
+from .attention import FusedAttention, weight_of
 from .base import FusedBlock
+
+
+class HunyuanVideoAttention(FusedAttention):
+    """diffusers' ``Attention`` with the processor of HunyuanVideo, HunyuanImage or HunyuanVideo-1.5.
+
+    Of a dual-stream block: joint attention, the text's tokens last. Of a single-stream block (no projections of the text's own) both
+    streams are one sequence, of which only the leading part is rotated; such a block may hand it over in one piece.
+    """
+
+    family = "HunyuanVideo"
+    names = frozenset({"Attention"})
+    fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1, as the next
+    processors = {
+        "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0": {"f78cf0232315": None},
+        "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageAttnProcessor": {"f78cf0232315": None},
+        "diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15AttnProcessor2_0": {"0ed3628ba196": "pairwise_mask"},
+    }
+    helpers = {"apply_rotary_emb": frozenset({"16054305ef24"})}
+    norm = "diffusers_rms"
+    rotary = "per_element"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        kwargs = dict(cross_attention_kwargs)
+        rotary = kwargs.pop("image_rotary_emb", None)
+        aligned = rotary is None or encoder_hidden_states is None or rotary[0].shape[0] == hidden_states.shape[1]
+        if kwargs or not aligned or not self.fuses():
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc,no-any-return]
+        text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        dual = text_tokens > 0 and self.add_q_proj is not None
+        if text_tokens > 0 and not dual:
+            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)  # type: ignore[list-item]
+
+        query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        weights = weight_of(self.norm_q), weight_of(self.norm_k)
+        options: dict[str, Any] = {
+            "head_dim": query.shape[-1] // self.heads,
+            "norm": "diffusers_rms",
+            "eps": self.eps(),
+            "rounding": self.rounding,
+        }
+        if dual:
+            query, key, value = joint_qk_norm_rope(
+                query,
+                key,
+                value,
+                *weights,
+                rotary,
+                self.add_q_proj(encoder_hidden_states),
+                self.add_k_proj(encoder_hidden_states),
+                self.add_v_proj(encoder_hidden_states),
+                weight_of(self.norm_added_q),
+                weight_of(self.norm_added_k),
+                None,
+                **options,
+            )
+        else:
+            query, key = qk_norm_rope(query, key, *weights, rotary, **options)
+            value = value.unflatten(2, (self.heads, -1))
+
+        processor = self.processor
+        if self.known[type(processor)] == "pairwise_mask":
+            attention_mask = _pairwise_mask(attention_mask, query.shape[1])  # type: ignore[arg-type]
+        hidden_states = self.upstream("dispatch_attention_fn")(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return hidden_states, None
+        split = hidden_states.shape[1] - text_tokens
+        hidden_states, encoder_hidden_states = hidden_states[:, :split], hidden_states[:, split:]
+        if getattr(self, "to_out", None) is not None:
+            hidden_states = self.to_out[1](self.to_out[0](hidden_states))
+        if getattr(self, "to_add_out", None) is not None:
+            encoder_hidden_states = self.to_add_out(encoder_hidden_states)
+        return hidden_states, encoder_hidden_states
+
+    def takes_joined(self) -> bool:
+        """Whether a single-stream block may hand over its sequence in one piece: nobody but us sees what goes in and comes out."""
+        return "forward" not in self.__dict__ and not (self._forward_hooks or self._forward_pre_hooks) and self.fuses()
+
+
+def _pairwise_mask(text_mask: Tensor, tokens: int) -> Tensor:
+    """``HunyuanVideo15AttnProcessor2_0``: [B, T] of the text's tokens, the last -> [B, 1, S, S], both tokens of a pair valid."""
+    mask = F.pad(text_mask, (tokens - text_mask.shape[1], 0), value=True).bool()
+    rows = mask.view(mask.shape[0], 1, 1, tokens).repeat(1, 1, tokens, 1)
+    return (rows & rows.transpose(2, 3)).bool()
 
 
 class HunyuanVideoTransformerBlock(FusedBlock):
@@ -22,6 +123,7 @@ class HunyuanVideoTransformerBlock(FusedBlock):
         "norm1_context": AdaLayerNormZero,
         "norm2": ScaleResidualNormScaleShift,
         "norm2_context": ScaleResidualNormScaleShift,
+        "attn": HunyuanVideoAttention,
     }
     site_count = 4
 
@@ -73,7 +175,7 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoSingleTransformerBlock", "HunyuanImageSingleTransformerBlock"})
     fingerprints = {"forward": frozenset({"ec73d8a5e99f"})}  # 0.37.0 to 0.42.1, in both
-    sites = {"norm": AdaLayerNormZeroSingle}
+    sites = {"norm": AdaLayerNormZeroSingle, "attn": HunyuanVideoAttention}
     site_count = 1
 
     def forward(
@@ -91,13 +193,7 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
 
         x, gate = self.norm(residual, emb=temb)
         mlp = self.act_mlp(self.proj_mlp(x))
-        attn_output, context_attn_output = self.attn(
-            hidden_states=x[:, :-text_seq_length],
-            encoder_hidden_states=x[:, -text_seq_length:],
-            attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb,
-        )
-        attn_output = torch.cat([attn_output, context_attn_output], dim=1)
+        attn_output = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = self.proj_out(torch.cat([attn_output, mlp], dim=2))
 
         hidden_states = scale_residual(residual, x, gate, rounding=self.rounding)
@@ -159,6 +255,7 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         "norm1_context": AdaLayerNormZero,
         "norm2": ScaleResidualNormScaleShift,
         "norm2_context": ScaleResidualNormScaleShift,
+        "attn": HunyuanVideoAttention,
     }
     site_count = 4
 
@@ -197,7 +294,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceSingleTransformerBlock"})
     fingerprints = {"forward": frozenset({"154c1f7ef55b"})}  # 0.37.0 to 0.42.1
-    sites = {"norm": HunyuanVideoTokenReplaceAdaLayerNormZeroSingle}
+    sites = {"norm": HunyuanVideoTokenReplaceAdaLayerNormZeroSingle, "attn": HunyuanVideoAttention}
     site_count = 1
 
     def forward(
@@ -215,18 +312,23 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
 
         x, gate, tr_gate = self.norm(residual, temb, token_replace_emb, num_tokens)
         mlp = self.act_mlp(self.proj_mlp(x))
-        attn_output, context_attn_output = self.attn(
-            hidden_states=x[:, :-text_seq_length],
-            encoder_hidden_states=x[:, -text_seq_length:],
-            attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb,
-        )
-        attn_output = torch.cat([attn_output, context_attn_output], dim=1)
+        attn_output = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = self.proj_out(torch.cat([attn_output, mlp], dim=2))
 
         (gate,) = _rows((tr_gate, gate))
         hidden_states = scale_residual(residual, x, gate, index=_row_index(x, num_tokens), rounding=self.rounding)
         return hidden_states[:, :-text_seq_length], hidden_states[:, -text_seq_length:]
+
+
+def _attend_joined(
+    attn: Any, x: Tensor, text_tokens: int, attention_mask: Tensor | None, image_rotary_emb: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Attention over both streams as one. Upstream's takes and returns them apart, with a copy for each."""
+    kwargs = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
+    if image_rotary_emb is not None and isinstance(attn, HunyuanVideoAttention) and attn.takes_joined():
+        return attn(hidden_states=x, **kwargs)[0]  # type: ignore[operator,no-any-return]
+    both = attn(hidden_states=x[:, :-text_tokens], encoder_hidden_states=x[:, -text_tokens:], **kwargs)
+    return torch.cat(both, dim=1)
 
 
 def _rows(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -5,9 +5,87 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import scale_residual
+from ..functional import joint_qk_norm_rope, scale_residual
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from .attention import FusedAttention, weight_of
 from .base import FusedBlock
+
+
+class QwenImageAttention(FusedAttention):
+    """diffusers' ``Attention`` with Qwen-Image's ``QwenDoubleStreamAttnProcessor2_0``: joint attention, the text's tokens first."""
+
+    family = "Qwen-Image"
+    names = frozenset({"Attention"})
+    fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
+    processors = {
+        "diffusers.models.transformers.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0": {
+            "31271f9b515f": "given_mask",  # 0.37.0, 0.38.0
+            "2d03c44140b2": "joint_mask",  # 0.39.0
+            "893facd2e182": "joint_mask",  # 0.40.0, 0.41.0
+            "0a3b3add4cc9": "joint_mask",  # 0.42.0, 0.42.1
+        }
+    }
+    helpers = {"apply_rotary_emb_qwen": frozenset({"4da6116279ad"})}  # 0.37.0 to 0.42.1
+    norm = "diffusers_rms"
+    rotary = "complex"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        kwargs = dict(cross_attention_kwargs)
+        mask, rotary = kwargs.pop("encoder_hidden_states_mask", None), kwargs.pop("image_rotary_emb", None)
+        form = self.known.get(type(self.processor))
+        if encoder_hidden_states is None or kwargs or (attention_mask is not None and form != "given_mask") or not self.fuses():
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc,no-any-return]
+        if mask is not None and form == "joint_mask":
+            of_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+            attention_mask = torch.cat([mask, of_image], dim=1)[:, None, None, :]
+
+        image_rotary, text_rotary = (None, None) if rotary is None else rotary
+        # In upstream's order, which offloading with prefetching relies on.
+        image_query, image_key, image_value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        text_query, text_key = self.add_q_proj(encoder_hidden_states), self.add_k_proj(encoder_hidden_states)
+        text_value = self.add_v_proj(encoder_hidden_states)
+        query, key, value = joint_qk_norm_rope(
+            image_query,
+            image_key,
+            image_value,
+            weight_of(self.norm_q),
+            weight_of(self.norm_k),
+            image_rotary,
+            text_query,
+            text_key,
+            text_value,
+            weight_of(self.norm_added_q),
+            weight_of(self.norm_added_k),
+            text_rotary,
+            head_dim=self.inner_dim // self.heads,
+            norm="diffusers_rms",
+            eps=self.eps(),
+            encoder_first=True,
+            rounding=self.rounding,
+        )
+        processor = self.processor
+        joint = self.upstream("dispatch_attention_fn")(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
+        )
+        joint = joint.flatten(2, 3).to(query.dtype)
+        text_tokens = encoder_hidden_states.shape[1]
+        image = self.to_out[0](joint[:, text_tokens:].contiguous())
+        if len(self.to_out) > 1:
+            image = self.to_out[1](image)  # dropout
+        return image, self.to_add_out(joint[:, :text_tokens].contiguous())
 
 
 class QwenImageTransformerBlock(FusedBlock):
@@ -24,6 +102,7 @@ class QwenImageTransformerBlock(FusedBlock):
         "txt_norm1": LayerNormScaleShift,
         "img_norm2": ScaleResidualNormScaleShift,
         "txt_norm2": ScaleResidualNormScaleShift,
+        "attn": QwenImageAttention,
     }
     site_count = 6
 

@@ -1,12 +1,84 @@
 """Wan 2.1 and 2.2 (per-token modulation of TI2V-5B included), WanAnimate, VACE, ChronoEdit."""
 
+from typing import Any
+
 from torch import Tensor
 
-from ..functional import scale_residual
+from ..functional import qk_norm_rope, scale_residual
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from .attention import FusedAttention, weight_of
 from .base import FusedBlock
 
-_SITES = {"norm1": LayerNormScaleShift, "norm2": ScaleResidualNormScaleShift, "norm3": ScaleResidualNormScaleShift}
+
+class WanAttention(FusedAttention):
+    """diffusers' ``WanAttention`` with its ``WanAttnProcessor``: self-attention with a rotary embedding, cross-attention without."""
+
+    family = "Wan"
+    names = frozenset({"WanAttention"})
+    fingerprints = {"forward": frozenset({"b49ebcc6575c"})}  # 0.37.0 to 0.42.1, as the next, in Wan, WanAnimate and ChronoEdit
+    processors = {"WanAttnProcessor": {"8f9485cfdd6c": None}}
+    helpers = {}
+    norm = "rms"
+    rotary = "per_pair"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        aligned = rotary_emb is None or (encoder_hidden_states is None and rotary_emb[0].shape[1] == hidden_states.shape[1])
+        if kwargs or not aligned or not self.fuses():
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)  # type: ignore[misc,no-any-return]
+        image_states = None
+        if self.add_k_proj is not None:  # image-to-video: 512 tokens of text, after those of the image
+            image_tokens = encoder_hidden_states.shape[1] - 512  # type: ignore[union-attr]
+            image_states, encoder_hidden_states = encoder_hidden_states[:, :image_tokens], encoder_hidden_states[:, image_tokens:]  # type: ignore[index]
+
+        query, key, value = self.upstream("_get_qkv_projections")(self, hidden_states, encoder_hidden_states)
+        rotary = None
+        if rotary_emb is not None:
+            cos, sin = rotary_emb
+            rotary = cos[..., 0::2], sin[..., 1::2]
+        query, key = qk_norm_rope(
+            query,
+            key,
+            weight_of(self.norm_q),
+            weight_of(self.norm_k),
+            rotary,
+            head_dim=query.shape[-1] // self.heads,
+            norm="rms",
+            eps=self.eps(),
+            rounding=self.rounding,
+        )
+        value = value.unflatten(2, (self.heads, -1))
+
+        attend, processor = self.upstream("dispatch_attention_fn"), self.processor
+        options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "backend": processor._attention_backend}
+        of_image = None
+        if image_states is not None:
+            image_key, image_value = self.upstream("_get_added_kv_projections")(self, image_states)
+            image_key = self.norm_added_k(image_key).unflatten(2, (self.heads, -1))
+            image_value = image_value.unflatten(2, (self.heads, -1))
+            of_image = attend(query, image_key, image_value, attn_mask=None, parallel_config=None, **options)
+            of_image = of_image.flatten(2, 3).type_as(query)
+        parallel = processor._parallel_config if encoder_hidden_states is None else None
+        hidden_states = attend(query, key, value, attn_mask=attention_mask, parallel_config=parallel, **options)
+        hidden_states = hidden_states.flatten(2, 3).type_as(query)
+        if of_image is not None:
+            hidden_states = hidden_states + of_image
+        return self.to_out[1](self.to_out[0](hidden_states))  # type: ignore[no-any-return]
+
+
+_SITES = {
+    "norm1": LayerNormScaleShift,
+    "norm2": ScaleResidualNormScaleShift,
+    "norm3": ScaleResidualNormScaleShift,
+    "attn1": WanAttention,
+    "attn2": WanAttention,
+}
 
 
 class WanTransformerBlock(FusedBlock):

@@ -1,0 +1,139 @@
+"""Attention modules whose QK norm, rotary embedding and joining of streams are one op: what their fused bodies share.
+
+A body stands in for the attention *module*; which processor the module has is looked at in each call, so that processors that users set,
+before or after patching, are respected: one that isn't known runs as upstream runs it.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..generated import origin_of
+from ..layers import _DEFAULT_EPS
+from .base import FusedBlock
+from .fingerprint import fingerprint
+
+DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})
+"""``RMSNorm.forward`` of diffusers 0.37.0 to 0.40.0, and to 0.42.1."""
+
+
+class QKNorm:
+    """The norm of query or key. Called without a tensor it returns its weight.
+
+    Hooks of offloading and layerwise casting put the right weight in place for the time of the call only, so the weight that an op reads
+    is what a call returned.
+    """
+
+    weight: nn.Parameter | None
+
+    def forward(self, x: Tensor | None = None) -> Tensor | None:
+        if x is not None:
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        # A view keeps the values that the hook swaps out after the call.
+        return None if self.weight is None else self.weight.view_as(self.weight)
+
+
+def weight_of(norm: Any) -> Tensor | None:
+    """The weight of a :class:`QKNorm`: through a call where a hook wraps its forward."""
+    weight: Tensor | None = norm() if "forward" in norm.__dict__ else norm.weight
+    return weight
+
+
+class FusedAttention(FusedBlock):
+    """A ``forward`` that computes what upstream's attention module does with one of the ``processors``."""
+
+    processors: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Class of a processor, ``"module:name"`` or a name in the module of the attention class -> fingerprint of its ``__call__`` -> how it
+    builds its mask, a method of the body (None: it takes what it is given)."""
+    helpers: ClassVar[Mapping[str, frozenset[str]]]
+    """Functions that the processors call and the body doesn't -> their accepted fingerprints."""
+    norm: ClassVar[str]
+    """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
+    rotary: ClassVar[str]
+    """The kind of its tables: ``"complex"``, ``"per_pair"`` or ``"per_element"``."""
+    block = False
+    site_count = 1
+    sites: ClassVar[Mapping[str, type]] = {}
+
+    known: ClassVar[Mapping[type, Any]]
+    """The processors that this process has, with their form; set on the generated class."""
+
+    processor: Any
+    _modules: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        origin = origin_of(cls)
+        if origin is not None:
+            cls.known = cls.known_processors(origin)
+
+    @classmethod
+    def known_processors(cls, origin: type) -> dict[type, Any]:
+        """The processor classes with an accepted fingerprint -> their form."""
+        known = {}
+        for path, forms in cls.processors.items():
+            module, _, name = path.rpartition(":")
+            try:
+                processor = getattr(importlib.import_module(module or origin.__module__), name, None)
+            except ImportError:  # a release without this model
+                continue
+            call = getattr(processor, "__call__", None)
+            if fingerprint(call) in forms and cls._helpers_known(call):
+                known[processor] = forms[fingerprint(call)]
+        return known
+
+    @classmethod
+    def _helpers_known(cls, call: Any) -> bool:
+        found = {name: call.__globals__.get(name) for name in cls.helpers}
+        return all(function is None or fingerprint(function) in cls.helpers[name] for name, function in found.items())
+
+    @classmethod
+    def unsupported(cls, module: nn.Module) -> str | None:
+        origin = origin_of(type(module)) or type(module)
+        processor = type(getattr(module, "processor", None))
+        if processor not in cls.known_processors(origin):
+            return f"its processor {processor.__module__}.{processor.__qualname__} is not one that ditnorm knows"
+        norms = {name: getattr(module, name, None) for name in cls.norms(module)}
+        for name, norm in norms.items():
+            reason = cls._norm_unsupported(norm)
+            if reason is not None:
+                return f"{name}: {reason}"
+        if len({norm.eps for norm in norms.values()}) > 1:  # type: ignore[union-attr]
+            return "its norms have different eps"
+        return None
+
+    @classmethod
+    def _norm_unsupported(cls, norm: Any) -> str | None:
+        kind = origin_of(type(norm)) or type(norm)
+        expected = kind is nn.RMSNorm if cls.norm == "rms" else fingerprint(getattr(kind, "forward", None)) in DIFFUSERS_RMS_NORM
+        if not expected:
+            return f"{kind.__module__}.{kind.__qualname__} is not the norm that ditnorm knows"
+        return "it has a bias" if getattr(norm, "bias", None) is not None else None
+
+    @classmethod
+    def norms(cls, module: Any) -> tuple[str, ...]:
+        """The norms that the fused call stands in for."""
+        if getattr(module, "add_q_proj", None) is None:
+            return ("norm_q", "norm_k")
+        return ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+    def fuses(self) -> bool:
+        """Whether a call takes the fused path: a known processor, our norms, and none that a user's hook looks at."""
+        if type(self.processor) not in self.known:
+            return False
+        modules = self._modules
+        for name in self.norms(self):
+            norm = modules.get(name)
+            if not isinstance(norm, QKNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+                return False
+        return True
+
+    def eps(self) -> float:
+        eps: float | None = self.norm_q.eps
+        return _DEFAULT_EPS if eps is None else eps
+
+    def upstream(self, name: str) -> Any:
+        """A function of the processor's module, as the processor itself would call it."""
+        return type(self.processor).__call__.__globals__[name]
