@@ -79,7 +79,7 @@ class FusedAttention(FusedBlock):
                 processor = getattr(importlib.import_module(module or origin.__module__), name, None)
             except ImportError:  # a release without this model
                 continue
-            call = getattr(processor, "__call__", None)
+            call = vars(processor).get("__call__") if isinstance(processor, type) else None
             if fingerprint(call) in forms and cls._helpers_known(call):
                 known[processor] = forms[fingerprint(call)]
         return known
