@@ -157,11 +157,11 @@ def _modulation(name: str, m: Tensor, x: Tensor) -> None:
         case (d,):
             fits = d == width
         case (b, d):
-            fits = b in (1, batch) and d == width
+            fits = _one_or(batch, b) and d == width
         case (b, s, d):
-            fits = b in (1, batch) and s in (1, tokens) and d == width
+            fits = _one_or(batch, b) and _one_or(tokens, s) and d == width
         case (b, f, 1, d):
-            fits = b in (1, batch) and f >= 1 and tokens % f == 0 and d == width
+            fits = _one_or(batch, b) and f >= 1 and tokens % f == 0 and d == width
         case _:
             fits = False
     if not fits:
@@ -171,19 +171,24 @@ def _modulation(name: str, m: Tensor, x: Tensor) -> None:
         )
 
 
+def _one_or(n: int, size: int) -> bool:
+    # Not size in (1, n): Dynamo finds no number in a tuple where that stands as a symbolic size.
+    return size == 1 or size == n
+
+
 def _index(index: Tensor | None, x: Tensor) -> None:
     if index is None:
         return
     _tensor("index", index, INDICES)
     batch, tokens = (1, x.shape[0]) if x.dim() == 2 else x.shape[:2]
-    if tuple(index.shape) not in ((tokens,), (batch, tokens)):
+    if index.dim() not in (1, 2) or index.shape[-1] != tokens or (index.dim() == 2 and index.shape[0] != batch):
         raise ValueError(f"index: expected shape [{tokens}] or [{batch}, {tokens}] for x {_shape(x)}, got {_shape(index)}")
 
 
 def _rows(name: str, m: Tensor, x: Tensor, rows: int | None) -> int:
     """Checks a modulation that ``index`` selects from and returns its number of rows, M."""
     batch, width = (1 if x.dim() == 2 else x.shape[0]), x.shape[-1]
-    if m.dim() not in (2, 3) or m.shape[-1] != width or m.shape[-2] < 1 or (m.dim() == 3 and m.shape[0] not in (1, batch)):
+    if m.dim() not in (2, 3) or m.shape[-1] != width or m.shape[-2] < 1 or (m.dim() == 3 and not _one_or(batch, m.shape[0])):
         raise ValueError(f"{name}: with index expected rows [M, {width}] or [{batch} or 1, M, {width}], got {_shape(m)}")
     if rows is not None and m.shape[-2] != rows:
         raise ValueError(f"{name}: with index every modulation has the same number of rows; got {m.shape[-2]} after {rows}")

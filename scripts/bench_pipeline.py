@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if options.offload and device.type == "cpu":
+            raise CannotRun("--offload: there is no GPU to offload from")
         pipe = place(load(options.model, DTYPES[options.dtype], image=options.image is not None), device, offload=options.offload)
         arguments = call_arguments(
             options.model,
@@ -135,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             patched = column(pipe, arguments, options, progress.update)
     except CannotRun as reason:
         parser.error(str(reason))
+    except torch.OutOfMemoryError as error:
+        parser.error(f"too little GPU memory: {str(error).splitlines()[0]} Try --offload, a smaller --size, fewer --frames.")
 
     report = {
         "command": shlex.join(["python", "scripts/bench_pipeline.py", *(sys.argv[1:] if argv is None else argv)]),

@@ -1,6 +1,6 @@
 """Times whole denoising steps of real models with random weights: eager, patched, compiled, and patched + compiled.
 
-    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--out DIR]
+    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile] [--out DIR]
 
 Everything runs in one process with the same weights and inputs. Also compared: the latents after each of the first steps, patched against
 eager, which must be bit-identical. Writes DIR/transformers.json and DIR/transformers.png. The exit status is 1 if a model failed or
@@ -28,7 +28,7 @@ from typing import Any
 import matplotlib
 import torch
 from generation import compile_blocks, forget_compiled, synchronize
-from kernel_shares import Shares, measure
+from kernel_shares import Shares, costs, measure, shares
 from real_models import DTYPE, MODELS, RealModel
 from tables import environment, environment_line, text_table
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ COLUMNS = ("eager", "patched", "compiled", "patched + compiled")
 COMPARED = 3  # denoising steps whose latents are compared
 TIMED_STEPS, TIMED_SECONDS = 2, 2.0  # at least, after the first
 MOST_STEPS = 12
+PROFILED_SHARE = 0.01  # of a step's time, that a kernel must cost for --profile to list it
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ class Column:
     peak_gb: float | None
     """Largest memory allocated on the GPU, weights included, 1e9 bytes; None on the CPU."""
     shares: Shares
+    costs: Mapping[str, tuple[int, float]]
+    """Launches and milliseconds of a step outside matmul and attention, by the name of the kernel."""
 
     def json(self) -> dict[str, Any]:
-        return asdict(self) | {"other_share": self.shares.other}
+        fields = asdict(self) | {"other_share": self.shares.other}
+        del fields["costs"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,9 @@ def run(model: nn.Module, real: RealModel, device: torch.device, on_step: Callab
             latents.append(result.cpu())
         on_step()
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-    shares = measure(lambda: next(steps), device)
-    return Column(seconds[0], statistics.median(seconds[1:]) * 1000, len(seconds) - 1, peak, shares), latents
+    kernels = measure(lambda: next(steps), device)
+    step_ms = statistics.median(seconds[1:]) * 1000
+    return Column(seconds[0], step_ms, len(seconds) - 1, peak, shares(kernels), costs(kernels)), latents
 
 
 def compare(real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str]) -> Measured:
@@ -147,8 +153,8 @@ def empty_cache() -> Iterator[None]:
         yield
 
 
-def result(real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str]) -> dict[str, Any]:
-    """Measures one model; an error becomes part of the result."""
+def result(real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str], *, profile: bool) -> dict[str, Any]:
+    """Measures one model; an error becomes part of the result. With ``profile`` the costs of the kernels do, too."""
     entry: dict[str, Any] = {
         "title": real.title,
         "source": real.source,
@@ -164,6 +170,8 @@ def result(real: RealModel, layers: Mapping[str, int], device: torch.device, nam
             "steps_identical": found.identical,
             "eager_reproducible": found.reproducible,
         }
+        if profile:
+            entry["costs"] = {name: found.columns[name].costs for name in COLUMNS[:2]}
     except torch.OutOfMemoryError as error:
         entry["error"] = f"out of GPU memory ({str(error).splitlines()[0]}); fewer layers: --layers N"
     except Exception as error:  # the other models are still worth measuring
@@ -219,6 +227,29 @@ def bits(entry: Mapping[str, Any]) -> str:
     return counts if entry["eager_reproducible"] else f"{counts}; eager itself isn't reproducible"
 
 
+def profile_table(entry: Mapping[str, Any]) -> str:
+    """What costs more than a hundredth of a step's GPU time outside matmul and attention, eager and patched side by side."""
+    names = COLUMNS[:2]
+    busy = {name: entry["columns"][name]["shares"]["busy_ms"] for name in names}
+    found = {name: dict(entry["costs"][name]) for name in names}
+    for name in names:
+        found[name]["all of these and smaller ones"] = tuple(map(sum, zip((0, 0.0), *found[name].values(), strict=True)))
+    kernels = dict.fromkeys(kernel for name in names for kernel in found[name])
+    largest = {kernel: max(found[name].get(kernel, (0, 0.0))[1] / busy[name] for name in names) for kernel in kernels}
+    rows = [["outside matmul and attention", *(f"{name} {column}" for name in names for column in ("launches", "ms", "share"))]]
+    for kernel in sorted((kernel for kernel in kernels if largest[kernel] > PROFILED_SHARE), key=lambda kernel: -largest[kernel]):
+        cells = [found[name].get(kernel) for name in names]
+        rows.append(
+            [kernel]
+            + [
+                text
+                for name, cell in zip(names, cells, strict=True)
+                for text in (("", "", "") if cell is None else (str(cell[0]), f"{cell[1]:.2f}", f"{cell[1] / busy[name]:.1%}"))
+            ]
+        )
+    return text_table(rows)
+
+
 NOTES = """step ms: median wall time of one denoising step; GPU ms: sum over its kernels; first step: with the compiler's work.
 kernels: launched in one step; other: share of GPU time outside matmul and attention; bits: latents of patched against eager."""
 
@@ -254,7 +285,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
     """The arguments that make a difference to what is measured."""
     models = [] if options.models == list(MODELS) else ["--models", *options.models]
     layers = [] if options.layers is None else ["--layers", str(options.layers)]
-    return models + layers + (["--quick"] if options.quick else [])
+    return models + layers + (["--quick"] if options.quick else []) + (["--profile"] if options.profile else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--layers", type=int, metavar="N", help="so many blocks of each kind (default: what fits; the table says how many)")
     parser.add_argument("--quick", action="store_true", help="eager and patched only: nothing is compiled")
+    parser.add_argument("--profile", action="store_true", help="list the kernels outside matmul and attention, eager and patched")
     parser.add_argument("--out", type=Path, default=Path("bench-output"), metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     if options.layers is not None and options.layers < 1:
@@ -279,10 +311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.models:
         real = MODELS[name]
         start = time.perf_counter()
-        entries[name] = result(real, real.layers(options.layers), device, names)
+        entries[name] = result(real, real.layers(options.layers), device, names, profile=options.profile)
         (options.out / "transformers.json").write_text(json.dumps(report, indent=1) + "\n")  # a run cut short keeps what it has
         print(f"{real.title}: {entries[name].get('error') or bits(entries[name])} ({time.perf_counter() - start:.0f} s)", flush=True)
     print(f"\n{environment_line(device)}\n\n{table(entries)}\n\n{NOTES}")
+    for entry in entries.values():
+        if "costs" in entry:
+            print(f"\n{entry['title']}\n{profile_table(entry)}")
     if any("error" not in entry for entry in entries.values()):
         chart(entries, options.out / "transformers.png", environment_line(device))
     print(f"\nwritten to {options.out}")

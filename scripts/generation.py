@@ -1,10 +1,12 @@
 """Runs a pipeline from a seed and keeps what each step made."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -18,7 +20,7 @@ class Generation:
     """What one call of a pipeline made; tensors on the CPU."""
 
     noise: Tensor
-    """The latents before the first step."""
+    """What the pipeline drew, in the shape that it drew."""
     latents: tuple[Tensor, ...]
     """After each step."""
     frames: Tensor
@@ -34,25 +36,30 @@ def generate(
     noise: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Generation:
-    """Calls the pipeline with the one seed, or starting from ``noise``, the latents that another run began with."""
-    samples: list[Tensor] = []
+    """Calls the pipeline with the one seed, or with ``noise``, what another run drew, in the place of what it would draw."""
+    drawn: list[Tensor] = []
+    latents: list[Tensor] = []
+
+    def draw(randn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        result = randn(*args, **kwargs)
+        if noise is not None:
+            result = noise.to(result)
+        drawn.append(result.cpu())
+        return result
 
     def keep(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        if not samples:
-            samples.append((args[2] if len(args) > 2 else kwargs["sample"]).cpu())
-        samples.append((result[0] if isinstance(result, tuple) else result.prev_sample).cpu())
+        latents.append((result[0] if isinstance(result, tuple) else result.prev_sample).cpu())
         on_step()
         return result
 
-    given = {} if noise is None else {"latents": noise}
     synchronize()
     start = time.perf_counter()
-    # Not callback_on_step_end: HunyuanVideo-1.5's pipelines have none.
-    with wrapped(pipe.scheduler, "step", keep):
+    # Not callback_on_step_end: HunyuanVideo-1.5's pipelines have none. Not the argument latents: into these, too, HunyuanVideo mixes the
+    # picture that it animates.
+    with wrapped(sys.modules[type(pipe).__module__], "randn_tensor", draw), wrapped(pipe.scheduler, "step", keep):
         (output,) = pipe(
             **arguments,
-            **given,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(SEED),
             output_type="pt",
@@ -60,7 +67,8 @@ def generate(
         )
     frames = output.float().cpu()
     seconds = time.perf_counter() - start
-    return Generation(samples[0], tuple(samples[1:]), frames[:, None] if frames.dim() == 4 else frames, seconds)
+    (first,) = drawn
+    return Generation(first, tuple(latents), frames[:, None] if frames.dim() == 4 else frames, seconds)
 
 
 def synchronize() -> None:
@@ -71,13 +79,10 @@ def synchronize() -> None:
 
 @contextmanager
 def wrapped(owner: object, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, ``owner.name(...)`` calls ``around(method, ...)``."""
+    """While it lasts, ``owner.name(...)`` calls ``around(function, ...)``."""
     method = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: around(method, *args, **kwargs))
-    try:
+    with mock.patch.object(owner, name, lambda *args, **kwargs: around(method, *args, **kwargs)):
         yield
-    finally:
-        delattr(owner, name)
 
 
 def denoisers(pipe: DiffusionPipeline) -> list[ModelMixin]:

@@ -148,7 +148,7 @@ class Session:
             size=o.size,
             frames=o.frames,
         )
-        return generate(self.pipe, arguments, o.steps, noise=None if like is None else like.noise.float(), on_step=self.on_step)
+        return generate(self.pipe, arguments, o.steps, noise=None if like is None else like.noise, on_step=self.on_step)
 
     def compiled(self) -> Generation:
         for model in denoisers(self.pipe):
@@ -160,7 +160,7 @@ class Session:
                 forget_compiled(model)
 
     def float32(self, like: Generation) -> Generation:
-        """The same weights in float32, from the noise that ``like`` began with."""
+        """The same weights in float32, from the noise that ``like`` drew."""
         del self.pipe
         gc.collect()
         if self.device.type == "cuda":

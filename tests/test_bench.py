@@ -159,6 +159,88 @@ def test_kernels_are_told_apart_by_name(kernel, kind):
     assert kernel_shares.kind(kernel) == kind
 
 
+ADD = (
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul> >"
+    "(int, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul>)"
+)
+MUL = (
+    "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::BinaryFunctor<float, float, float, "
+    "at::native::binary_internal::MulFunctor<float> > >(at::TensorIteratorBase&, ...)::{lambda(int)#1}>(int, ...)"
+)
+COPY = (
+    "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::direct_copy_kernel_cuda"
+    "(at::TensorIteratorBase&)::{lambda()#3}::operator()() const::{lambda(float)#1}>(at::TensorIteratorBase&)::{lambda(int)#1}>(int)"
+)
+NORM = "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>(int, float, c10::BFloat16 const*)"
+MEAN = (
+    "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float, float, float, float>, unsigned int> >()"
+)
+FUSED = "void ditnorm::(anonymous namespace)::row_kernel<__nv_bfloat16, float, true>(ditnorm::Problem)"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (ADD, "add"),
+        (MUL, "Mul"),
+        (COPY, "direct_copy"),
+        (NORM, "vectorized_layer_norm"),
+        (MEAN, "reduce Mean"),
+        (FUSED, "ditnorm::row_kernel"),
+        ("void rope_kernel<float>(int)", "rope_kernel"),
+        ("triton_poi_fused_mul_add_12", "triton_poi_fused_mul_add"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+        ("aten::native_layer_norm", "aten::native_layer_norm"),
+    ],
+)
+def test_kernels_have_readable_names(kernel, name):
+    assert kernel_shares.readable(kernel) == name
+
+
+def test_kernels_outside_matmul_and_attention_add_up_by_name():
+    float_add = ADD.replace("c10::BFloat16", "float")
+    kernels = [kernel_shares.Kernel(*k) for k in ((ADD, 3, 2.0), (float_add, 1, 1.0), ("nvjet_tst_256x152", 4, 6.0), (FUSED, 2, 1.0))]
+    assert kernel_shares.costs(kernels) == {"add": (4, 3.0), "ditnorm::row_kernel": (2, 1.0)}
+    found = kernel_shares.shares(kernels)
+    assert (found.kernels, found.busy_ms, found.matmul_ms) == (10, 10.0, 6.0)
+    assert found.other == pytest.approx(0.4)
+
+
+def test_profile_lists_what_costs_more_than_a_hundredth_in_either_column():
+    columns = {"eager": {"shares": {"busy_ms": 10.0}}, "patched": {"shares": {"busy_ms": 5.0}}}
+    costs = {"eager": {"norm": (4, 2.0), "rare": (1, 0.1), "add": (2, 0.15)}, "patched": {"ditnorm": (2, 1.0), "add": (1, 0.04)}}
+    table = bench_transformers.profile_table({"columns": columns, "costs": costs})
+    rows = {line.split("   ")[0]: line.split()[-6:] for line in table.splitlines()[1:]}
+    assert list(rows) == ["all of these and smaller ones", "norm", "ditnorm", "add"]
+    assert rows["all of these and smaller ones"] == ["7", "2.25", "22.5%", "3", "1.04", "20.8%"]
+    assert rows["add"] == ["2", "0.15", "1.5%", "1", "0.04", "0.8%"]
+
+
+def test_profile_is_printed_for_each_model(bench, capsys):
+    status, report = bench("--quick", "--profile", "--models", "wan2.1-1.3b")
+    assert status == 0
+    assert "all of these and smaller ones" in capsys.readouterr().out
+    costs = report["models"]["wan2.1-1.3b"]["costs"]
+    assert costs["eager"].keys() != costs["patched"].keys()
+
+
+def test_a_pipeline_too_large_for_the_gpu_says_what_helps(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(bench_pipeline, "generate", full)
+    with pytest.raises(SystemExit):
+        bench_pipeline.main(["--out", str(tmp_path)])
+    assert "--offload" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_pipeline_offloading_without_a_gpu_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_pipeline.main(["--offload", "--out", str(tmp_path)])
+    assert "no GPU" in capsys.readouterr().err
+
+
 def test_pipeline_table_has_every_stage(tmp_path, capsys):
     assert bench_pipeline.main(["--steps", "2", "--runs", "1", "--prompt", "7", "--cache", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr().out

@@ -60,6 +60,32 @@ def test_sequence_lengths_share_one_dynamic_graph(op: str, rounding: str) -> Non
     assert compiled_calls(function, calls, dynamic=None) == 2  # the first length, then any
 
 
+@pytest.mark.parametrize("kind", ["sample", "token", "frame", "rows"])
+@pytest.mark.parametrize("op", OPS)
+def test_sizes_that_are_fixed_in_some_arguments_and_dynamic_in_others(op: str, kind: str) -> None:
+    """All but ``x`` are parameters, whose sizes Dynamo takes as numbers."""
+    shape = {"sample": (2, 64), "token": (2, 6, 64), "frame": (2, 3, 1, 64), "rows": (2, 5, 64)}[kind]
+    fixed = {name: torch.randn(shape, device=DEVICE) for name in MODULATIONS[op]}
+    fixed |= {f"{name}_table": torch.randn(64, device=DEVICE) for name in MODULATIONS[op]}
+    fixed |= {} if op == "norm_scale_shift" else {"residual": torch.randn(2, 6, 64, device=DEVICE)}
+    fixed |= {} if op == "scale_residual" else {"weight": torch.randn(64, device=DEVICE)}
+
+    class Site(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fixed = nn.ParameterDict(fixed)
+            self.index = torch.arange(6, device=DEVICE).clamp(max=4).repeat(2, 1) if kind == "rows" else None
+
+        def forward(self, x: Tensor) -> Any:
+            return OPS[op](x=x, **self.fixed, index=self.index, rounding="eager")
+
+    x = torch.randn(2, 6, 64, device=DEVICE)
+    site = Site()
+    torch._dynamo.reset()
+    compiled = torch.compile(site, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), site(x), rtol=0, atol=0)
+
+
 def test_an_op_is_one_node_of_the_graph() -> None:
     nodes: list[str] = []
 

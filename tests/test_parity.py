@@ -3,14 +3,24 @@
 import functools
 import importlib
 import json
+import sys
 
 import generation
 import parity
 import pictures
 import pytest
+import tiny
+import tokenizers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
+    WanPipeline,
+)
 from PIL import Image
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 import ditnorm
 
@@ -52,6 +62,37 @@ def test_tiny_models_keep_every_bit(script, tmp_path, capsys):
     assert "parity holds" in output
     (picture,) = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
     assert str(picture) in output
+
+
+def image_to_video_checkpoint(folder):
+    """A folder like that of Wan2.2-TI2V-5B: a text encoder, modulation per token, and a pipeline that animates a picture if it gets one."""
+    words = {"[PAD]": 0, "</s>": 1, "[UNK]": 2, "a": 3, "cat": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=len(words), d_model=tiny.TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1] * 4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    pipe = WanPipeline(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="</s>", unk_token="[UNK]"),
+        UMT5EncoderModel(config),
+        vae,
+        FlowMatchEulerDiscreteScheduler(),
+        transformer=tiny.load("wan-ti2v", torch.float32),
+        expand_timesteps=True,
+    )
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_checkpoint_that_animates_a_picture_keeps_every_bit(tmp_path):
+    picture = tmp_path / "cat.png"
+    Image.radial_gradient("L").convert("RGB").save(picture)
+    model = image_to_video_checkpoint(tmp_path / "model")
+    status, report = run("wan", tmp_path / "out", "--model", model, "--image", str(picture), "--size", "64x64", "--frames", "5")
+    assert status == 0
+    assert report["pipeline"] == "WanImageToVideoPipeline"
+    assert report["comparisons"]["patched : unpatched"]["steps_identical"] == 2
+    assert 0 < report["comparisons"]["unpatched : float32"]["relative_error_of_latents"][-1] < 0.1
 
 
 def test_side_by_side_shows_equal_pictures_and_a_black_difference(tmp_path):
@@ -142,8 +183,31 @@ def test_too_little_memory_says_what_helps(tmp_path, monkeypatch, capsys):
     assert "--offload" in capsys.readouterr().err
 
 
-def test_wrapping_a_method_ends_with_the_block():
+def test_noise_can_be_given_again_to_a_pipeline_that_mixes_a_picture_into_it():
+    shape = {"latent_channels": 4, "block_out_channels": (4, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 1}
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "image_processor"))
+    pipe = HunyuanVideoImageToVideoPipeline(
+        transformer=tiny.load("hunyuan-video-token-replace", torch.float32),
+        vae=AutoencoderKLHunyuanVideo(**shape, mid_block_add_attention=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **absent,
+    )
+    picture = Image.radial_gradient("L").convert("RGB")
+    prompt = {"prompt_embeds": torch.randn(1, tiny.TEXT, tiny.TEXT_DIM), "pooled_prompt_embeds": torch.randn(1, 8)}
+    arguments = {"image": picture, "height": 64, "width": 64, "num_frames": 5, "prompt_attention_mask": torch.ones(1, tiny.TEXT), **prompt}
+    first = generation.generate(pipe, arguments, 2)
+    again, other = (generation.generate(pipe, arguments, 2, noise=noise) for noise in (first.noise, -first.noise))
+    assert torch.equal(again.frames, first.frames)
+    assert not torch.equal(other.frames, first.frames)
+
+
+def test_wrapping_a_function_ends_with_the_block():
     scheduler = FlowMatchEulerDiscreteScheduler()
     with generation.wrapped(scheduler, "step", lambda step, x: x + 1):
         assert scheduler.step(1) == 2
     assert "step" not in vars(scheduler)
+    pipeline = sys.modules[WanPipeline.__module__]
+    randn = pipeline.randn_tensor
+    with generation.wrapped(pipeline, "randn_tensor", lambda randn, shape: shape):
+        assert pipeline.randn_tensor((1, 2)) == (1, 2)
+    assert pipeline.randn_tensor is randn

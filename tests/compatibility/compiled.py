@@ -35,12 +35,13 @@ def regional(**how: Any) -> Callable[[Any, Path], nn.Module]:
     return apply
 
 
+@torch.no_grad()
 def _batches(model: nn.Module, family: str) -> Tensor:
-    """Three batch sizes."""
+    """Two batch sizes; no other size of the models is 5 or 9, which Dynamo would take for the batch's."""
     outputs = []
-    for batch in (2, 3, 4):
+    for batch in (5, 9):
         output = model(**_batch(family, batch), return_dict=False)[0]
-        outputs.append(output.detach()[:2])
+        outputs.append(output[:2])
     return torch.stack(outputs)
 
 
@@ -72,6 +73,11 @@ def _exported(model: nn.Module, family: str) -> Tensor:
         return program.module()(**arguments_of(family), return_dict=False)[0]
 
 
+def _no_more(found: int, upstream: int) -> bool:
+    """Unpatching may take fewer: Dynamo knows by then what is dynamic."""
+    return 0 < found <= upstream
+
+
 def _one_more(found: int, upstream: int) -> bool:
     return found <= upstream + 1
 
@@ -93,6 +99,7 @@ FEATURES = (
         graphs,
         run=_batches,
         fused="any",
+        agrees=_no_more,
         compiles=True,
         slow=_ALL,
     ),

@@ -4,6 +4,7 @@ against the model on one device.
 
 import json
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,7 @@ def check(kind: str, name: str, order: str, device: str) -> None:
 
 
 def rank(index: int, backend: str, kind: str, folder: str) -> None:
-    """Runs all cases of a kind and leaves what went wrong, by case, in a file."""
+    """Runs all cases of a kind and leaves the traceback of what went wrong, by case, in a file."""
     torch.set_num_threads(1)
     _on_the_cpu_too()
     device = "cpu" if backend == "gloo" else f"cuda:{index}"
@@ -182,7 +183,7 @@ def rank(index: int, backend: str, kind: str, folder: str) -> None:
         for order in ("patch before", "patch after"):
             try:
                 check(kind, name, order, device)
-            except Exception as error:
-                failures[f"{family}, {order}"] = f"{type(error).__name__}: {error}"
+            except Exception:
+                failures[f"{family}, {order}"] = traceback.format_exc()
     Path(folder, f"{index}.json").write_text(json.dumps(failures))
     dist.destroy_process_group()
