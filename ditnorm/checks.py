@@ -5,6 +5,7 @@ says what was wrong. It runs when they have rejected, in the fakes (tracing) and
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,12 @@ def index_range(index: Tensor, *modulations: Tensor | None) -> None:
     rows = next(m.shape[-2] for m in modulations if m is not None)
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
         raise IndexError(f"index: values from {int(index.min())} to {int(index.max())}, but the modulation has {rows} rows")
+
+
+def same_bits(got: Any, expected: Any) -> bool:
+    """Whether the results of two calls are equal bit for bit, NaN and signs of zero included."""
+    pairs = [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True))
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def _option(name: str, value: object, accepted: tuple[str, ...]) -> None:

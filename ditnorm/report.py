@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import kernels, patching, verification
+from .models.attention import FusedAttention, QKNorm
 from .models.base import FusedBlock
 from .targets import listed, modules_of, targets
 from .units import Unit
@@ -42,6 +43,10 @@ class TransformerReport:
     """What happened to fused parts since -> the parts. Whether they still run fused isn't known, and they can't be unpatched."""
     hooked: list[str]
     """Norms that run unfused because they carry a forward hook."""
+    attentions: int
+    """Attention modules of the fusable or fused blocks whose query and key are fused too."""
+    unfused_attentions: Mapping[str, list[str]]
+    """Reason -> the attention modules that stay upstream's for it."""
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Label and text of each row of the table."""
@@ -53,6 +58,10 @@ class TransformerReport:
             yield "  not patched", f"would fuse {self.fusable} of {self.blocks} blocks, {self.sites} fused calls a forward pass"
         yield "  backend", self.backend
         yield "  verified", str(self.verification)
+        if self.attentions:
+            yield "  query and key", f"normed and rotated in one call in {self.attentions} attention modules"
+        for reason, attentions in self.unfused_attentions.items():
+            yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
         for reason, units in self.refused.items():
             yield "  refused", f"{listed(units)}: {reason}"
         for reason, units in self.changed.items():
@@ -112,19 +121,24 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         refused=_by_reason(unit for unit in units if not unit.fused),
         changed=_by_reason(fused),
         hooked=[swap.name for unit in counted for swap in unit.swaps if _carries_hook(swap.module, swap.body)],
+        attentions=sum(issubclass(swap.body, FusedAttention) for unit in counted for swap in unit.swaps),
+        unfused_attentions=_grouped(item for unit in counted for item in unit.unfused.items()),
     )
 
 
 def _by_reason(units: Iterable[Unit]) -> dict[str, list[str]]:
+    return _grouped((unit.name, unit.refusal) for unit in units if unit.refusal is not None)
+
+
+def _grouped(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for unit in units:
-        if unit.refusal is not None:
-            found.setdefault(unit.refusal, []).append(unit.name)
+    for name, reason in named:
+        found.setdefault(reason, []).append(name)
     return found
 
 
 def _carries_hook(module: nn.Module, body: type) -> bool:
-    return issubclass(body, nn.Module) and bool(module._forward_hooks or module._forward_pre_hooks)
+    return issubclass(body, (nn.Module, QKNorm)) and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _verification(model: nn.Module, fused: list[Unit], roundings: Iterable[str]) -> Verification:

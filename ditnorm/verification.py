@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, generated, kernels, layers, reference
+from . import checks, functional, generated, head_verification, kernels, layers, reference
+from .head_verification import HeadSite
+from .models.attention import FusedAttention, QKNorm
 from .models.base import FusedBlock
 from .targets import modules_of, targets
 from .units import Swap, Unit
@@ -43,8 +45,8 @@ class Verification:
     """``sites`` were compared on ``device``, ``differing`` of them had other bits; or nothing was compared, for a ``reason``."""
 
     device: str = ""
-    sites: tuple[Site, ...] = ()
-    differing: tuple[Site, ...] = ()
+    sites: tuple[Site | HeadSite, ...] = ()
+    differing: tuple[Site | HeadSite, ...] = ()
     reason: str | None = None
 
     def __str__(self) -> str:
@@ -55,8 +57,8 @@ class Verification:
         return f"bit-identical: verified on {self.device}, torch {torch.__version__}"
 
 
-_identical: dict[tuple[Site, str], bool] = {}
-_warned_of: set[tuple[Site, str]] = set()
+_identical: dict[tuple[Site | HeadSite, str], bool] = {}
+_warned_of: set[tuple[Site | HeadSite, str]] = set()
 _own_calls: Counter[tuple[str, str]] = Counter()
 
 
@@ -124,11 +126,15 @@ def stream_dtype(model: nn.Module) -> torch.dtype | None:
     return dtype if dtype in checks.FLOATS else None
 
 
-def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site]:
+def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site | HeadSite]:
     norms: list[Any] = [swap.module for swap in unit.swaps if hasattr(swap.module, "normalized_shape")]
     width = norms[0].normalized_shape[-1]
     for swap in unit.swaps:
-        if swap.body is layers.ScaleResidualIdentity:
+        if swap.body is QKNorm:
+            continue  # a part of its attention's call
+        if issubclass(swap.body, FusedAttention):
+            yield from head_verification.sites(swap.module, swap.body, dtype)
+        elif swap.body is layers.ScaleResidualIdentity:
             yield Site("scale_residual", width, dtype, table=_dtype(swap.table))
         elif not issubclass(swap.body, FusedBlock):
             yield _norm_site(swap, swap.module, dtype)
@@ -157,11 +163,11 @@ def _dtype(t: Tensor | None) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
-def _compare_counted(site: Site, device: torch.device) -> bool:
+def _compare_counted(site: Site | HeadSite, device: torch.device) -> bool:
     before = Counter(kernels.counts())
     try:
         with torch.inference_mode():
-            return _compare(site, device)
+            return head_verification.compare(site, device) if isinstance(site, HeadSite) else _compare(site, device)
     finally:
         _own_calls.update(Counter(kernels.counts()) - before)
 
@@ -196,6 +202,4 @@ def _compare(site: Site, device: torch.device) -> bool:
 
 
 def _same(op: str, arguments: dict[str, Any]) -> bool:
-    got, expected = getattr(functional, op)(**arguments), getattr(reference, op)(**arguments)
-    pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected, strict=True)
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+    return checks.same_bits(getattr(functional, op)(**arguments), getattr(reference, op)(**arguments))

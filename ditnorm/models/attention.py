@@ -27,10 +27,12 @@ class QKNorm:
     """
 
     weight: nn.Parameter | None
+    _forward_hooks: dict[int, Any]
+    _forward_pre_hooks: dict[int, Any]
 
     def forward(self, x: Tensor | None = None) -> Tensor | None:
         if x is not None:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)  # type: ignore[misc]
         # A view keeps the values that the hook swaps out after the call.
         return None if self.weight is None else self.weight.view_as(self.weight)
 
@@ -72,16 +74,19 @@ class FusedAttention(FusedBlock):
     @classmethod
     def known_processors(cls, origin: type) -> dict[type, Any]:
         """The processor classes with an accepted fingerprint -> their form."""
-        known = {}
+        known: dict[type, Any] = {}
         for path, forms in cls.processors.items():
             module, _, name = path.rpartition(":")
             try:
                 processor = getattr(importlib.import_module(module or origin.__module__), name, None)
             except ImportError:  # a release without this model
                 continue
-            call = vars(processor).get("__call__") if isinstance(processor, type) else None
-            if fingerprint(call) in forms and cls._helpers_known(call):
-                known[processor] = forms[fingerprint(call)]
+            if not isinstance(processor, type):
+                continue
+            call = vars(processor).get("__call__")
+            digest = fingerprint(call) or ""
+            if digest in forms and cls._helpers_known(call):
+                known[processor] = forms[digest]
         return known
 
     @classmethod

@@ -43,7 +43,7 @@ class HunyuanVideoAttention(FusedAttention):
         rotary = kwargs.pop("image_rotary_emb", None)
         aligned = rotary is None or encoder_hidden_states is None or rotary[0].shape[0] == hidden_states.shape[1]
         if kwargs or not aligned or not self.fuses():
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         dual = text_tokens > 0 and self.add_q_proj is not None
         if text_tokens > 0 and not dual:
@@ -326,7 +326,7 @@ def _attend_joined(
     """Attention over both streams as one. Upstream's takes and returns them apart, with a copy for each."""
     kwargs = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
     if image_rotary_emb is not None and isinstance(attn, HunyuanVideoAttention) and attn.takes_joined():
-        return attn(hidden_states=x, **kwargs)[0]  # type: ignore[operator,no-any-return]
+        return attn(hidden_states=x, **kwargs)[0]  # type: ignore[operator]
     both = attn(hidden_states=x[:, :-text_tokens], encoder_hidden_states=x[:, -text_tokens:], **kwargs)
     return torch.cat(both, dim=1)
 

@@ -40,7 +40,7 @@ class QwenImageAttention(FusedAttention):
         mask, rotary = kwargs.pop("encoder_hidden_states_mask", None), kwargs.pop("image_rotary_emb", None)
         form = self.known.get(type(self.processor))
         if encoder_hidden_states is None or kwargs or (attention_mask is not None and form != "given_mask") or not self.fuses():
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         if mask is not None and form == "joint_mask":
             of_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             attention_mask = torch.cat([mask, of_image], dim=1)[:, None, None, :]

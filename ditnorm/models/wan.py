@@ -31,7 +31,7 @@ class WanAttention(FusedAttention):
     ) -> Tensor:
         aligned = rotary_emb is None or (encoder_hidden_states is None and rotary_emb[0].shape[1] == hidden_states.shape[1])
         if kwargs or not aligned or not self.fuses():
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)  # type: ignore[misc]
         image_states = None
         if self.add_k_proj is not None:  # image-to-video: 512 tokens of text, after those of the image
             image_tokens = encoder_hidden_states.shape[1] - 512  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ class WanAttention(FusedAttention):
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
         if of_image is not None:
             hidden_states = hidden_states + of_image
-        return self.to_out[1](self.to_out[0](hidden_states))  # type: ignore[no-any-return]
+        return self.to_out[1](self.to_out[0](hidden_states))
 
 
 _SITES = {

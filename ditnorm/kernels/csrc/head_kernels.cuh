@@ -14,13 +14,10 @@
 #include "unroll.cuh"
 
 #ifndef QK_W
-#define QK_W 0
+#define QK_W 1
 #endif
-#ifndef QK_A
-#define QK_A 0
-#endif
-#ifndef QK_L
-#define QK_L 0
+#ifndef QK_B
+#define QK_B 0
 #endif
 namespace ditnorm {
 
@@ -167,7 +164,7 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
 
 // LANES: of ATen's, that one thread is. head_dim divides kTile, so a thread's columns have the same angles in every tile.
 template <class T, bool ROUND, int ITEMS, int LANES>
-__global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProblem p) {
+__global__ void __launch_bounds__(kLanes / LANES, QK_B ? QK_B * LANES : 0) across_kernel(const HeadProblem p) {
   constexpr int N = LANES * kGroup;
   __shared__ Exchange exchange;
   wait_for_previous_kernel();
@@ -189,12 +186,8 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
   }
   const bool rotated = at.rotated();
   const int column = first % static_cast<int>(p.head_dim);
-  Angles<N> angles;
-#if QK_A == 0
-  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
-#else
-  if (rotated && first < p.head_dim) prefetch_angles<N>(at.stream.rotary, at.batch, at.token, column);
-#endif
+  Angles<N, false> angles;
+  if (rotated) angles = load_angles<N, false>(at.stream.rotary, at.batch, at.token, column);
 #if QK_W == 0
   each(kEach, [&](auto i) {
     if (inside(i)) weights[i] = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
@@ -209,9 +202,6 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
     each(std::make_integer_sequence<int, N>{}, [&](auto j) { add<Norm::rms>(lanes[j / kGroup], values[j], 0.0f); });
   });
   const Welford whole = reduce<Norm::rms, true>(lanes, exchange);
-#if QK_A != 0
-  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
-#endif
   const float rstd = rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps));
   each(kEach, [&](auto i) {
     if (!inside(i)) return;

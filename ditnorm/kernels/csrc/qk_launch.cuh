@@ -38,8 +38,10 @@ inline bool fast_heads(const HeadProblem& p) {
 template <class T, bool ROUND>
 int launch_qk_law(const HeadProblem& p, void* stream) {
   int64_t blocks = 0, widest = 0, narrowest = INT64_MAX, norms = 0;
+  bool per_element = false;
   for (const HeadStream& s : p.streams) {
     blocks += s.tokens * s.count;
+    per_element |= s.rotary.per_element;
     for (const HeadRows *rows = s.parts, *end = rows + s.count; rows != end; ++rows) {
       widest = std::max(widest, rows->width);
       narrowest = std::min(narrowest, rows->width);
@@ -55,11 +57,11 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     error = launch(kernel, grid, threads, stream, p);
   };
   const bool fast = fast_heads(p) && (p.across != p.twice || !p.eager);  // the norms whose order the fast kernels have
-  if (fast && p.across && kTile % p.head_dim == 0 && narrowest == widest) {
+  if (fast && p.across && kTile % p.head_dim == 0 && narrowest == widest && !per_element) {
     const int64_t tiles = (widest + kTile - 1) / kTile;
     const auto serve_tiles = [&](auto items) {
       if (tiles <= full_tiles(items) || tiles > items) return;
-      constexpr int kLanesOfThread = QK_L ? QK_L : lanes_per_thread(sizeof(T), items);
+      constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
       serve(&across_kernel<T, ROUND, items, kLanesOfThread>, kLanes / kLanesOfThread);
     };
     serve_tiles(Constant<2>{}), serve_tiles(Constant<3>{}), serve_tiles(Constant<4>{}), serve_tiles(Constant<6>{});
