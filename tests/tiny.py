@@ -20,12 +20,12 @@ BATCHES = [1, 2]
 
 @dataclass(frozen=True)
 class Tiny:
-    """``cls(**config)`` with ``inputs`` for its forward; ``calls``: fused calls of one forward, (norm, residual and norm, residual)."""
+    """``cls(**config)`` with ``inputs`` for its forward; ``calls``: fused calls of one forward, in the order of ``kernels.OPS``."""
 
     cls: str
     config: dict[str, Any]
     inputs: Inputs
-    calls: tuple[int, int, int]
+    calls: tuple[int, int, int, int, int]
 
 
 def load(name: str, dtype: torch.dtype) -> nn.Module:
@@ -179,7 +179,7 @@ _QWEN_IMAGE = {
     "joint_attention_dim": TEXT_DIM,
     "axes_dims_rope": (8, 4, 4),
 }
-_QWEN_IMAGE_CALLS = (3 * 2 + 1, 3 * 2, 3 * 2)
+_QWEN_IMAGE_CALLS = (3 * 2 + 1, 3 * 2, 3 * 2, 0, 3)
 _WAN = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,
@@ -194,7 +194,7 @@ _WAN = {
     "rope_max_seq_len": 32,
 }
 _WAN_IMAGE = _WAN | {"image_dim": TEXT_DIM, "added_kv_proj_dim": 24}
-_WAN_CALLS = (3, 3 * 2, 3)
+_WAN_CALLS = (3, 3 * 2, 3, 3 * 2, 0)
 _HUNYUAN = {
     "in_channels": 4,
     "out_channels": 4,
@@ -206,7 +206,7 @@ _HUNYUAN = {
     "rope_axes_dim": (4, 4, 4),
 }
 _HUNYUAN_VIDEO = _HUNYUAN | {"num_single_layers": 2, "pooled_projection_dim": 8, "guidance_embeds": True}
-_HUNYUAN_CALLS = (2 * 2 + 2 + 1, 2 * 2, 2 * 2 + 2)
+_HUNYUAN_CALLS = (2 * 2 + 2 + 1, 2 * 2, 2 * 2 + 2, 2, 2)
 
 MODELS = {
     "qwen-image": Tiny("QwenImageTransformer2DModel", _QWEN_IMAGE, _qwen_image([(1, 4, 4)]), _QWEN_IMAGE_CALLS),
@@ -239,12 +239,12 @@ MODELS = {
         "QwenImageControlNetModel",
         _QWEN_IMAGE | {"extra_condition_channels": 4},
         _qwen_image([(1, 4, 4)], controlnet_cond=lambda g, b, tokens, dtype: torch.randn(b, tokens, 20, generator=g).to(dtype)),
-        (3 * 2, 3 * 2, 3 * 2),
+        (3 * 2, 3 * 2, 3 * 2, 0, 3),
     ),
     "wan-t2v": Tiny("WanTransformer3DModel", _WAN, _wan, _WAN_CALLS),
     "wan-i2v": Tiny("WanTransformer3DModel", _WAN_IMAGE, _wan_image, _WAN_CALLS),
     "wan-ti2v": Tiny("WanTransformer3DModel", _WAN, _wan_per_token, _WAN_CALLS),
-    "wan-without-cross-attn-norm": Tiny("WanTransformer3DModel", _WAN | {"cross_attn_norm": False}, _wan, (3, 3, 2 * 3)),
+    "wan-without-cross-attn-norm": Tiny("WanTransformer3DModel", _WAN | {"cross_attn_norm": False}, _wan, (3, 3, 2 * 3, 3 * 2, 0)),
     "wan-animate": Tiny(
         "WanAnimateTransformer3DModel",
         _WAN_IMAGE
@@ -262,9 +262,11 @@ MODELS = {
             "num_layers": 4,
         },
         _wan_animate,
-        (4, 4 * 2, 4),
+        (4, 4 * 2, 4, 4 * 2, 0),
     ),
-    "wan-vace": Tiny("WanVACETransformer3DModel", _WAN | {"vace_layers": [0, 2], "vace_in_channels": 6}, _wan_vace, (5, 5 * 2, 5)),
+    "wan-vace": Tiny(
+        "WanVACETransformer3DModel", _WAN | {"vace_layers": [0, 2], "vace_in_channels": 6}, _wan_vace, (5, 5 * 2, 5, 5 * 2, 0)
+    ),
     "chronoedit": Tiny("ChronoEditTransformer3DModel", _WAN_IMAGE, _wan_image, _WAN_CALLS),
     "hunyuan-video": Tiny("HunyuanVideoTransformer3DModel", _HUNYUAN_VIDEO, _hunyuan_video, _HUNYUAN_CALLS),
     "hunyuan-video-token-replace": Tiny(
@@ -280,7 +282,7 @@ MODELS = {
         "HunyuanVideo15Transformer3DModel",
         _HUNYUAN | {"text_embed_2_dim": 12, "image_embed_dim": 12},
         _hunyuan_video15,
-        (2 * 2 + 1, 2 * 2, 2 * 2),
+        (2 * 2 + 1, 2 * 2, 2 * 2, 0, 2),
     ),
     "hunyuan-image": Tiny(
         "HunyuanImageTransformer2DModel", _HUNYUAN | {"num_single_layers": 2, "rope_axes_dim": (8, 4)}, _hunyuan_image, _HUNYUAN_CALLS
