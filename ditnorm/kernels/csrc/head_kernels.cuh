@@ -13,12 +13,6 @@
 #include "statistics.cuh"
 #include "unroll.cuh"
 
-#ifndef QK_W
-#define QK_W 1
-#endif
-#ifndef QK_B
-#define QK_B 0
-#endif
 namespace ditnorm {
 
 // Which row a block works on: blockIdx.x counts tokens of the first stream and then of the second, query, key and value of a token in a
@@ -164,7 +158,7 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
 
 // LANES: of ATen's, that one thread is. head_dim divides kTile, so a thread's columns have the same angles in every tile.
 template <class T, bool ROUND, int ITEMS, int LANES>
-__global__ void __launch_bounds__(kLanes / LANES, QK_B ? QK_B * LANES : 0) across_kernel(const HeadProblem p) {
+__global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProblem p) {
   constexpr int N = LANES * kGroup;
   __shared__ Exchange exchange;
   wait_for_previous_kernel();
@@ -175,7 +169,7 @@ __global__ void __launch_bounds__(kLanes / LANES, QK_B ? QK_B * LANES : 0) acros
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
   const auto inside = [&](int i) { return i < kFullTiles<ITEMS> || first + i * kTile < width; };
 
-  Pack<T, N> v[ITEMS], weights[ITEMS];
+  Pack<T, N> v[ITEMS];
   each(kEach, [&](auto i) {
     if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * kTile);
   });
@@ -188,11 +182,6 @@ __global__ void __launch_bounds__(kLanes / LANES, QK_B ? QK_B * LANES : 0) acros
   const int column = first % static_cast<int>(p.head_dim);
   Angles<N, false> angles;
   if (rotated) angles = load_angles<N, false>(at.stream.rotary, at.batch, at.token, column);
-#if QK_W == 0
-  each(kEach, [&](auto i) {
-    if (inside(i)) weights[i] = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
-  });
-#endif
 
   Welford lanes[LANES] = {};
   each(kEach, [&](auto i) {
@@ -207,10 +196,8 @@ __global__ void __launch_bounds__(kLanes / LANES, QK_B ? QK_B * LANES : 0) acros
     if (!inside(i)) return;
     float n[N];
     to_floats(n, v[i]);
-#if QK_W == 1
-    weights[i] = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
-#endif
-    normalize_row<T, ROUND, false>(n, rstd, true, weights[i]);
+    const auto weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
+    normalize_row<T, ROUND, false>(n, rstd, true, weight);
     if (rotated) rotate(n, angles, at.stream.rotary.contracted);
     store_row<Cache::normal>(out + i * kTile, from_floats<T, N>(n));
   });
