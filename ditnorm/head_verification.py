@@ -28,9 +28,12 @@ class HeadSite:
     weight: torch.dtype | None
     rotary: str
 
+    @property
+    def op(self) -> str:
+        return "joint_qk_norm_rope" if self.joint else "qk_norm_rope"
+
     def __str__(self) -> str:
-        op = "joint_qk_norm_rope" if self.joint else "qk_norm_rope"
-        return f"{op} ({self.dtype}, {self.heads} heads of {self.head_dim})".replace("torch.", "")
+        return f"{self.op} ({self.dtype}, {self.heads} heads of {self.head_dim})".replace("torch.", "")
 
 
 def sites(attention: nn.Module, body: type[FusedAttention], dtype: torch.dtype) -> Iterator[HeadSite]:

@@ -97,8 +97,9 @@ def _refusals(found: Targets) -> list[str]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, (_, units) in found.items():
         for unit in units:
-            if unit.refusal is not None:
-                by_reason.setdefault((name, unit.refusal), []).append(unit.name)
+            left = unit.unfused if unit.refusal is None else {unit.name: unit.refusal}
+            for part, reason in left.items():
+                by_reason.setdefault((name, reason), []).append(part)
     return [f"{name}: {listed(units)} not fused: {reason}" for (name, reason), units in by_reason.items()]
 
 

@@ -119,9 +119,10 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
     narrow = []
     for name, used in opcodes.items():
         # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half precision.
-        one_lane_of_half_precision = "ShapeILi1E" in name and "row_kernelIf" not in name
-        wide = re.compile(rf"{access}\.E\b.*\.({'64' if one_lane_of_half_precision else '128'}|256)\b")
-        if "generic_kernel" not in name and not any(wide.match(opcode) for opcode in used):
+        one_lane = "ShapeILi1E" in name or re.search(r"across_kernelI.*ELi1EEE", name)
+        wide = re.compile(rf"{access}\.E\b.*\.({'64' if one_lane and '_kernelIf' not in name else '128'}|256)\b")
+        for_the_rest = "generic_kernel" in name or "any_qk_kernel" in name
+        if not for_the_rest and not any(wide.match(opcode) for opcode in used):
             narrow.append(name)
     assert narrow == []
 

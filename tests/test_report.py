@@ -15,7 +15,8 @@ from diffusers.hooks import apply_group_offloading
 from test_patching import DTYPE, WanTransformerBlock, is_patched, pipeline, run
 from torch import Tensor, nn
 
-from ditnorm import functional, kernels, verification
+from ditnorm import functional, head_verification, kernels, verification
+from ditnorm.head_verification import HeadSite
 from ditnorm.patching import patch_model, patch_pipeline, unpatch_model
 from ditnorm.report import report
 from ditnorm.verification import Site, execution_device, stream_dtype, verify
@@ -62,28 +63,32 @@ def test_the_report_of_a_patched_pipeline(model: nn.Module) -> None:
 ditnorm: WanPipeline
 
 transformer     WanTransformer3DModel (Wan)
-  fused         3 of 3 blocks, 12 fused calls a forward pass
+  fused         3 of 3 blocks, 18 fused calls a forward pass
   rounding      eager
   backend       reference (PyTorch): the model is on the CPU
   verified      bit-identical: verified on CPU, torch {TORCH}
+  query and key normed and rotated in one call in 6 attention modules
 
 transformer_2   WanTransformer3DModel (Wan)
-  fused         3 of 3 blocks, 12 fused calls a forward pass
+  fused         3 of 3 blocks, 18 fused calls a forward pass
   rounding      eager
   backend       reference (PyTorch): the model is on the CPU
   verified      bit-identical: verified on CPU, torch {TORCH}
+  query and key normed and rotated in one call in 6 attention modules
 
 calls in this process since patching            cuda   reference
   norm_scale_shift                                 0           3
   scale_residual_norm_scale_shift                  0           6
   scale_residual                                   0           3
+  qk_norm_rope                                     0           6
+  joint_qk_norm_rope                               0           0
   (replays of CUDA graphs aren't counted)"""
     )
 
 
 def test_the_report_of_an_unpatched_model_says_what_would_be_fused(model: nn.Module) -> None:
     found = report(model)
-    assert rows(str(found))["not patched"] == "would fuse 3 of 3 blocks, 12 fused calls a forward pass"
+    assert rows(str(found))["not patched"] == "would fuse 3 of 3 blocks, 18 fused calls a forward pass"
     assert found.calls is None
     assert "calls in this process" not in str(found)
 
@@ -146,6 +151,7 @@ def test_calls_are_counted_from_patching_on(model: nn.Module) -> None:
         ("norm_scale_shift", "reference"): 3,
         ("scale_residual_norm_scale_shift", "reference"): 6,
         ("scale_residual", "reference"): 3,
+        ("qk_norm_rope", "reference"): 6,
     }
 
 
@@ -199,7 +205,7 @@ def on_gpu(model: nn.Module) -> None:
     model._hf_hook = Hook("cuda:0")
 
 
-@pytest.mark.parametrize("op", ["norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual"])
+@pytest.mark.parametrize("op", ["norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual", "qk_norm_rope"])
 def test_an_op_with_other_bits_in_one_row_of_a_hundred_is_found(op: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_model(model)
     wrong = off_by_one_bit(getattr(functional, op))
@@ -210,7 +216,7 @@ def test_an_op_with_other_bits_in_one_row_of_a_hundred_is_found(op: str, model: 
     assert {site.op for site in result.differing} == {op}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one warning is enough
-        assert rows(str(report(model)))["verified"].startswith(f"differs on CPU, torch {TORCH}: {op} (bfloat16, width 24")
+        assert rows(str(report(model)))["verified"].startswith(f"differs on CPU, torch {TORCH}: {op} (bfloat16, ")
     with pytest.raises(RuntimeError, match="not bit-identical"):
         verify(model, strict=True)
 
@@ -228,6 +234,7 @@ def off_by_one_bit(op: Any) -> Any:
 def test_a_site_is_compared_once_a_process(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     verify(model)
     monkeypatch.setattr(verification, "_compare", None)
+    monkeypatch.setattr(head_verification, "compare", None)
     assert str(verify(patch_model(model))["model"]) == f"bit-identical: verified on CPU, torch {TORCH}"
 
 
@@ -238,6 +245,7 @@ def test_the_sites_of_wan_are_those_of_its_block(model: nn.Module) -> None:
         Site(k2, 24, DTYPE, "fp32_layer", 1e-6, weight=fp32, bias=fp32, table=fp32, modulated=False),
         Site(k2, 24, DTYPE, "fp32_layer", 1e-6, table=fp32),
         Site("scale_residual", 24, DTYPE, table=fp32),
+        HeadSite(False, 2, 12, True, DTYPE, "rms", 1e-6, DTYPE, "per_pair"),
     }
 
 
@@ -248,6 +256,7 @@ def test_the_sites_of_hunyuan_video_include_those_of_its_adaptive_norms() -> Non
         Site("norm_scale_shift", width, DTYPE, "layer", 1e-6),
         Site("scale_residual_norm_scale_shift", width, DTYPE, "layer", 1e-6),
         Site("scale_residual", width, DTYPE),
+        *(HeadSite(joint, 2, 12, False, DTYPE, "diffusers_rms", 1e-6, DTYPE, "per_element") for joint in (True, False)),
     }
 
 

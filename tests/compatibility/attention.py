@@ -59,7 +59,14 @@ def _default_backend(model: nn.Module) -> nn.Module:
 
 
 FEATURES = (
-    Feature("`set_attn_processor`", _set_processors, its_output, _reset_processors),
+    Feature(
+        "`set_attn_processor`",
+        _set_processors,
+        its_output,
+        _reset_processors,
+        fused="some",
+        refused=r"not fused: its processor compatibility\.attention\.Scaled is not one that ditnorm knows",
+    ),
     Feature(
         "`fuse_projections` of every attention",
         _fuse_projections,

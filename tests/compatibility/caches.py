@@ -103,9 +103,9 @@ def _remove_layer_skip(model: nn.Module) -> nn.Module:
 FEATURES = (
     Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some"),
     Feature("`MagCacheConfig`", _cache(_mag_cache), linears_called, _disable, run=_run, fused="some"),
-    Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run),
-    Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run),
-    Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run),
+    Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run, fused="some"),
+    Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run, fused="some"),
+    Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run, fused="some"),
     Feature("`SeaCacheConfig`", _cache(_sea_cache), linears_called, _disable, run=_run, fused="some"),
     Feature(
         "`LayerSkipConfig`, whole block (`SkipLayerGuidance`)",

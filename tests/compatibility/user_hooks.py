@@ -17,6 +17,10 @@ def _norms(model: nn.Module) -> list[nn.Module]:
     return [m for block in blocks_of(model) for m in block.modules() if isinstance(m, nn.LayerNorm)]
 
 
+def _head_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for block in blocks_of(model) for name, m in block.named_modules() if name.endswith(("norm_q", "norm_k"))]
+
+
 def _record(module: nn.Module, args: Any, output: Tensor) -> None:
     _seen.append(output.detach().clone())
 
@@ -43,6 +47,12 @@ def _change_norms(model: nn.Module, folder: Path) -> nn.Module:
 def _change_norm_inputs(model: nn.Module, folder: Path) -> nn.Module:
     for norm in _norms(model)[::2]:
         norm.register_forward_pre_hook(lambda module, args: (args[0] * 0.5 + 1, *args[1:]))
+    return model
+
+
+def _change_head_norms(model: nn.Module, folder: Path) -> nn.Module:
+    for norm in _head_norms(model)[::4]:
+        norm.register_forward_hook(lambda module, args, output: output * 0.5)
     return model
 
 
@@ -89,6 +99,7 @@ FEATURES = (
     Feature("a forward hook on every norm, looking", _watch, _what_hooks_saw, _remove, fused="any"),
     Feature("a forward hook on norms that changes their output", _change_norms, its_output, _remove, fused="any"),
     Feature("a forward pre-hook on norms that changes their input", _change_norm_inputs, its_output, _remove, fused="any"),
+    Feature("a forward hook on norms of queries that changes their output", _change_head_norms, its_output, _remove, fused="some"),
     Feature("a forward hook on every block", _change_blocks, its_output, _remove),
     Feature("a forward hook on the transformer", _change_model, its_output, _remove),
     Feature(

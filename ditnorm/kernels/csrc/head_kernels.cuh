@@ -123,36 +123,38 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
   each(kEach, [&](auto i) {
     if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * kStep);
   });
-  if (!at.rows.copied) {
-    each(kEach, [&](auto i) {
-      const int head = (first + i * kStep) / head_dim;
-      if (inside(i)) *reinterpret_cast<Pack<T, N>*>(&row[first + i * kStep + head * kGap]) = v[i];
-    });
-    __syncthreads();
-    constexpr int kTeams = kHeadThreads / kTeam;
-    for (int some = 0; some < width / head_dim; some += kTeams) {
-      const int head = some + static_cast<int>(threadIdx.x) / kTeam;
-      const bool any = head < width / head_dim;
-      const T* const elements = &row[any ? head * (head_dim + kGap) : 0];
-      const float sum = team_sum_of_squares(head_dim, [&](int j) { return to_float(elements[j]); });
-      if (any && threadIdx.x % kTeam == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
-    }
-    __syncthreads();
-    const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
-      const int head = (first + i * kStep) / head_dim, column = first + i * kStep - head * head_dim;
-      Pack<T, N> weight;
-      if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
-      float n[N];
-      to_floats(n, v[i]);
-      normalize_row<T, ROUND, true>(n, rstds[head], weighted, weight);
-      if (rotated) rotate(n, load_angles<N>(at.stream.rotary, at.batch, at.token, column), at.stream.rotary.contracted);
-      v[i] = from_floats<T, N>(n);
+  if (at.rows.copied) {
+    return each(kEach, [&](auto i) {
+      if (inside(i)) store_row<Cache::normal>(out + i * kStep, v[i]);
     });
   }
+  const auto pack_of = [&](int i) {
+    return reinterpret_cast<Pack<T, N>*>(&row[first + i * kStep + (first + i * kStep) / head_dim * kGap]);
+  };
   each(kEach, [&](auto i) {
-    if (inside(i)) store_row<Cache::normal>(out + i * kStep, v[i]);
+    if (inside(i)) *pack_of(i) = v[i];
+  });
+  __syncthreads();
+  constexpr int kTeams = kHeadThreads / kTeam;
+  for (int some = 0; some < width / head_dim; some += kTeams) {
+    const int head = some + static_cast<int>(threadIdx.x) / kTeam;
+    const bool any = head < width / head_dim;
+    const T* const elements = &row[any ? head * (head_dim + kGap) : 0];
+    const float sum = team_sum_of_squares(head_dim, [&](int j) { return to_float(elements[j]); });
+    if (any && threadIdx.x % kTeam == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
+  }
+  __syncthreads();
+  const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    const int head = (first + i * kStep) / head_dim, column = first + i * kStep - head * head_dim;
+    Pack<T, N> weight;
+    if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
+    float n[N];
+    to_floats(n, *pack_of(i));  // the registers are worth more
+    normalize_row<T, ROUND, true>(n, rstds[head], weighted, weight);
+    if (rotated) rotate(n, load_angles<N>(at.stream.rotary, at.batch, at.token, column), at.stream.rotary.contracted);
+    store_row<Cache::normal>(out + i * kStep, from_floats<T, N>(n));
   });
 }
 
