@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditnorm import layers
+from ditnorm import kernels, layers
 from ditnorm.patching import patch_model
 
 # Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix product depend on the layout of its operands.
@@ -100,3 +100,14 @@ def test_the_per_token_modulation_is_never_made_in_float32():
 def test_a_block_without_cross_attn_norm_has_a_fused_residual_there():
     model = patch_model(tiny.load("wan-without-cross-attn-norm", torch.float32), strict=True)
     assert all(isinstance(block.norm2, layers.ScaleResidualIdentity) for block in model.blocks)
+
+
+def test_text_of_one_sample_serves_a_batch_of_videos_as_upstream():
+    # Attention broadcasts it; the fused call takes query and key of one batch, so cross-attention is left to upstream and counted.
+    model, arguments = tiny.load("wan-t2v", torch.bfloat16), tiny.inputs("wan-t2v", 2, torch.bfloat16)
+    arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:1]
+    expected = tiny.run(model, arguments)
+    patch_model(model, strict=True)
+    before = kernels.counts()["qk_norm_rope", "reference"]
+    assert torch.equal(tiny.run(model, arguments), expected)
+    assert kernels.counts()["qk_norm_rope", "reference"] - before == 3 * 2

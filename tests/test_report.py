@@ -140,6 +140,30 @@ def test_a_norm_with_a_forward_hook_is_reported_as_unfused(model: nn.Module) -> 
     assert rows(str(report(model)))["unfused"] == "blocks.2.norm3: has a forward hook, which is shown the norm's own output"
 
 
+class Processor:
+    """A user's attention processor."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.processor(*args, **kwargs)
+
+
+def test_attention_with_an_unknown_processor_is_left_alone_and_reported(model: nn.Module) -> None:
+    attention = model.blocks[1].attn1
+    attention.set_processor(Processor(attention.processor))
+    reason = "its processor test_report.Processor is not one that ditnorm knows"
+    with pytest.raises(RuntimeError, match=f"nothing was patched: model: blocks.1.attn1 not fused: {reason}"):
+        patch_model(model, strict=True)
+    with pytest.warns(UserWarning, match=f"blocks.1.attn1 not fused: {reason}"):
+        patch_model(model)
+    (found,) = report(model).transformers
+    assert (found.fused, found.attentions, found.unfused_attentions) == (3, 5, {reason: ["blocks.1.attn1"]})
+    assert rows(str(report(model)))["unfused"] == f"query and key of blocks.1.attn1: {reason}"
+    assert type(attention).__module__.startswith("diffusers.")
+
+
 def test_calls_are_counted_from_patching_on(model: nn.Module) -> None:
     other = patch_model(copy.deepcopy(model))
     run(other)

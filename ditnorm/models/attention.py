@@ -8,8 +8,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..generated import origin_of
 from ..layers import _DEFAULT_EPS
 from .base import FusedBlock
@@ -134,6 +136,12 @@ class FusedAttention(FusedBlock):
             if not isinstance(norm, QKNorm) or norm._forward_hooks or norm._forward_pre_hooks:
                 return False
         return True
+
+    def fits(self, op: str, condition: bool) -> bool:
+        """``condition``, on which the fused call of ``op`` depends. Where it doesn't hold the call counts as one of PyTorch's path."""
+        if not condition and not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+            kernels.count_reference(op)
+        return condition
 
     def eps(self) -> float:
         eps: float | None = self.norm_q.eps

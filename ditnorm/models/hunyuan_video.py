@@ -42,7 +42,7 @@ class HunyuanVideoAttention(FusedAttention):
         kwargs = dict(cross_attention_kwargs)
         rotary = kwargs.pop("image_rotary_emb", None)
         aligned = rotary is None or encoder_hidden_states is None or rotary[0].shape[0] == hidden_states.shape[1]
-        if kwargs or not aligned or not self.fuses():
+        if kwargs or not self.fuses() or not self.fits("joint_qk_norm_rope", aligned):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         dual = text_tokens > 0 and self.add_q_proj is not None

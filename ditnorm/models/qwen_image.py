@@ -39,7 +39,8 @@ class QwenImageAttention(FusedAttention):
         kwargs = dict(cross_attention_kwargs)
         mask, rotary = kwargs.pop("encoder_hidden_states_mask", None), kwargs.pop("image_rotary_emb", None)
         form = self.known.get(type(self.processor))
-        if encoder_hidden_states is None or kwargs or (attention_mask is not None and form != "given_mask") or not self.fuses():
+        fits = (attention_mask is None or form == "given_mask") and _aligned(hidden_states, encoder_hidden_states, rotary)
+        if encoder_hidden_states is None or kwargs or not self.fuses() or not self.fits("joint_qk_norm_rope", fits):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         if mask is not None and form == "joint_mask":
             of_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
@@ -86,6 +87,11 @@ class QwenImageAttention(FusedAttention):
         if len(self.to_out) > 1:
             image = self.to_out[1](image)  # dropout
         return image, self.to_add_out(joint[:, :text_tokens].contiguous())
+
+
+def _aligned(image: Tensor, text: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether the rotary tables are of the streams' lengths. Where they aren't, upstream says so in its own words."""
+    return rotary is None or text is None or (rotary[0].shape[0] == image.shape[1] and rotary[1].shape[0] == text.shape[1])
 
 
 class QwenImageTransformerBlock(FusedBlock):

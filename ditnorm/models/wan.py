@@ -29,8 +29,10 @@ class WanAttention(FusedAttention):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        # Text of another batch than the video's is broadcast inside the attention.
+        same_batch = encoder_hidden_states is None or encoder_hidden_states.shape[0] == hidden_states.shape[0]
         aligned = rotary_emb is None or (encoder_hidden_states is None and rotary_emb[0].shape[1] == hidden_states.shape[1])
-        if kwargs or not aligned or not self.fuses():
+        if kwargs or not self.fuses() or not self.fits("qk_norm_rope", same_batch and aligned):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)  # type: ignore[misc]
         image_states = None
         if self.add_k_proj is not None:  # image-to-video: 512 tokens of text, after those of the image
