@@ -108,7 +108,7 @@ class HunyuanVideoAttention(FusedAttention):
 def _pairwise_mask(text_mask: Tensor, tokens: int) -> Tensor:
     """As ``HunyuanVideo15AttnProcessor2_0`` builds it: [B, T] of the text's tokens, the last -> [B, 1, S, S], both tokens of a pair valid.
 
-    Upstream repeats the rows first and combines them with their transpose: twice the memory, and ten times the time.
+    Upstream repeats the rows first and combines them with their transpose, another tensor of that size.
     """
     mask = F.pad(text_mask, (tokens - text_mask.shape[1], 0), value=True).bool()
     return mask[:, None, None, :] & mask[:, None, :, None]
