@@ -22,10 +22,10 @@ DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})
 
 
 class QKNorm:
-    """The norm of query or key. Called without a tensor it returns its weight.
+    """The norm of query or key. Called without a tensor it returns a copy of its weight.
 
-    Hooks of offloading and layerwise casting put the right weight in place for the time of the call only, so the weight that an op reads
-    is what a call returned.
+    Hooks of offloading and layerwise casting put the right weight in place for the time of the call only. After it they swap it out, and
+    a transfer on another stream may overwrite its memory before an op has read it.
     """
 
     weight: nn.Parameter | None
@@ -35,8 +35,7 @@ class QKNorm:
     def forward(self, x: Tensor | None = None) -> Tensor | None:
         if x is not None:
             return super().forward(x)  # type: ignore[misc]
-        # A view keeps the values that the hook swaps out after the call.
-        return None if self.weight is None else self.weight.view_as(self.weight)
+        return None if self.weight is None else self.weight.clone()
 
 
 def weight_of(norm: Any) -> Tensor | None:

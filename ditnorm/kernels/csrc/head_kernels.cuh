@@ -107,15 +107,14 @@ constexpr int kLeastHead = 32;
 template <class T, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
-  constexpr int kHeads = kStep * ITEMS / kLeastHead, kGap = 16 / sizeof(T);  // between heads: 4 banks, so that they don't share one
-  __shared__ uint4 memory[(kStep * ITEMS + kHeads * kGap) * sizeof(T) / sizeof(uint4)];
-  __shared__ float rstds[kHeads];
+  __shared__ float4 memory[kStep * ITEMS / 4];
+  __shared__ float rstds[kStep * ITEMS / kLeastHead];
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);
   const int width = static_cast<int>(at.rows.width), head_dim = static_cast<int>(p.head_dim), first = static_cast<int>(threadIdx.x) * N;
   const T* const x = at.source<T>() + first;
   T* const out = at.target<T>() + first;
-  T* const row = reinterpret_cast<T*>(memory);
+  float* const squares = reinterpret_cast<float*>(memory);
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
   const auto inside = [&](int i) { return first + i * kStep < width; };
 
@@ -128,30 +127,36 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
       if (inside(i)) store_row<Cache::normal>(out + i * kStep, v[i]);
     });
   }
-  const auto pack_of = [&](int i) {
-    return reinterpret_cast<Pack<T, N>*>(&row[first + i * kStep + (first + i * kStep) / head_dim * kGap]);
-  };
   each(kEach, [&](auto i) {
-    if (inside(i)) *pack_of(i) = v[i];
+    if (!inside(i)) return;
+    float n[N];
+    to_floats(n, v[i]);
+    each(std::make_integer_sequence<int, N / 4>{}, [&](auto part) {
+      Pack<float, 4> four;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four.v[j] = __fmul_rn(n[part * 4 + j], n[part * 4 + j]);
+      *reinterpret_cast<Pack<float, 4>*>(squares + first + i * kStep + part * 4) = four;
+    });
   });
   __syncthreads();
-  constexpr int kTeams = kHeadThreads / kTeam;
-  for (int some = 0; some < width / head_dim; some += kTeams) {
+  const int heads = width / head_dim;
+  for (int some = 0; some < heads; some += kHeadThreads / kTeam) {
     const int head = some + static_cast<int>(threadIdx.x) / kTeam;
-    const bool any = head < width / head_dim;
-    const T* const elements = &row[any ? head * (head_dim + kGap) : 0];
-    const float sum = team_sum_of_squares(head_dim, [&](int j) { return to_float(elements[j]); });
-    if (any && threadIdx.x % kTeam == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
+    const float sum = team_sum(head_dim, squares + (head < heads ? head * head_dim : 0));
+    if (head < heads && threadIdx.x % kTeam == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
   }
   __syncthreads();
   const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
+  // A quotient of such small numbers with a half added is nowhere near the next whole one.
+  const float per_head = __frcp_rn(static_cast<float>(head_dim / N));
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
-    const int head = (first + i * kStep) / head_dim, column = first + i * kStep - head * head_dim;
+    const int pack = static_cast<int>(threadIdx.x) + i * kHeadThreads;
+    const int head = static_cast<int>(__fmul_rn(static_cast<float>(pack) + 0.5f, per_head)), column = pack * N - head * head_dim;
     Pack<T, N> weight;
     if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
     float n[N];
-    to_floats(n, *pack_of(i));  // the registers are worth more
+    to_floats(n, v[i]);
     normalize_row<T, ROUND, true>(n, rstds[head], weighted, weight);
     if (rotated) rotate(n, load_angles<N>(at.stream.rotary, at.batch, at.token, column), at.stream.rotary.contracted);
     store_row<Cache::normal>(out + i * kStep, from_floats<T, N>(n));

@@ -106,16 +106,35 @@ __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v
   return __shfl_sync(0xffffffffu, sum, 0);
 }
 
-constexpr int kTeam = 8;
+constexpr int kTeam = 4;
 
-// The same by 8 neighbouring threads, each being the lanes t, t + 8, t + 16 and t + 24: widths from 32 on.
-template <class V>
-__device__ __forceinline__ float team_sum_of_squares(int width, const V& v) {
-  const MeanOrder order(width);
-  const int t = static_cast<int>(threadIdx.x) % kTeam;
-  const auto of = [&](int lane) { return order.of_lane(t + lane, v); };
-  const float sum = __fadd_rn(__fadd_rn(of(0), of(16)), __fadd_rn(of(8), of(24)));
-  return add_along(1, add_along(2, add_along(4, sum)));
+// The same by 4 neighbouring threads, each being 8 neighbouring lanes, from the squares of a row in shared memory: multiples of 8 from 32
+// on.
+__device__ __forceinline__ float team_sum(int width, const float* squares) {
+  constexpr int kOwn = 32 / kTeam;
+  const int lane = static_cast<int>(threadIdx.x) % kTeam * kOwn;
+  float sums[kOwn];
+  const auto add_four = [&](float* four, int first) {
+    const auto more = *reinterpret_cast<const Pack<float, 4>*>(squares + first);  // load_pack reads global memory only
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four[j] = __fadd_rn(four[j], more.v[j]);
+  };
+  if (width >= kGrouped) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float places[4] = {};
+#pragma unroll 1
+      for (int first = (lane + i) * 4; first < width; first += 32 * 4) add_four(places, first);
+      sums[i] = sum_of_group(places);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) sums[i] = 0.0f;
+#pragma unroll 1
+    for (int first = lane; first < width; first += 32) add_four(sums, first), add_four(sums + 4, first + 4);
+  }
+  halve_along<8>(2, sums), halve_along<4>(1, sums), halve_along<2>(2, sums);
+  return add_along(2, add_along(1, sums[0]));
 }
 
 }  // namespace ditnorm
