@@ -104,62 +104,56 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p)
 
 constexpr int kLeastHead = 32;
 
+// A thread has the same columns of a head in each of its accesses: the threads are as many as some whole heads take, a few more idle.
 template <class T, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProblem p) {
-  constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
-  __shared__ float4 memory[kStep * ITEMS / 4];
-  __shared__ float rstds[kStep * ITEMS / kLeastHead];
+  constexpr int N = 16 / sizeof(T);
+  __shared__ uint4 memory[kHeadThreads * ITEMS];
+  __shared__ float rstds[kHeadThreads * N * ITEMS / kLeastHead];
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);
-  const int width = static_cast<int>(at.rows.width), head_dim = static_cast<int>(p.head_dim), first = static_cast<int>(threadIdx.x) * N;
-  const T* const x = at.source<T>() + first;
-  T* const out = at.target<T>() + first;
-  float* const squares = reinterpret_cast<float*>(memory);
+  const int head_dim = static_cast<int>(p.head_dim), of_head = head_dim / N;  // threads
+  const int heads = static_cast<int>(blockDim.x) / of_head, step = heads * head_dim;
+  const int start = static_cast<int>(blockIdx.z) * step * ITEMS, width = static_cast<int>(at.rows.width) - start;
+  const int first = static_cast<int>(threadIdx.x) * N, head = static_cast<int>(threadIdx.x) / of_head, column = first - head * head_dim;
+  const T* const x = at.source<T>() + start + first;
+  T* const out = at.target<T>() + start + first;
+  T* const row = reinterpret_cast<T*>(memory);
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  const auto inside = [&](int i) { return first + i * kStep < width; };
+  const auto inside = [&](int i) { return first < step && first + i * step < width; };
 
   Pack<T, N> v[ITEMS];
   each(kEach, [&](auto i) {
-    if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * kStep);
+    if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * step);
   });
   if (at.rows.copied) {
     return each(kEach, [&](auto i) {
-      if (inside(i)) store_row<Cache::normal>(out + i * kStep, v[i]);
+      if (inside(i)) store_row<Cache::normal>(out + i * step, v[i]);
     });
   }
+  const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
+  Pack<T, N> weight;
+  Angles<N> angles;
+  if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
+  if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
   each(kEach, [&](auto i) {
-    if (!inside(i)) return;
-    float n[N];
-    to_floats(n, v[i]);
-    each(std::make_integer_sequence<int, N / 4>{}, [&](auto part) {
-      Pack<float, 4> four;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) four.v[j] = __fmul_rn(n[part * 4 + j], n[part * 4 + j]);
-      *reinterpret_cast<Pack<float, 4>*>(squares + first + i * kStep + part * 4) = four;
-    });
+    if (inside(i)) *reinterpret_cast<Pack<T, N>*>(row + first + i * step) = v[i];
   });
   __syncthreads();
-  const int heads = width / head_dim;
-  for (int some = 0; some < heads; some += kHeadThreads / kTeam) {
-    const int head = some + static_cast<int>(threadIdx.x) / kTeam;
-    const float sum = team_sum(head_dim, squares + (head < heads ? head * head_dim : 0));
-    if (head < heads && threadIdx.x % kTeam == 0) rstds[head] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
+  const int here = heads * ITEMS, rest = width / head_dim, all = here < rest ? here : rest, teams = static_cast<int>(blockDim.x) / kTeam;
+  for (int some = 0; some < all; some += teams) {
+    const int of_team = some + static_cast<int>(threadIdx.x) / kTeam;
+    const float sum = team_sum_of_squares(head_dim, row + (of_team < all ? of_team * head_dim : 0));
+    if (of_team < all && threadIdx.x % kTeam == 0) rstds[of_team] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
   }
   __syncthreads();
-  const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
-  // A quotient of such small numbers with a half added is nowhere near the next whole one.
-  const float per_head = __frcp_rn(static_cast<float>(head_dim / N));
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
-    const int pack = static_cast<int>(threadIdx.x) + i * kHeadThreads;
-    const int head = static_cast<int>(__fmul_rn(static_cast<float>(pack) + 0.5f, per_head)), column = pack * N - head * head_dim;
-    Pack<T, N> weight;
-    if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
     float n[N];
     to_floats(n, v[i]);
-    normalize_row<T, ROUND, true>(n, rstds[head], weighted, weight);
-    if (rotated) rotate(n, load_angles<N>(at.stream.rotary, at.batch, at.token, column), at.stream.rotary.contracted);
-    store_row<Cache::normal>(out + i * kStep, from_floats<T, N>(n));
+    normalize_row<T, ROUND, true>(n, rstds[head + i * heads], weighted, weight);
+    if (rotated) rotate(n, angles, at.stream.rotary.contracted);
+    store_row<Cache::normal>(out + i * step, from_floats<T, N>(n));
   });
 }
 

@@ -108,30 +108,29 @@ __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v
 
 constexpr int kTeam = 4;
 
-// The same by 4 neighbouring threads, each being 8 neighbouring lanes, from the squares of a row in shared memory: multiples of 8 from 32
-// on.
-__device__ __forceinline__ float team_sum(int width, const float* squares) {
+// The same by 4 neighbouring threads, each being 8 neighbouring lanes, for a row in shared memory: multiples of 8 from 32 on.
+template <class T>
+__device__ __forceinline__ float team_sum_of_squares(int width, const T* row) {
   constexpr int kOwn = 32 / kTeam;
   const int lane = static_cast<int>(threadIdx.x) % kTeam * kOwn;
-  float sums[kOwn];
-  const auto add_four = [&](float* four, int first) {
-    const auto more = *reinterpret_cast<const Pack<float, 4>*>(squares + first);  // load_pack reads global memory only
+  const auto add_squares = [&](float (&sums)[kOwn], int first) {
+    float v[kOwn];
+    to_floats(v, *reinterpret_cast<const Pack<T, kOwn>*>(row + first));  // load_pack reads global memory only
 #pragma unroll
-    for (int j = 0; j < 4; ++j) four[j] = __fadd_rn(four[j], more.v[j]);
+    for (int j = 0; j < kOwn; ++j) sums[j] = add_square(sums[j], v[j]);
   };
+  float sums[kOwn] = {};
   if (width >= kGrouped) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      float places[4] = {};
+    for (int i = 0; i < kOwn; i += 2) {
+      float places[kOwn] = {};  // of two lanes
 #pragma unroll 1
-      for (int first = (lane + i) * 4; first < width; first += 32 * 4) add_four(places, first);
-      sums[i] = sum_of_group(places);
+      for (int first = (lane + i) * 4; first < width; first += 32 * 4) add_squares(places, first);
+      sums[i] = sum_of_group(places), sums[i + 1] = sum_of_group(places + 4);
     }
   } else {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) sums[i] = 0.0f;
 #pragma unroll 1
-    for (int first = lane; first < width; first += 32) add_four(sums, first), add_four(sums + 4, first + 4);
+    for (int first = lane; first < width; first += 32) add_squares(sums, first);
   }
   halve_along<8>(2, sums), halve_along<4>(1, sums), halve_along<2>(2, sums);
   return add_along(2, add_along(1, sums[0]));

@@ -35,6 +35,21 @@ inline bool fast_heads(const HeadProblem& p) {
   return blocks <= 0x7fffffff && p.batch <= 0xffff;
 }
 
+// How any_head_kernel shares out the heads of a row.
+struct Split {
+  int64_t items, chunks;
+  unsigned threads;
+
+  int64_t slots() const { return items * chunks * threads; }
+};
+
+inline Split split_heads(int64_t heads, int64_t threads_of_head, int64_t items) {
+  const auto parts = [](int64_t all, int64_t size) { return (all + size - 1) / size; };
+  const int64_t chunks = parts(heads, kHeadThreads / threads_of_head * items);
+  const int64_t threads = parts(heads, chunks * items) * threads_of_head;
+  return {items, chunks, static_cast<unsigned>(parts(threads, 32) * 32)};
+}
+
 template <class T, bool ROUND>
 int launch_qk_law(const HeadProblem& p, void* stream) {
   int64_t blocks = 0, widest = 0, narrowest = INT64_MAX, norms = 0;
@@ -78,10 +93,15 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     };
     serve_head(Constant<64>{}), serve_head(Constant<128>{});
     if constexpr (sizeof(T) == 2) serve_head(Constant<256>{});
-    const auto serve_items = [&](auto items) {
-      if (!served && p.head_dim >= kLeastHead && widest <= items * kElements) serve(&any_head_kernel<T, ROUND, items>, kHeadThreads);
-    };
-    serve_items(Constant<3>{}), serve_items(Constant<6>{});
+    const int64_t of_head = p.head_dim * static_cast<int64_t>(sizeof(T)) / 16;  // threads
+    if (!served && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
+      const Split by3 = split_heads(widest / p.head_dim, of_head, 3), by2 = split_heads(widest / p.head_dim, of_head, 2);
+      if (by3.slots() <= by2.slots()) {
+        serve(&any_head_kernel<T, ROUND, 3>, by3.threads, by3.chunks);
+      } else {
+        serve(&any_head_kernel<T, ROUND, 2>, by2.threads, by2.chunks);
+      }
+    }
   }
   if (served) return error;
   constexpr int kNorms = kLanes / 32;  // of a block
