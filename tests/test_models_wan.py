@@ -70,6 +70,13 @@ def test_the_models_pass_channel_strided_streams(name, block, argument):
         assert stream.stride(-1) != 1
 
 
+@pytest.mark.parametrize("name", ["wan-i2v", "wan-animate", "chronoedit"])
+def test_the_models_attend_to_tokens_of_an_image(name):
+    # So that their bit-identity above covers the branch of the image, which without 512 tokens of text sees none.
+    tokens = model_checks.first_input(tiny.load(name, torch.bfloat16), "blocks.0.attn2.add_k_proj", tiny.inputs(name, 2, torch.bfloat16))
+    assert tokens.shape[1] == tiny.WAN_IMAGE_TOKENS
+
+
 class _Widest(TorchDispatchMode):
     """The largest number of values of a float32 tensor that any op returned."""
 

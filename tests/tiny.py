@@ -14,6 +14,7 @@ from torch import Tensor, nn
 Inputs = Callable[[torch.Generator, int, torch.dtype], dict[str, Any]]
 
 TEXT, TEXT_DIM = 7, 16
+WAN_IMAGE_TOKENS = 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCHES = [1, 2]
 
@@ -100,7 +101,12 @@ def _wan(g: torch.Generator, b: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _wan_image(g: torch.Generator, b: int, dtype: torch.dtype) -> dict[str, Any]:
-    return _wan(g, b, dtype) | {"encoder_hidden_states_image": _text(g, b, dtype, tokens=5)}
+    return _wan(g, b, dtype) | _image_and_text(g, b, dtype)
+
+
+def _image_and_text(g: torch.Generator, b: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Upstream takes all tokens but the last 512 for those of the image."""
+    return {"encoder_hidden_states": _text(g, b, dtype, tokens=512), "encoder_hidden_states_image": _text(g, b, dtype, WAN_IMAGE_TOKENS)}
 
 
 def _wan_per_token(g: torch.Generator, b: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -113,8 +119,7 @@ def _wan_animate(g: torch.Generator, b: int, dtype: torch.dtype) -> dict[str, An
     return {
         "hidden_states": _video(g, b, dtype, channels=12, frames=3),
         "timestep": _timestep(b),
-        "encoder_hidden_states": _text(g, b, dtype),
-        "encoder_hidden_states_image": _text(g, b, dtype, tokens=5),
+        **_image_and_text(g, b, dtype),
         "pose_hidden_states": _video(g, b, dtype, frames=2),
         "face_pixel_values": torch.randn(b, 3, 5, 16, 16, generator=g).to(dtype),
     }
