@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kLanes, 4) generic_kernel(const Problem p) {
     }
     if constexpr (OP == Op::scale_residual) continue;
 
-    Statistics row_statistics = finish(reduce<NORM, false>(lanes, exchange), p);
+    Statistics row_statistics = finish(reduce<NORM, Counts::any>(lanes, exchange), p);
     if (!at.valid) row_statistics.rstd = kNaN;
     for (int64_t column = static_cast<int64_t>(threadIdx.x) * kGroup; column < p.width; column += kTile) {
       const int count = p.width - column < kGroup ? static_cast<int>(p.width - column) : kGroup;

@@ -107,20 +107,19 @@ constexpr int kLeastHead = 32;
 // A thread has the same columns of a head in each of its accesses: the threads are as many as some whole heads take, a few more idle.
 template <class T, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProblem p) {
-  constexpr int N = 16 / sizeof(T);
-  __shared__ uint4 memory[kHeadThreads * ITEMS];
-  __shared__ float rstds[kHeadThreads * N * ITEMS / kLeastHead];
+  constexpr int N = 16 / sizeof(T), kHeads = kHeadThreads * N * ITEMS / kLeastHead;
+  __shared__ uint4 row[kHeadThreads * ITEMS + kHeads];
+  __shared__ float rstds[kHeads];
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);
-  const int head_dim = static_cast<int>(p.head_dim), of_head = head_dim / N;  // threads
-  const int heads = static_cast<int>(blockDim.x) / of_head, step = heads * head_dim;
+  const int thread = static_cast<int>(threadIdx.x), head_dim = static_cast<int>(p.head_dim);
+  const int of_head = head_dim / N, heads = static_cast<int>(blockDim.x) / of_head, step = heads * head_dim;  // of_head: threads
   const int start = static_cast<int>(blockIdx.z) * step * ITEMS, width = static_cast<int>(at.rows.width) - start;
-  const int first = static_cast<int>(threadIdx.x) * N, head = static_cast<int>(threadIdx.x) / of_head, column = first - head * head_dim;
+  const int first = thread * N, head = thread / of_head, column = first - head * head_dim;
   const T* const x = at.source<T>() + start + first;
   T* const out = at.target<T>() + start + first;
-  T* const row = reinterpret_cast<T*>(memory);
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  const auto inside = [&](int i) { return first < step && first + i * step < width; };
+  const auto inside = [&](int i) { return head < heads && first + i * step < width; };
 
   Pack<T, N> v[ITEMS];
   each(kEach, [&](auto i) {
@@ -131,21 +130,28 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
       if (inside(i)) store_row<Cache::normal>(out + i * step, v[i]);
     });
   }
+  const int stride = of_head | 1;  // of the heads in shared memory: an odd number of accesses, so that they don't share banks
+  each(kEach, [&](auto i) {
+    if (inside(i)) *reinterpret_cast<Pack<T, N>*>(row + (head + i * heads) * stride + thread - head * of_head) = v[i];
+  });
+  __syncthreads();
+  const int rest = width / head_dim, all = rest < heads * ITEMS ? rest : heads * ITEMS;
+  const auto elements = [&](int of) { return reinterpret_cast<const T*>(row + of * stride); };
+  const auto rstd = [&](float sum) { return rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps)); };
+  if (head_dim < kGrouped) {
+    for (int of = thread; of < all; of += static_cast<int>(blockDim.x)) rstds[of] = rstd(own_sum_of_squares(head_dim, elements(of)));
+  } else {
+    for (int some = 0; some < all; some += static_cast<int>(blockDim.x) / kTeam) {
+      const int of = some + thread / kTeam;
+      const float sum = team_sum_of_squares(head_dim, elements(of < all ? of : 0));
+      if (of < all && thread % kTeam == 0) rstds[of] = rstd(sum);
+    }
+  }
   const bool weighted = at.rows.weight.data != nullptr, rotated = at.rotated();
   Pack<T, N> weight;
   Angles<N> angles;
   if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
   if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
-  each(kEach, [&](auto i) {
-    if (inside(i)) *reinterpret_cast<Pack<T, N>*>(row + first + i * step) = v[i];
-  });
-  __syncthreads();
-  const int here = heads * ITEMS, rest = width / head_dim, all = here < rest ? here : rest, teams = static_cast<int>(blockDim.x) / kTeam;
-  for (int some = 0; some < all; some += teams) {
-    const int of_team = some + static_cast<int>(threadIdx.x) / kTeam;
-    const float sum = team_sum_of_squares(head_dim, row + (of_team < all ? of_team * head_dim : 0));
-    if (of_team < all && threadIdx.x % kTeam == 0) rstds[of_team] = rsqrtf(__fadd_rn(__fmul_rn(sum, at.rows.mean_factor), p.eps));
-  }
   __syncthreads();
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
     to_floats(values, v[i]);
     each(std::make_integer_sequence<int, N>{}, [&](auto j) { add<Norm::rms>(lanes[j / kGroup], values[j], 0.0f); });
   });
-  const Welford whole = reduce<Norm::rms, true>(lanes, exchange);
+  const Welford whole = reduce<Norm::rms, Counts::equal>(lanes, exchange);
   const float rstd = rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps));
   each(kEach, [&](auto i) {
     if (!inside(i)) return;

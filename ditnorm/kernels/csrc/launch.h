@@ -2,7 +2,7 @@
 //
 // On Hopper and later a kernel is launched early: its blocks start while the kernel before it in the stream is still finishing, and wait
 // in wait_for_previous_kernel, which each kernel here calls before it touches memory (CUDA's programmatic dependent launch). That hides
-// most of a launch's latency.
+// most of a launch's latency. A kernel here lets the next one start as soon as the last of its own blocks has.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,6 +15,7 @@ namespace ditnorm {
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -106,31 +106,50 @@ __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v
   return __shfl_sync(0xffffffffu, sum, 0);
 }
 
+// The squares of N elements of a row in shared memory (of which load_pack doesn't read), added to sums.
+template <class T, int N>
+__device__ __forceinline__ void add_squares(float (&sums)[N], const T* elements) {
+  float v[N];
+  to_floats(v, *reinterpret_cast<const Pack<T, N>*>(elements));
+#pragma unroll
+  for (int j = 0; j < N; ++j) sums[j] = add_square(sums[j], v[j]);
+}
+
+// The same for a row in shared memory by one thread: widths that are multiples of 8, from 32 up to kGrouped.
+template <class T>
+__device__ __forceinline__ float own_sum_of_squares(int width, const T* row) {
+  constexpr int N = 8;
+  const auto of_lanes = [&](float (&sums)[N], int first) {  // N neighbouring ones
+#pragma unroll
+    for (int j = 0; j < N; ++j) sums[j] = 0.0f;
+#pragma unroll 1
+    for (int i = first; i < width; i += 32) add_squares(sums, row + i);
+  };
+  const auto halve = [](float* sums, const float* others, int count) {
+#pragma unroll
+    for (int j = 0; j < count; ++j) sums[j] = __fadd_rn(sums[j], others[j]);
+  };
+  float low[N], high[N], more[N];
+  of_lanes(low, 0), of_lanes(more, 16), halve(low, more, N);
+  of_lanes(high, 8), of_lanes(more, 24), halve(high, more, N);
+  halve(low, high, N), halve(low, low + 4, 4), halve(low, low + 2, 2);
+  return __fadd_rn(low[0], low[1]);
+}
+
 constexpr int kTeam = 4;
 
-// The same by 4 neighbouring threads, each being 8 neighbouring lanes, for a row in shared memory: multiples of 8 from 32 on.
+// The same by kTeam neighbouring threads, each being 8 neighbouring lanes: multiples of 8 from kGrouped on.
 template <class T>
 __device__ __forceinline__ float team_sum_of_squares(int width, const T* row) {
   constexpr int kOwn = 32 / kTeam;
   const int lane = static_cast<int>(threadIdx.x) % kTeam * kOwn;
-  const auto add_squares = [&](float (&sums)[kOwn], int first) {
-    float v[kOwn];
-    to_floats(v, *reinterpret_cast<const Pack<T, kOwn>*>(row + first));  // load_pack reads global memory only
+  float sums[kOwn];
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) sums[j] = add_square(sums[j], v[j]);
-  };
-  float sums[kOwn] = {};
-  if (width >= kGrouped) {
-#pragma unroll
-    for (int i = 0; i < kOwn; i += 2) {
-      float places[kOwn] = {};  // of two lanes
+  for (int i = 0; i < kOwn; i += 2) {
+    float places[kOwn] = {};  // of two lanes
 #pragma unroll 1
-      for (int first = (lane + i) * 4; first < width; first += 32 * 4) add_squares(places, first);
-      sums[i] = sum_of_group(places), sums[i + 1] = sum_of_group(places + 4);
-    }
-  } else {
-#pragma unroll 1
-    for (int first = lane; first < width; first += 32) add_squares(sums, first);
+    for (int first = (lane + i) * 4; first < width; first += 32 * 4) add_squares(places, row + first);
+    sums[i] = sum_of_group(places), sums[i + 1] = sum_of_group(places + 4);
   }
   halve_along<8>(2, sums), halve_along<4>(1, sums), halve_along<2>(2, sums);
   return add_along(2, add_along(1, sums[0]));

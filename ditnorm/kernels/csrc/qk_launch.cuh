@@ -95,11 +95,11 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     if constexpr (sizeof(T) == 2) serve_head(Constant<256>{});
     const int64_t of_head = p.head_dim * static_cast<int64_t>(sizeof(T)) / 16;  // threads
     if (!served && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
-      const Split by3 = split_heads(widest / p.head_dim, of_head, 3), by2 = split_heads(widest / p.head_dim, of_head, 2);
-      if (by3.slots() <= by2.slots()) {
-        serve(&any_head_kernel<T, ROUND, 3>, by3.threads, by3.chunks);
+      const Split by4 = split_heads(widest / p.head_dim, of_head, 4), by3 = split_heads(widest / p.head_dim, of_head, 3);
+      if (by4.slots() <= by3.slots()) {
+        serve(&any_head_kernel<T, ROUND, 4>, by4.threads, by4.chunks);
       } else {
-        serve(&any_head_kernel<T, ROUND, 2>, by2.threads, by2.chunks);
+        serve(&any_head_kernel<T, ROUND, 3>, by3.threads, by3.chunks);
       }
     }
   }

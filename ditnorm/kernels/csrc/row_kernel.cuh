@@ -135,10 +135,16 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
   Welford row;
   if (unlikely(p.norm == Norm::rms)) {
     visit_all([](Welford& lane, float value, float reciprocal) { add<Norm::rms>(lane, value, reciprocal); });
-    row = reduce<Norm::rms, true>(lanes, exchange);
+    row = reduce<Norm::rms, Counts::equal>(lanes, exchange);
   } else {
     visit_all([](Welford& lane, float value, float reciprocal) { add<Norm::layer>(lane, value, reciprocal); });
-    row = unlikely(width % kTile != 0) ? reduce<Norm::layer, false>(lanes, exchange) : reduce<Norm::layer, true>(lanes, exchange);
+    if (unlikely(width % (32 * kGroup) != 0)) {
+      row = reduce<Norm::layer, Counts::any>(lanes, exchange);
+    } else if (unlikely(width % kTile != 0)) {
+      row = reduce<Norm::layer, Counts::equal_in_warps>(lanes, exchange);
+    } else {
+      row = reduce<Norm::layer, Counts::equal>(lanes, exchange);
+    }
   }
   Statistics statistics = finish(row, p);
   if (!at.valid) statistics.rstd = kNaN;

@@ -102,11 +102,16 @@ struct Exchange {
   }
 };
 
+// Whether all lanes have seen the same number of elements (widths that are multiples of 512), those of each of ATen's warps (of 128), or
+// neither.
+enum class Counts { equal, equal_in_warps, any };
+
 // States of a thread's lanes -> the row's, in all kLanes / LANES threads of the block.
-template <Norm NORM, bool EQUAL, int LANES>
+template <Norm NORM, Counts COUNTS, int LANES>
 __device__ __forceinline__ Welford reduce(Welford (&lanes)[LANES], Exchange& exchange) {
+  constexpr bool EQUAL = COUNTS == Counts::equal, kEqualInGroups = COUNTS != Counts::any;
   Welford& state = lanes[0];
-  const auto along = [&](int thread_bit) { combine_along<NORM, EQUAL>(thread_bit, state); };
+  const auto along = [&](int thread_bit) { combine_along<NORM, kEqualInGroups>(thread_bit, state); };
   const int warp = threadIdx.x / 32;
   if constexpr (LANES == 1) {  // thread = lane
     along(16), along(8), along(4), along(2), along(1);
@@ -116,13 +121,13 @@ __device__ __forceinline__ Welford reduce(Welford (&lanes)[LANES], Exchange& exc
     return combine<NORM, EQUAL>(combine<NORM, EQUAL>(of(0), of(2)), combine<NORM, EQUAL>(of(1), of(3)));
   } else {  // thread, state = lane / 2, lane % 2
     static_assert(LANES == 2);
-    split_along<NORM, EQUAL>(8, lanes);  // lane bit 4; lane bit 0 becomes thread bit 3
+    split_along<NORM, kEqualInGroups>(8, lanes);  // lane bit 4; lane bit 0 becomes thread bit 3
     along(4), along(2), along(1), along(8);
     if (threadIdx.x % 16 == 0) exchange.put<EQUAL>(threadIdx.x / 16, state);
     __syncthreads();
     const Welford other = exchange.get<EQUAL>(threadIdx.x / 16 ^ 2, state);
     state = combine_ordered<NORM, EQUAL>(warp == 1, state, other);  // lane bit 6
-    along(16);                                                      // lane bit 5
+    combine_along<NORM, EQUAL>(16, state);                          // lane bit 5
     return state;
   }
 }
