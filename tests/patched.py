@@ -1,0 +1,34 @@
+"""A tiny Wan model for the tests of patching, and what they look at."""
+
+from collections.abc import Callable
+
+import tiny
+import torch
+from diffusers import WanPipeline
+from torch import Tensor, nn
+
+from ditnorm import generated, kernels
+
+DTYPE = torch.bfloat16
+
+
+def run(model: nn.Module, name: str = "wan-t2v") -> Tensor:
+    return tiny.run(model, tiny.inputs(name, 2, DTYPE))
+
+
+def fused_calls(call: Callable[[], object]) -> int:
+    before = sum(kernels.counts().values())
+    call()
+    return sum(kernels.counts().values()) - before
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def is_patched(model: nn.Module) -> bool:
+    return any(generated.origin_of(cls) for cls in classes(model))
+
+
+def pipeline(transformer: nn.Module, transformer_2: nn.Module | None = None) -> WanPipeline:
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer, transformer_2=transformer_2)
