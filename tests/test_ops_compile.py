@@ -73,11 +73,12 @@ def test_sizes_that_are_fixed_in_some_arguments_and_dynamic_in_others(op: str, k
     class Site(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fixed = nn.ParameterDict(fixed)
+            for name, tensor in fixed.items():
+                self.register_parameter(name, nn.Parameter(tensor))
             self.index = torch.arange(6, device=DEVICE).clamp(max=4).repeat(2, 1) if kind == "rows" else None
 
         def forward(self, x: Tensor) -> Any:
-            return OPS[op](x=x, **self.fixed, index=self.index, rounding="eager")
+            return OPS[op](x=x, **{name: getattr(self, name) for name in fixed}, index=self.index, rounding="eager")
 
     x = torch.randn(2, 6, 64, device=DEVICE)
     site = Site()
