@@ -12,6 +12,7 @@ from .models import body_for, near_miss
 from .models.attention import FusedAttention, QKNorm
 from .models.base import FusedBlock, matches
 from .models.fingerprint import fingerprint
+from .models.gelu import InPlaceGELU
 
 # Wrappers that shard or replicate the parameters of the modules inside (DDP, FSDP).
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
@@ -111,6 +112,8 @@ def _unit(name: str, module: nn.Module, wrapper: str | None) -> Unit | None:
         return None if body is None else Unit(name, module, body, refusal=_unknown(upstream, body))
     unit = Unit(name, module, body)
     unit.refusal = f"it is inside {wrapper}" if wrapper else _refusal(unit)
+    if unit.refusal is None:
+        unit.swaps += _gelus(unit)
     return unit
 
 
@@ -172,6 +175,16 @@ def _untouchable(module: nn.Module) -> str | None:
     except Untraceable as untraceable:
         return str(untraceable)
     return generated_by_others(type(module))
+
+
+def _gelus(unit: Unit) -> list[Swap]:
+    """The activations inside that can work in place. That only saves memory: what can't is left alone, and nobody is told."""
+    found = [(path, module, upstream_of(type(module))) for path, module in unit.module.named_modules()]
+    return [
+        Swap(_join(unit.name, path), module, upstream, InPlaceGELU)
+        for path, module, upstream in found
+        if matches(InPlaceGELU, upstream) and _untouchable(module) is None
+    ]
 
 
 def _collect_site(unit: Unit, name: str, child: nn.Module, expected: type, table: nn.Parameter | None, modulated: bool) -> str | None:

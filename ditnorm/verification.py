@@ -13,6 +13,7 @@ from . import checks, functional, generated, head_verification, kernels, layers,
 from .head_verification import HeadSite
 from .models.attention import FusedAttention, QKNorm
 from .models.base import FusedBlock
+from .models.gelu import InPlaceGELU
 from .targets import modules_of, targets
 from .units import Swap, Unit
 
@@ -130,8 +131,8 @@ def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site | HeadSite]:
     norms: list[Any] = [swap.module for swap in unit.swaps if hasattr(swap.module, "normalized_shape")]
     width = norms[0].normalized_shape[-1]
     for swap in unit.swaps:
-        if swap.body is QKNorm:
-            continue  # a part of its attention's call
+        if swap.body in (QKNorm, InPlaceGELU):
+            continue  # a part of its attention's call; no op of ours
         if issubclass(swap.body, FusedAttention):
             yield from head_verification.sites(swap.module, swap.body, dtype)
         elif swap.body is layers.ScaleResidualIdentity:

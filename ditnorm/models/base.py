@@ -74,7 +74,7 @@ class FusedBlock:
         return None
 
 
-def matches(body: type[FusedBlock], cls: type) -> bool:
+def matches(body: type[Any], cls: type) -> bool:
     """Whether ``body`` computes what ``cls`` does, by fingerprint. Parameter names are compared first: reading source is slow."""
     if _parameters(getattr(cls, "forward", None)) != _parameters(body.__dict__["forward"]):
         return False

@@ -11,6 +11,7 @@ from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from .adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from .attention import FusedAttention, weight_of
 from .base import FusedBlock
+from .gelu import activated
 
 
 class HunyuanVideoAttention(FusedAttention):
@@ -194,9 +195,11 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
         residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
 
         x, gate = self.norm(residual, emb=temb)
-        mlp = self.act_mlp(self.proj_mlp(x))
-        attn_output = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = self.proj_out(torch.cat([attn_output, mlp], dim=2))
+        mlp = activated(self.act_mlp, self.proj_mlp, x)
+        x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
+        x = torch.cat([x, mlp], dim=2)
+        del mlp  # as x before it: nothing is kept for no reason while proj_out runs
+        x = self.proj_out(x)
 
         hidden_states = scale_residual(residual, x, gate, rounding=self.rounding)
         return hidden_states[:, :-text_seq_length], hidden_states[:, -text_seq_length:]
@@ -313,9 +316,11 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
         residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
 
         x, gate, tr_gate = self.norm(residual, temb, token_replace_emb, num_tokens)
-        mlp = self.act_mlp(self.proj_mlp(x))
-        attn_output = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = self.proj_out(torch.cat([attn_output, mlp], dim=2))
+        mlp = activated(self.act_mlp, self.proj_mlp, x)
+        x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
+        x = torch.cat([x, mlp], dim=2)
+        del mlp  # as x before it: nothing is kept for no reason while proj_out runs
+        x = self.proj_out(x)
 
         (gate,) = _rows((tr_gate, gate))
         hidden_states = scale_residual(residual, x, gate, index=_row_index(x, num_tokens), rounding=self.rounding)

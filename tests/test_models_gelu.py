@@ -1,0 +1,185 @@
+"""GELUs in place: where nobody can tell they are, and the memory that this saves."""
+
+import copy
+import pickle
+import warnings
+from collections import Counter
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from diffusers.models.activations import GELU
+from test_memory import LiveBytes
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ditnorm import generated, patch_model, unpatch_model
+from ditnorm.models.base import matches
+from ditnorm.models.gelu import InPlaceGELU
+
+DTYPE = torch.bfloat16
+IN_PLACE = {"wan-t2v": 3, "wan-vace": 5, "qwen-image": 6, "hunyuan-video": 6, "hunyuan-video-token-replace": 6, "hunyuan-video-1.5": 4}
+
+
+class Gelus(TorchDispatchMode):
+    """Counts the calls of both kinds of GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def in_place(model: nn.Module, name: str) -> int:
+    with Gelus() as gelus:
+        tiny.run(model, tiny.inputs(name, 1, DTYPE))
+    return gelus.calls["gelu_"]
+
+
+def run(model: nn.Module, name: str) -> Tensor:
+    return tiny.run(model, tiny.inputs(name, 1, DTYPE))
+
+
+def test_the_gelu_of_diffusers_is_known() -> None:
+    # Fails on a diffusers that has changed it: then compare, and add the fingerprint.
+    assert matches(InPlaceGELU, GELU)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_every_gelu_of_a_patched_block_is_in_place_and_no_other(name: str) -> None:
+    model = tiny.load(name, DTYPE)
+    assert in_place(model, name) == 0
+    assert in_place(patch_model(model), name) == IN_PLACE[name]
+    assert in_place(copy.deepcopy(model), name) == IN_PLACE[name]
+    assert in_place(pickle.loads(pickle.dumps(model)), name) == IN_PLACE[name]
+    assert in_place(unpatch_model(model), name) == 0
+
+
+def test_an_mlp_holds_its_inner_tensor_once() -> None:
+    block = tiny.load("wan-t2v", DTYPE).blocks[0]
+    x = torch.randn(1, 64, 24, dtype=DTYPE)
+
+    @torch.no_grad()
+    def peak() -> int:
+        with LiveBytes(iter([x, *block.parameters()])) as live:
+            block.ffn(x)
+        return live.peak
+
+    upstream, inner = peak(), 64 * 48 * DTYPE.itemsize
+    assert upstream == 2 * inner
+    patch_model(nn.ModuleList([block]))
+    assert peak() == inner + x.nbytes  # of the second linear, whose output is x's size
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("wan-t2v", "blocks.1.ffn.net.0.proj"), ("hunyuan-video", "single_transformer_blocks.1.proj_mlp")]
+)
+def test_a_hook_on_the_linear_keeps_the_values_that_it_sees(name: str, path: str) -> None:
+    model = tiny.load(name, DTYPE)
+    seen: list[Tensor] = []
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = run(model, name)
+    assert torch.equal(run(patch_model(model), name), expected)
+    assert torch.equal(seen[1], seen[0])
+    assert in_place(model, name) == IN_PLACE[name] - 1
+
+
+def test_hooks_on_the_activation_of_a_single_stream_block_are_called_with_its_values() -> None:
+    model = tiny.load("hunyuan-video", DTYPE)
+    seen: list[Tensor] = []
+    for block, register in zip(model.single_transformer_blocks, ("register_forward_hook", "register_forward_pre_hook"), strict=True):
+        getattr(block.act_mlp, register)(lambda module, args, *output: seen.extend((*args, *output)))
+    expected = run(model, "hunyuan-video")
+    assert torch.equal(run(patch_model(model), "hunyuan-video"), expected)
+    assert all(torch.equal(patched, upstream) for upstream, patched in zip(seen[:3], seen[3:], strict=True))
+    assert in_place(model, "hunyuan-video") == IN_PLACE["hunyuan-video"] - 2
+
+
+def test_hooks_on_all_modules_keep_the_values_that_they_see() -> None:
+    model = tiny.load("hunyuan-video", DTYPE)
+    patch_model(model)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert in_place(model, "hunyuan-video") == 0
+    finally:
+        hook.remove()
+
+
+def test_a_linear_whose_forward_was_replaced_keeps_what_it_returns() -> None:
+    model = tiny.load("wan-t2v", DTYPE)
+    linear = model.blocks[0].ffn.net[0].proj
+    forward, returned = linear.forward, []
+
+    def remember(x: Tensor) -> Tensor:
+        returned.append(forward(x))
+        return returned[-1]
+
+    linear.forward = remember
+    expected = run(model, "wan-t2v")
+    assert torch.equal(run(patch_model(model), "wan-t2v"), expected)
+    assert torch.equal(returned[1], returned[0])
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
+def test_adapters_run_as_upstream_does(name: str) -> None:
+    model = tiny.load(name, DTYPE)
+    # As pipelines do it; the second matrix is random too, or the adapter would do nothing.
+    model.add_adapter(
+        peft.LoraConfig(r=2, target_modules=r".*blocks\.\d+\.(ffn\.net\.0\.proj|ff\.net\.0\.proj|proj_mlp)", init_lora_weights=False)
+    )
+    expected = run(model, name)
+    assert torch.equal(run(patch_model(model), name), expected)
+    assert in_place(model, name) < IN_PLACE[name]
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
+def test_nothing_is_overwritten_where_a_gradient_flows(name: str) -> None:
+    model = patch_model(tiny.load(name, DTYPE))
+    with Gelus() as gelus:
+        model(**tiny.inputs(name, 1, DTYPE))
+    assert gelus.calls["gelu_"] == 0
+    model.requires_grad_(False)
+    with Gelus() as gelus:
+        model(**tiny.inputs(name, 1, DTYPE))
+    assert gelus.calls["gelu_"] == IN_PLACE[name]
+
+
+def test_the_compiler_sees_upstreams_code() -> None:
+    ffn = patch_model(tiny.load("wan-t2v", DTYPE)).blocks[0].ffn
+    functions: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        functions.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x = torch.randn(1, 4, 24, dtype=DTYPE)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(ffn, backend=backend, fullgraph=True)(x), ffn(x))
+    assert nn.functional.gelu in functions
+
+
+class AnotherGELU(GELU):
+    """A version that nobody has looked at."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * 2
+
+
+def test_what_is_not_known_or_was_replaced_is_left_alone_in_silence() -> None:
+    model = tiny.load("wan-t2v", DTYPE)
+    model.blocks[0].ffn.net[0].__class__ = AnotherGELU
+    model.blocks[1].ffn.net[0].forward = lambda hidden_states: hidden_states.repeat(1, 1, 2)
+    expected = run(model, "wan-t2v")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(model, strict=True)
+    assert all(generated.origin_of(type(block)) for block in model.blocks)
+    assert torch.equal(run(model, "wan-t2v"), expected)
+    assert in_place(model, "wan-t2v") == 1
+    unpatch_model(model)
+    assert type(model.blocks[0].ffn.net[0]) is AnotherGELU
