@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
@@ -12,6 +11,7 @@ from .adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from .attention import FusedAttention, weight_of
 from .base import FusedBlock
 from .gelu import activated
+from .pairwise_mask import mask_dtype, pairwise_mask
 
 
 class HunyuanVideoAttention(FusedAttention):
@@ -79,7 +79,7 @@ class HunyuanVideoAttention(FusedAttention):
 
         processor = self.processor
         if self.known[type(processor)] == "pairwise_mask":
-            attention_mask = _pairwise_mask(attention_mask, query.shape[1])  # type: ignore[arg-type]
+            attention_mask = pairwise_mask(attention_mask, query.shape[1], mask_dtype(query, key, value, processor))  # type: ignore[arg-type]
         hidden_states = self.upstream("dispatch_attention_fn")(
             query,
             key,
@@ -104,15 +104,6 @@ class HunyuanVideoAttention(FusedAttention):
     def takes_joined(self) -> bool:
         """Whether a single-stream block may hand over its sequence in one piece: nobody but us sees what goes in and comes out."""
         return "forward" not in self.__dict__ and not (self._forward_hooks or self._forward_pre_hooks) and self.fuses()
-
-
-def _pairwise_mask(text_mask: Tensor, tokens: int) -> Tensor:
-    """As ``HunyuanVideo15AttnProcessor2_0`` builds it: [B, T] of the text's tokens, the last -> [B, 1, S, S], both tokens of a pair valid.
-
-    Upstream repeats the rows first and combines them with their transpose, another tensor of that size.
-    """
-    mask = F.pad(text_mask, (tokens - text_mask.shape[1], 0), value=True).bool()
-    return mask[:, None, None, :] & mask[:, None, :, None]
 
 
 class HunyuanVideoTransformerBlock(FusedBlock):

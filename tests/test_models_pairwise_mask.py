@@ -1,0 +1,125 @@
+"""HunyuanVideo-1.5's mask of pairs, built in the form that attention reads: the same values, and so the same pictures."""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from torch import Tensor, nn
+
+from ditnorm import patch_model
+from ditnorm.models import hunyuan_video
+from ditnorm.models.pairwise_mask import mask_dtype, pairwise_mask
+
+TEXT = 5
+TEXT_MASKS = {
+    "valid": [[1] * TEXT],
+    "padding": [[0] * TEXT],
+    "padding first": [[0, 0, 1, 1, 1]],
+    "batch": [[1, 1, 1, 0, 0], [0, 1, 0, 1, 1]],
+    "batch of extremes": [[1] * TEXT, [0] * TEXT],
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEADS, HEAD_DIM = 2, 16
+
+
+def upstream(text_mask: Tensor, tokens: int) -> Tensor:
+    """``HunyuanVideo15AttnProcessor2_0``'s."""
+    mask = F.pad(text_mask, (tokens - text_mask.shape[1], 0), value=True).bool()
+    rows = mask.view(len(mask), 1, 1, tokens).repeat(1, 1, tokens, 1)
+    return rows & rows.transpose(2, 3)
+
+
+@pytest.fixture(params=TEXT_MASKS.values(), ids=TEXT_MASKS.keys())
+def text_mask(request: pytest.FixtureRequest) -> Tensor:
+    return torch.tensor(request.param)
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
+@pytest.mark.parametrize("tokens", [TEXT, 13, 16, 23])
+def test_a_bool_mask_is_upstreams(text_mask: Tensor, tokens: int, kind: torch.dtype) -> None:
+    assert torch.equal(pairwise_mask(text_mask.to(kind), tokens, torch.bool), upstream(text_mask, tokens))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [TEXT, 13, 16, 23])
+def test_an_additive_mask_is_what_attention_makes_of_upstreams(text_mask: Tensor, tokens: int, dtype: torch.dtype) -> None:
+    mask = pairwise_mask(text_mask, tokens, dtype)
+    assert mask.dtype == dtype
+    assert torch.equal(mask, torch.where(upstream(text_mask, tokens), 0.0, torch.tensor(-torch.inf, dtype=dtype)))
+    # The memory-efficient kernel then makes no aligned copy.
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    assert mask.stride(-1) == 1
+
+
+@pytest.mark.parametrize("backend", ["default", "math"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [13, 16])
+def test_attention_gives_the_same_bits_with_either(text_mask: Tensor, tokens: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    text_mask = text_mask.to(device)
+    query, key, value = (torch.randn(len(text_mask), tokens, HEADS, HEAD_DIM, device=device).to(dtype) for _ in range(3))
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH) if backend == "math" else contextlib.nullcontext():
+        mask = pairwise_mask(text_mask, tokens, mask_dtype(query, key, value, processor()))
+        expected, output = (_attention(query, key, value, m) for m in (upstream(text_mask, tokens), mask))
+    assert torch.equal(output, expected)
+    assert output.isfinite().all()
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask)
+
+
+def processor(backend: Any = None, parallel_config: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(_attention_backend=backend, _parallel_config=parallel_config)
+
+
+def test_only_native_attention_is_given_an_additive_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = [torch.randn(1, 13, HEADS, HEAD_DIM) for _ in range(3)]
+    assert mask_dtype(*qkv, processor()) == torch.float32
+    assert mask_dtype(*qkv, processor(AttentionBackendName.NATIVE)) == torch.float32
+    assert mask_dtype(*qkv, processor(AttentionBackendName._NATIVE_MATH)) == torch.bool
+    assert mask_dtype(*qkv, processor(parallel_config=object())) == torch.bool
+    with attention_backend("_native_math"):
+        assert mask_dtype(*qkv, processor()) == torch.bool
+        assert mask_dtype(*qkv, processor(AttentionBackendName.NATIVE)) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mask_dtype(*qkv, processor()) == torch.bool
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args: nn.attention.SDPBackend.CUDNN_ATTENTION.value)
+    assert mask_dtype(*qkv, processor()) == torch.bool
+
+
+@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_model_gives_the_same_bits_with_padding_in_either_text(
+    dtype: torch.dtype, additive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, arguments = tiny.load("hunyuan-video-1.5", dtype), tiny.inputs("hunyuan-video-1.5", 2, dtype)
+    arguments["encoder_attention_mask"][0, 3:] = 0
+    arguments["encoder_attention_mask_2"][1] = 0
+    expected = tiny.run(model, arguments)
+    patch_model(model, strict=True)
+    made: list[torch.dtype] = []
+
+    def build(text_mask: Tensor, tokens: int, wanted: torch.dtype) -> Tensor:
+        made.append(wanted)
+        return pairwise_mask(text_mask, tokens, wanted)
+
+    monkeypatch.setattr(hunyuan_video, "pairwise_mask", build)
+    if not additive:
+        monkeypatch.setattr(hunyuan_video, "mask_dtype", lambda *args: torch.bool)
+    assert torch.equal(tiny.run(model, arguments), expected)
+    assert made == [dtype if additive else torch.bool] * 2
+
+
+def test_it_compiles_as_one_graph(text_mask: Tensor) -> None:
+    qkv, native = [torch.randn(len(text_mask), 13, HEADS, HEAD_DIM) for _ in range(3)], processor()
+
+    def mask(text_mask: Tensor, *qkv: Tensor) -> Tensor:
+        return pairwise_mask(text_mask, 13, mask_dtype(*qkv, native))
+
+    compiled = torch.compile(mask, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(text_mask, *qkv), upstream(text_mask, 13))
