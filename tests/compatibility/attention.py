@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .feature import Feature, its_output, linears_called
+from .feature import Feature, calls_of, its_output, linears_called
 
 
 class Scaled:
@@ -27,8 +28,12 @@ def _attentions(model: nn.Module) -> list[Any]:
 
 
 def _fuse_projections(model: nn.Module, folder: Path) -> nn.Module:
-    for attention in _attentions(model):
-        attention.fuse_projections()
+    model.fuse_qkv_projections()  # type: ignore[operator]
+    return model
+
+
+def _unfuse_projections(model: nn.Module) -> nn.Module:
+    model.unfuse_qkv_projections()  # type: ignore[operator]
     return model
 
 
@@ -68,11 +73,17 @@ FEATURES = (
         refused=r"not fused: its processor compatibility\.attention\.Scaled is not one that ditnorm knows",
     ),
     Feature(
-        "`fuse_projections` of every attention",
+        "`fuse_qkv_projections`, `unfuse_qkv_projections`",
         _fuse_projections,
         linears_called,
+        _unfuse_projections,
         families=("Wan",),
         note="upstream's attention processors of the other families ignore it",
     ),
-    Feature('`set_attention_backend("_native_math")`', _backend("_native_math"), its_output, _default_backend),
+    Feature(
+        '`set_attention_backend("_native_math")`',
+        _backend("_native_math"),
+        calls_of(torch.nn.attention, "sdpa_kernel"),  # the output needn't differ: some shapes take this backend without being told
+        _default_backend,
+    ),
 )

@@ -6,11 +6,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.hooks.hooks import HookRegistry
+from diffusers.hooks.hooks import HookRegistry, StateManager
 from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
+from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig, _apply_smoothed_energy_guidance_hook
 from torch import Tensor, nn
 
-from .feature import Feature, Upstream, forward, its_output, linears_called
+from .feature import Feature, Upstream, calls_of, forward, its_output, linears_called
 
 STEPS = 6
 _step = 0
@@ -88,17 +89,33 @@ def _latents(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> list[Tensor
 
 def _layer_skip(**how: Any) -> Callable[[nn.Module, Path], nn.Module]:
     def apply(model: nn.Module, folder: Path) -> nn.Module:
-        fqn = "blocks" if hasattr(model, "blocks") else "transformer_blocks"
-        apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn=fqn, **how))
+        apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn=_list_of_blocks(model), **how))
         return model
 
     return apply
+
+
+def _list_of_blocks(model: nn.Module) -> str:
+    return "blocks" if hasattr(model, "blocks") else "transformer_blocks"
+
+
+def _blur_queries(model: nn.Module, folder: Path) -> nn.Module:
+    config = SmoothedEnergyGuidanceConfig(indices=[1], fqn=_list_of_blocks(model))
+    _apply_smoothed_energy_guidance_hook(model, config, blur_sigma=1.0, name="blur")
+    return model
+
+
+def _do_not_blur(model: nn.Module) -> nn.Module:
+    HookRegistry.check_if_exists_or_initialize(model).remove_hook("blur", recurse=True)
+    return model
 
 
 def _remove_layer_skip(model: nn.Module) -> nn.Module:
     HookRegistry.check_if_exists_or_initialize(model).remove_hook("layer_skip_hook", recurse=True)
     return model
 
+
+NOT_REGISTERED = Upstream("not registered", "diffusers has not registered the attention processor")
 
 FEATURES = (
     Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some"),
@@ -107,6 +124,14 @@ FEATURES = (
     Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run, fused="some"),
     Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run, fused="some"),
     Feature("`SeaCacheConfig`", _cache(_sea_cache), linears_called, _disable, run=_run, fused="some"),
+    Feature(
+        "`TextKVCacheConfig`",
+        _cache(diffusers.TextKVCacheConfig),
+        calls_of(StateManager, "get_state"),
+        _disable,
+        run=_run,
+        note="upstream hooks these models and caches nothing: its blocks are NucleusMoE's",
+    ),
     Feature(
         "`LayerSkipConfig`, whole block (`SkipLayerGuidance`)",
         _layer_skip(),
@@ -125,6 +150,7 @@ FEATURES = (
         _layer_skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
         its_output,
         _remove_layer_skip,
-        upstream=dict.fromkeys(("Wan", "HunyuanVideo"), Upstream("not registered", "diffusers has not registered the attention processor")),
+        upstream=dict.fromkeys(("Wan", "HunyuanVideo"), NOT_REGISTERED),
     ),
+    Feature("`SmoothedEnergyGuidanceConfig`, blurred queries", _blur_queries, its_output, _do_not_blur),
 )

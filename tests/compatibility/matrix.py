@@ -16,14 +16,30 @@ from torch import Tensor, nn
 from ditnorm import generated, kernels
 from ditnorm.patching import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
 
-from . import attention, caches, compiled, copies, foreign, gpu, lora, modes, modular, offload, pipelines, quantised, training, user_hooks
+from . import (
+    attention,
+    caches,
+    compiled,
+    copies,
+    foreign,
+    gpu,
+    images,
+    lora,
+    modes,
+    modular,
+    offload,
+    pipelines,
+    quantised,
+    training,
+    user_hooks,
+)
 from .feature import DEVICE, ORDERS, Feature, Upstream, modules_of
 
 PATCHED_FIRST = ("patch before", "unpatch while active")
 GROUPS: dict[str, tuple[Feature, ...]] = {
     "Hooks and offloading": offload.FEATURES,
     "Caches": caches.FEATURES,
-    "Attention": attention.FEATURES,
+    "Attention": (*attention.FEATURES, *images.FEATURES),
     "LoRA": lora.FEATURES,
     "Forward hooks and other modules": user_hooks.FEATURES,
     "Quantised weights": quantised.FEATURES,

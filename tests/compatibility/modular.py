@@ -1,5 +1,6 @@
 """Modular pipelines: made of blocks around a model that exists already."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,21 @@ import diffusers
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModularPipeline
-from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
-from diffusers.hooks import LayerSkipConfig
+from diffusers.guiders import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
+from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_5 import HunyuanVideo15CoreDenoiseStep
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from torch import Tensor, nn
 
 from . import pipelines
+from .caches import NOT_REGISTERED
 from .feature import DEVICE, DTYPE, FAMILIES, Feature, calls_of, forward, linears_called, load
 
 _BLOCKS = {"Qwen-Image": QwenImageCoreDenoiseStep, "Wan": WanCoreDenoiseStep, "HunyuanVideo": HunyuanVideo15CoreDenoiseStep}
@@ -61,16 +69,36 @@ def _load_pipeline(family: str) -> Any:
     return _pipeline(_load(family))
 
 
-def _skip_layers(pipe: Any, folder: Path) -> Any:
-    """The guider runs the model three times in a step, the third time with hooks that it adds before and removes after."""
-    fqn = "blocks" if hasattr(pipe.transformer, "blocks") else "transformer_blocks"
+def _guided(make: Callable[[str], Any]) -> Callable[[Any, Path], Any]:
+    """A guider runs the model several times in a step, some of them with hooks that it adds before and removes after."""
+
+    def apply(pipe: Any, folder: Path) -> Any:
+        pipe.update_components(guider=make("blocks" if hasattr(pipe.transformer, "blocks") else "transformer_blocks"))
+        return pipe
+
+    return apply
+
+
+def _skip_layers(fqn: str) -> SkipLayerGuidance:
     skipped = LayerSkipConfig(indices=[1], fqn=fqn, skip_attention=False)
-    pipe.update_components(
-        guider=SkipLayerGuidance(
-            guidance_scale=2.0, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0, skip_layer_config=[skipped]
-        )
+    return SkipLayerGuidance(guidance_scale=2.0, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0, skip_layer_config=[skipped])
+
+
+def _perturb(fqn: str) -> PerturbedAttentionGuidance:
+    layers = LayerSkipConfig(indices=[1], fqn=fqn, skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    return PerturbedAttentionGuidance(
+        guidance_scale=2.0, perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0, perturbed_guidance_config=layers
     )
-    return pipe
+
+
+def _blur(fqn: str) -> SmoothedEnergyGuidance:
+    layers = SmoothedEnergyGuidanceConfig(indices=[1], fqn=fqn)
+    return SmoothedEnergyGuidance(guidance_scale=2.0, seg_blur_sigma=1.0, seg_guidance_config=layers)
+
+
+def _worse(fqn: str) -> AutoGuidance:
+    layers = LayerSkipConfig(indices=[1], fqn=fqn, skip_attention=False)
+    return AutoGuidance(guidance_scale=2.0, auto_guidance_config=layers)
 
 
 def _skip_nothing(pipe: Any) -> Any:
@@ -108,6 +136,20 @@ def _model(pipe: Any) -> Any:
     return pipe.transformer
 
 
+def _guider(name: str, make: Callable[[str], Any], **more: Any) -> Feature:
+    return Feature(
+        f"`{name}` in a modular pipeline",
+        _guided(make),
+        linears_called,
+        _skip_nothing,
+        run=_generate,
+        load=_load_pipeline,
+        fused="any",
+        note=_NOTE,
+        **more,
+    )
+
+
 FEATURES = (
     Feature(
         "a modular pipeline around the model",
@@ -120,14 +162,9 @@ FEATURES = (
         passes=_STEPS,
         note=_NOTE,
     ),
-    Feature(
-        "`SkipLayerGuidance` in a modular pipeline",
-        _skip_layers,
-        linears_called,
-        _skip_nothing,
-        run=_generate,
-        load=_load_pipeline,
-        fused="any",
-        note=_NOTE,
-    ),
+    _guider("ClassifierFreeGuidance", lambda fqn: ClassifierFreeGuidance(guidance_scale=2.0)),
+    _guider("AutoGuidance", _worse),
+    _guider("SkipLayerGuidance", _skip_layers),
+    _guider("SmoothedEnergyGuidance", _blur),
+    _guider("PerturbedAttentionGuidance", _perturb, upstream=dict.fromkeys(("Wan", "HunyuanVideo"), NOT_REGISTERED)),
 )

@@ -1,5 +1,6 @@
 """accelerate's hooks and offloading, diffusers' group offloading and layerwise casting."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from torch import nn
+from torch import Tensor, nn
 
 from .feature import DEVICE, DTYPE, Feature, calls_of, its_output, weights_at_rest
 
@@ -92,6 +93,20 @@ def _device_map(model: nn.Module, folder: Path) -> nn.Module:
     return accelerate.dispatch_model(model, device_map, main_device=DEVICE, offload_dir=str(folder), force_hooks=True)
 
 
+def _inferred_device_map(model: Any, folder: Path) -> nn.Module:
+    """What the memory holds without splitting a block on the device, the rest on disk."""
+    size = sum(p.nbytes for p in model.parameters())
+    memory = {0 if DEVICE == "cuda" else "cpu": size * 3 // 4}
+    device_map = accelerate.infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
+    assert {"disk", *memory} == set(device_map.values())
+    return accelerate.dispatch_model(model, device_map, main_device=DEVICE, offload_dir=str(folder), force_hooks=True)
+
+
+def _device_map_of(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
+    """Where each part is."""
+    return run(), getattr(model, "hf_device_map", None)
+
+
 def _group_offload(**how: Any) -> Any:
     def apply(model: nn.Module, folder: Path) -> nn.Module:
         onload, offload = torch.device(DEVICE), torch.device("cpu")
@@ -114,6 +129,7 @@ FEATURES = (
     Feature("accelerate `disk_offload`", _disk_offload, weights_at_rest),
     Feature("accelerate `cpu_offload_with_hook` (model)", _model_offload, calls_of(CpuOffload, "pre_forward"), _remove_accelerate_hooks),
     Feature("accelerate `dispatch_model`, CPU and disk", _device_map, calls_of(AlignDevicesHook, "pre_forward")),
+    Feature("accelerate `infer_auto_device_map`, disk", _inferred_device_map, _device_map_of),
     Feature(
         "group offloading, block level, disk",
         _group_offload(offload_type="block_level", num_blocks_per_group=1),

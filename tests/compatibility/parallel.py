@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ditnorm import patch_model, unpatch_model
 
@@ -30,7 +31,7 @@ from .offload import blocks_of
 WORLD = 2
 HEADS = {"num_attention_heads": 4}
 WIDER = {"attention_head_dim": 16}  # cuDNN's attention takes multiples of 8
-Parallelise = Callable[[Any, str], None]
+Parallelise = Callable[[Any, str], Any]
 
 
 def _on_the_cpu_too() -> None:
@@ -42,26 +43,34 @@ def _on_the_cpu_too() -> None:
 
 def _ulysses(model: Any, device: str) -> None:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
+    return model
 
 
 def _ulysses_uneven(model: Any, device: str) -> None:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD, ulysses_anything=True))
+    return model
 
 
 def _ring(model: Any, device: str) -> None:
     model.set_attention_backend("_native_cudnn")  # one of those that return log-sum-exps
     model.enable_parallelism(config=ContextParallelConfig(ring_degree=WORLD))
+    return model
 
 
 def _tensor_parallel(model: Any, device: str) -> None:
     model.enable_parallelism(config=TensorParallelConfig(mesh=init_device_mesh(device, (WORLD,))))
+    return model
 
 
 def _fsdp2(model: Any, device: str) -> None:
     mesh = init_device_mesh(device, (WORLD,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _ddp(model: Any, device: str) -> Any:
+    return DistributedDataParallel(model, find_unused_parameters=True)  # nothing reads what Qwen-Image's last block makes of the text
 
 
 KINDS: dict[str, Parallelise] = {
@@ -70,6 +79,7 @@ KINDS: dict[str, Parallelise] = {
     "ring": _ring,
     "tensor parallel": _tensor_parallel,
     "FSDP2": _fsdp2,
+    "DistributedDataParallel": _ddp,
 }
 CASES: dict[str, dict[str, str]] = {
     "Ulysses": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "Wan, per token": "wan-ti2v"},
@@ -77,6 +87,7 @@ CASES: dict[str, dict[str, str]] = {
     "ring": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "Wan, per token": "wan-ti2v"},
     "tensor parallel": {"Qwen-Image": "qwen-image"},
     "FSDP2": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"},
+    "DistributedDataParallel": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"},
 }
 """Kind -> family -> model: those that diffusers has a plan for."""
 
@@ -85,7 +96,12 @@ REMARKS = {
     "ring": "GPUs only: diffusers has no ring attention for the CPU",
     "tensor parallel": "diffusers has a plan for Qwen-Image only",
     "FSDP2": "`fully_shard` after patching; blocks that are sharded already are left alone with a warning",
+    "DistributedDataParallel": "output and gradients; around the patched model, what is inside already is left alone with a warning",
 }
+
+
+LEFT_ALONE = {"FSDP2": "FSDP", "DistributedDataParallel": "it is inside DistributedDataParallel"}
+"""Kind -> what patching warns of where the model is parallel already."""
 
 
 def load(name: str, device: str) -> Any:
@@ -100,7 +116,7 @@ def load(name: str, device: str) -> Any:
 
 
 def inputs(name: str, device: str, kind: str) -> dict[str, Any]:
-    arguments = tiny.inputs(name, 2, DTYPE)
+    arguments = tiny.inputs(name, 2, DTYPE, seed=dist.get_rank() if kind == "DistributedDataParallel" else 0)
     if "img_shapes" in arguments and "uneven" not in kind:  # the text too is sharded
         arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :6]
         # A rank of a ring sees a share of the keys, which no mask over all of them fits.
@@ -109,13 +125,22 @@ def inputs(name: str, device: str, kind: str) -> dict[str, Any]:
 
 
 def observe(model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The output, with the number of tokens that the first block sees and how many parameters are sharded."""
+    """The output, with the number of tokens that each projection of queries sees and how many parameters are sharded."""
     tokens: list[int] = []
     query = next(m for name, m in model.named_modules() if name.endswith("to_q"))
     handle = query.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
     output = tiny.run(model, arguments)
     handle.remove()
     return output, (tokens, sum(isinstance(p, DTensor) for p in model.parameters()))
+
+
+def observe_training(model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The output, with the gradients, which data parallelism averages."""
+    output = model(**arguments, return_dict=False)[0]
+    output.float().square().mean().backward()
+    gradients = [p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return output.detach(), torch.cat(gradients).numpy().tobytes()
 
 
 def _widened(value: Any) -> Any:
@@ -135,29 +160,30 @@ def no_less_accurate(sharded: Tensor, single: Tensor, exact: Tensor) -> None:
 
 def check(kind: str, name: str, order: str, device: str) -> None:
     """One case on this rank; raises where the patched model differs."""
+    look = observe_training if kind == "DistributedDataParallel" else observe
     arguments = inputs(name, device, kind)
     plain = load(name, device)
-    plainly = observe(plain, arguments)
+    plainly = look(plain, arguments)
     patch_model(plain)  # not counted: on a GPU it verifies the kernels first
-    every_call = fused_calls(lambda: tiny.run(plain, arguments))[0]
+    every_call = fused_calls(lambda: look(plain, arguments))[0]
     exact = tiny.run(unpatch_model(plain).float(), {k: _widened(v) for k, v in arguments.items()})
     upstream, model = load(name, device), load(name, device)
-    KINDS[kind](upstream, device.split(":")[0])
-    expected, observed = observe(upstream, arguments)
-    assert observed != plainly[1], "the model isn't sharded"
+    upstream = KINDS[kind](upstream, device.split(":")[0])
+    expected, observed = look(upstream, arguments)
+    assert observed != plainly[1], "the model isn't parallel"
 
     if order == "patch before":
         patch_model(model, strict=True)
-    KINDS[kind](model, device.split(":")[0])
-    if order == "patch after" and kind == "FSDP2":
+    model = KINDS[kind](model, device.split(":")[0])
+    if order == "patch after" and kind in LEFT_ALONE:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             patch_model(model)
-        assert any("FSDP" in str(w.message) for w in caught)
-        every_call = fused_calls(lambda: tiny.run(model, arguments))[0]
+        assert any(LEFT_ALONE[kind] in str(w.message) for w in caught)
+        every_call = fused_calls(lambda: look(model, arguments))[0]
     elif order == "patch after":
         patch_model(model, strict=True)
-    calls, actual = fused_calls(lambda: observe(model, arguments))
+    calls, actual = fused_calls(lambda: look(model, arguments))
     assert torch.equal(actual[0], expected), f"differs by {(actual[0] - expected).abs().max()}"
     assert actual[1] == observed
     no_less_accurate(actual[0], plainly[0], exact)
@@ -167,7 +193,7 @@ def check(kind: str, name: str, order: str, device: str) -> None:
         return  # unpatching refuses: the classes are FSDP's
     unpatch_model(model)
     assert not is_patched(model)
-    assert torch.equal(observe(model, arguments)[0], expected)
+    assert torch.equal(look(model, arguments)[0], expected)
 
 
 def rank(index: int, backend: str, kind: str, folder: str) -> None:

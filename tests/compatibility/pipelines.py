@@ -26,10 +26,17 @@ _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 def pipeline(family: str, vae: Any = None) -> Any:
     """A pipeline around the tiny model of the family."""
     name, absent = _PIPELINES[family]
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "Qwen-Image")
-    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=scheduler, vae=vae, **absent)
+    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=_default_scheduler(family), vae=vae, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _default_scheduler(family: str) -> Any:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "Qwen-Image")
+
+
+def _family(pipe: Any) -> str:
+    return next(family for family, (name, _) in _PIPELINES.items() if name == type(pipe).__name__)
 
 
 def generate(pipe: Any, family: str, steps: int = 2, **more: Any) -> Tensor:
@@ -86,12 +93,16 @@ def _scheduler(pipe: Any, **shifts: float) -> Any:
 
 
 def _another_scheduler(pipe: Any, folder: Path) -> Any:
-    pipe.scheduler = _scheduler(pipe, shift=5.0, base_shift=2.0, max_shift=3.0)
+    """Of another class where the pipeline takes one."""
+    if isinstance(pipe, diffusers.WanPipeline):
+        pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    else:
+        pipe.scheduler = _scheduler(pipe, shift=5.0, base_shift=2.0, max_shift=3.0)
     return pipe
 
 
 def _reset_scheduler(pipe: Any) -> Any:
-    pipe.scheduler = _scheduler(pipe, shift=1.0, base_shift=0.5, max_shift=1.15)
+    pipe.scheduler = _default_scheduler(_family(pipe))
     return pipe
 
 
@@ -114,15 +125,23 @@ def _same(pipe: Any, folder: Path) -> Any:
 
 
 def _two_share(pipe: Any, family: str) -> Tensor:
-    """Two pipelines around one transformer, and one of a copied, unpatched model of another family in between."""
+    """Two pipelines around one transformer."""
     other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
     other.set_progress_bar_config(disable=True)
     return torch.stack([generate(pipe, family), generate(other, family)])
 
 
+def _beside_others(pipe: Any, family: str) -> Tensor:
+    """Pipelines of the other families in the same process, which nobody patched, take turns with this one."""
+    others = [(name, pipeline(name)) for name in _PIPELINES if name != family]
+    before = [generate(other, name).flatten() for name, other in others]
+    latents = generate(pipe, family).flatten()
+    after = [generate(other, name).flatten() for name, other in others]
+    return torch.cat([latents, *before, *after])
+
+
 def _lora_weights(pipe: Any, folder: Path) -> Any:
-    family = next(family for family, (name, _) in _PIPELINES.items() if name == type(pipe).__name__)
-    donor = lora.add(load(family), "a", 1)
+    donor = lora.add(load(_family(pipe)), "a", 1)
     from peft.utils import get_peft_model_state_dict
 
     type(pipe).save_lora_weights(str(folder), transformer_lora_layers=get_peft_model_state_dict(donor, adapter_name="a"))
@@ -226,6 +245,7 @@ FEATURES = (
     _feature("`from_pipe` with another scheduler", _from_pipe, its_output),
     _feature("`callback_on_step_end`", _same, its_output, run_with=_with_callback),
     _feature("two pipelines that share a transformer", _same, its_output, run_with=_two_share, passes=2),
+    _feature("unpatched pipelines of the other families beside it", _same, its_output, run_with=_beside_others),
     Feature('`pipe.to("cuda")`', _to_cuda, weights_at_rest, _to_cpu, run=_where_it_is, load=_on_the_cpu, gpus=1),
     Feature("`vae.enable_tiling`", _tile, _vae_calls("tiled_decode"), _do_not_tile, run=_decoded, load=_with_vae),
     Feature("`vae.enable_slicing`", _slice, _vae_calls("_decode"), _do_not_slice, run=_decoded, load=_with_vae),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ditnorm import generated, patch_model
 
-from .feature import DEVICE, DTYPE, Feature, its_output
+from .feature import DEVICE, DTYPE, Feature, its_output, weights_at_rest
 from .offload import blocks_of
 
 
@@ -94,6 +94,28 @@ def _gguf(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def _gguf_file(model: Any, folder: Path) -> Any:
+    """Saves the model as a GGUF file and loads that, with a configuration that is a file too; patched if the saved one was."""
+    import gguf
+
+    model.save_config(folder)
+    writer = gguf.GGUFWriter(folder / "model.gguf", "tiny")
+    quantised = {f"{name}.weight" for name, m in model.named_modules() if "blocks." in name and type(m) is nn.Linear}
+    for name, t in model.state_dict().items():
+        kind = gguf.GGMLQuantizationType.BF16 if name in quantised else gguf.GGMLQuantizationType.F32
+        if name in quantised and t.shape[-1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(t.float().cpu().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = diffusers.GGUFQuantizationConfig(compute_dtype=DTYPE)
+    loaded = type(model).from_single_file(str(folder / "model.gguf"), config=str(folder), quantization_config=config, torch_dtype=DTYPE)
+    loaded = loaded.to(DEVICE).eval()
+    return patch_model(loaded) if any(generated.origin_of(type(m)) for m in model.modules()) else loaded
+
+
 def _bitsandbytes(**how: Any) -> Callable[[], Any]:
     return lambda: diffusers.BitsAndBytesConfig(**how)
 
@@ -118,6 +140,7 @@ FEATURES = (
         families=("Qwen-Image", "HunyuanVideo"),
         note="of the tiny Wan's widths none is a multiple of the format's 32",
     ),
+    Feature("`from_single_file` of a GGUF file, `GGUFQuantizationConfig`", _gguf_file, weights_at_rest, needs=("gguf",)),
     Feature(
         "`BitsAndBytesConfig`, 8 bit",
         _from_pretrained(_bitsandbytes(load_in_8bit=True)),
