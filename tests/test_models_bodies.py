@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -108,3 +110,9 @@ def test_a_changed_fp32_layer_norm_is_refused(monkeypatch):
 
 def test_families_are_named_as_users_know_them():
     assert models.families() == ["HunyuanVideo", "Qwen-Image", "Wan"]
+
+
+def test_importing_ditnorm_does_not_import_diffusers():
+    """Importing diffusers takes seconds."""
+    code = "import sys, ditnorm; sys.exit('diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -37,6 +36,8 @@ def pairwise_mask(text_mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
 
 def mask_dtype(query: Tensor, key: Tensor, value: Tensor, processor: Any) -> torch.dtype:
     """The dtype of query, [B, S, H, D], if ``scaled_dot_product_attention`` would convert a bool mask to 0 and -inf in it; else bool."""
+    from diffusers.models import attention_dispatch  # not before a model of diffusers is there
+
     device = query.device.type
     if torch.compiler.is_compiling() or device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
         return torch.bool
