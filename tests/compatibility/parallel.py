@@ -41,28 +41,28 @@ def _on_the_cpu_too() -> None:
         tensor_parallel._SUPPORTED_TP_DEVICES = (*tensor_parallel._SUPPORTED_TP_DEVICES, "cpu")
 
 
-def _ulysses(model: Any, device: str) -> None:
+def _ulysses(model: Any, device: str) -> Any:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
     return model
 
 
-def _ulysses_uneven(model: Any, device: str) -> None:
+def _ulysses_uneven(model: Any, device: str) -> Any:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD, ulysses_anything=True))
     return model
 
 
-def _ring(model: Any, device: str) -> None:
+def _ring(model: Any, device: str) -> Any:
     model.set_attention_backend("_native_cudnn")  # one of those that return log-sum-exps
     model.enable_parallelism(config=ContextParallelConfig(ring_degree=WORLD))
     return model
 
 
-def _tensor_parallel(model: Any, device: str) -> None:
+def _tensor_parallel(model: Any, device: str) -> Any:
     model.enable_parallelism(config=TensorParallelConfig(mesh=init_device_mesh(device, (WORLD,))))
     return model
 
 
-def _fsdp2(model: Any, device: str) -> None:
+def _fsdp2(model: Any, device: str) -> Any:
     mesh = init_device_mesh(device, (WORLD,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
