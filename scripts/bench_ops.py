@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout's ditnorm, installed or not
 
 import build_kernels
-from bench import bars, contestants, environment, host, inductor, picture, results, timing
+from bench import bars, contestants, environment, host, inductor, peers, picture, results, timing
 from bench.cell_run import run_cell
 from bench.cells import Cell, all_cells, quick_cells
 from bench.light import Light
@@ -47,7 +47,7 @@ def unusable() -> str | None:
 def measure(cells: Sequence[Cell], compiled: bool) -> results.Run:
     """The whole run, printing each cell as it is done."""
     light = Light()
-    run = results.Run(environment.describe(), timing.copy_bandwidth())
+    run = results.Run(environment.describe(peers.available(), peers.missing()), timing.copy_bandwidth())
     tqdm.write(f"{environment.text(run.environment)}\ncopy bandwidth {run.copy_bytes_per_second / 1e12:.3f} TB/s\n")
     everyone = contestants.interpreted() + (contestants.compiled() if compiled else []) + contestants.importable()
     if compiled:

@@ -1,10 +1,11 @@
-"""The benchmark of QK normalisation with rotary embedding: ditnorm, eager PyTorch, torch.compile, and plain copies of the same bytes.
+"""The benchmark of QK normalisation with rotary embedding: ditnorm, eager PyTorch, torch.compile, other libraries, plain copies.
 
     python scripts/bench_rope.py                     everything, about 2 minutes on an H200
     python scripts/bench_rope.py --cells Wan --quick  the cells whose names contain this, without max-autotune
 
 Method: as scripts/bench_ops.py. "copy" is the share of a large device-to-device copy's bandwidth, "light" that of the fastest plain
-streaming kernel that moves the same rows (without the rotary tables, which are read besides). Needs a GPU, nvcc, and
+streaming kernel that moves the same rows (without the rotary tables, which are read besides). Other libraries are measured where they
+can be imported and serve the cell, and are right: bench/rope_peers.py tells which kernels, and how they are called. Needs a GPU, nvcc, and
 pip install 'ditnorm[bench]'.
 """
 
@@ -23,8 +24,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout's ditnorm, installed or not
 
-from bench import environment
-from bench.cells import DTYPES
+from bench import environment, rope_peers
+from bench.cells import DTYPES, EPS
 from bench.host import CALLS, rotate
 from bench.light import Light
 from bench.timing import Call, Recording, calls_in_graph, copy_bandwidth, input_sets, measure, record
@@ -32,7 +33,6 @@ from tables import text_table
 
 from ditnorm import functional, kernels, reference_rope
 
-EPS = 1e-6
 SINGLE, EAGER, UNFUSED, COMPILED, AUTOTUNED = "ditnorm single", "ditnorm eager", "eager", "torch.compile", "max-autotune"
 
 
@@ -122,27 +122,35 @@ def ours(cell: RopeCell, rounding: str, inputs: Mapping[str, Any]) -> Call:
     return partial(function, **inputs, head_dim=cell.head_dim, norm=cell.norm, eps=EPS, rounding=rounding)
 
 
-def expression(cell: RopeCell, function: Callable[..., Any], inputs: Mapping[str, Any]) -> Call:
+def unfused(cell: RopeCell) -> Callable[..., Any]:
+    return reference_rope.joint_qk_norm_rope if cell.encoder else reference_rope.qk_norm_rope
+
+
+def expression(cell: RopeCell, function: Callable[..., Any], inputs: Mapping[str, Any], rounding: str = "eager") -> Call:
     """The unfused expression of diffusers' processors on the same arguments."""
     flat: list[Any] = []
     for name, value in inputs.items():
         flat += list(value) if isinstance(value, tuple) else [value, None] if name.endswith("rotary") else [value]
-    return partial(function, *flat, cell.head_dim, cell.norm, EPS, *((False,) if cell.encoder else ()), "eager")
+    return partial(function, *flat, cell.head_dim, cell.norm, EPS, *((False,) if cell.encoder else ()), rounding)
 
 
 def contestants(cell: RopeCell, compiled: bool, autotuned: bool) -> dict[str, Callable[[Mapping[str, Any]], Call]]:
-    unfused: Callable[..., Any] = reference_rope.joint_qk_norm_rope if cell.encoder else reference_rope.qk_norm_rope
+    function = unfused(cell)
     found: dict[str, Callable[[Mapping[str, Any]], Call]] = {
         SINGLE: partial(ours, cell, "single"),
         EAGER: partial(ours, cell, "eager"),
-        UNFUSED: partial(expression, cell, unfused),
+        UNFUSED: partial(expression, cell, function),
     }
     if compiled:
-        found[COMPILED] = partial(expression, cell, torch.compile(unfused, fullgraph=True, dynamic=False))
+        found[COMPILED] = partial(expression, cell, torch.compile(function, fullgraph=True, dynamic=False))
     if autotuned:
         mode = "max-autotune-no-cudagraphs"
-        found[AUTOTUNED] = partial(expression, cell, torch.compile(unfused, fullgraph=True, dynamic=False, mode=mode))
+        found[AUTOTUNED] = partial(expression, cell, torch.compile(function, fullgraph=True, dynamic=False, mode=mode))
     return found
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def run_cell(cell: RopeCell, light: Light, compiled: bool, autotuned: bool) -> dict[str, Any]:
@@ -161,7 +169,18 @@ def run_cell(cell: RopeCell, light: Light, compiled: bool, autotuned: bool) -> d
             results[name] = bound[0]()
             recordings[name] = record(bound, calls)
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            failed[name] = brief(error)
+    kept: list[Any] = []  # what the peers' graphs read besides the inputs
+    for peer in rope_peers.available():
+        try:
+            peer_bound: list[Call] = [call for one in inputs if (call := peer.bind(cell, one)) is not None]
+            if peer_bound:
+                rope_peers.check(peer_bound[0](), expression(cell, unfused(cell), first, "single")())
+                torch.cuda.empty_cache()
+                recordings[peer.name] = record(peer_bound, calls)
+                kept.append(peer_bound)
+        except Exception as error:
+            failed[peer.name] = brief(error)
     streams = (2, 2, cell.row_bytes // 2 // 16 * 16)
     plain = {name: record(bound, calls) for name, bound in light.finalists(streams, sets, calls).items()}
     timings = measure(recordings | plain)
@@ -222,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         torch.manual_seed(0)
         light, copy = Light(), copy_bandwidth()
-        found = environment.describe()
+        found = environment.describe(rope_peers.available(), rope_peers.missing())
         print(f"{environment.text(found)}\ncopy bandwidth {copy / 1e12:.3f} TB/s\n")
         host = host_microseconds()
         if kernels.unavailable is not None:

@@ -1,18 +1,20 @@
 """Where a run took place."""
 
 import datetime
+import importlib.metadata
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from . import peers
+from .peers import Missing, Peer
 
 
-def describe() -> dict[str, Any]:
+def describe(peers: Iterable[Peer], missing: Iterable[Missing]) -> dict[str, Any]:
     """Command, date, GPU, driver and versions; which peers are missing and why."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -27,8 +29,8 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "peers": peers.versions(),
-        "missing": {peer.name: peer.reason for peer in peers.missing()},
+        "peers": {peer.package: importlib.metadata.version(peer.package) for peer in peers},
+        "missing": {peer.name: peer.reason for peer in missing},
     }
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from .cells import EPS, NSS, SR, Cell, Inputs
 
 Maker = Callable[[Inputs], Callable[[], Any] | None]
+Makers = Mapping[tuple[str, str], Callable[[], Callable[..., Any]]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Peer:
 
     name: str
     package: str
-    bind: Callable[[Cell], Maker]
+    bind: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,19 @@ def missing() -> list[Missing]:
     return [peer for peer in _all() if isinstance(peer, Missing)]
 
 
-def versions() -> dict[str, str]:
-    """The version of each available peer's distribution."""
-    return {peer.package: importlib.metadata.version(peer.package) for peer in available()}
-
-
 @cache
 def _all() -> list[Peer | Missing]:
-    makers = {
+    makers: Makers = {
         ("sglang", "sglang"): _sglang_cutedsl,
         ("sglang triton", "sglang"): _sglang_triton,
         ("comfy-kitchen", "comfy-kitchen"): _comfy_kitchen,
         ("liger", "liger-kernel"): _liger,
     }
+    return look_for(makers)
+
+
+def look_for(makers: Makers) -> list[Peer | Missing]:
+    """Each peer, by its name and distribution, if what makes its ``bind`` can import it."""
     found: list[Peer | Missing] = []
     for (name, package), maker in makers.items():
         try:
@@ -85,6 +86,19 @@ def _tokens(inputs: Inputs, name: str) -> Any:
     return m[:, None] if m.dim() == 2 else m
 
 
+def enter(package: str, names: Iterable[str]) -> None:
+    """Puts a package's own packages into ``sys.modules`` unexecuted, so that modules in them can be imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"No module named {package!r}")
+    roots = list(spec.submodule_search_locations)
+    for name in names:
+        folder = importlib.machinery.ModuleSpec(f"{package}.{name}".rstrip("."), None, is_package=True)
+        folder.origin = f"{roots[0]}/{name.replace('.', '/')}/__init__.py"
+        folder.submodule_search_locations = [f"{root}/{name.replace('.', '/')}" for root in roots]
+        sys.modules[folder.name] = importlib.util.module_from_spec(folder)
+
+
 # sglang
 
 
@@ -112,29 +126,21 @@ def _enter_sglang() -> None:
 
     The packages' own ``__init__`` import some fifty distributions that no kernel needs: they are entered in ``sys.modules`` unexecuted.
     """
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError("No module named 'sglang'")
-    roots = list(spec.submodule_search_locations)
-    for name in (*_PACKAGES, "srt.utils"):
-        folder = importlib.machinery.ModuleSpec(f"sglang.{name}".rstrip("."), None, is_package=True)
-        folder.origin = f"{roots[0]}/{name.replace('.', '/')}/__init__.py"
-        folder.submodule_search_locations = [f"{root}/{name.replace('.', '/')}" for root in roots]
-        sys.modules[folder.name] = importlib.util.module_from_spec(folder)
+    enter("sglang", (*_PACKAGES, "srt.utils"))
     importlib.import_module("sglang.srt.utils.custom_op")  # how its kernels register ops; then the server's modules can go
     for name in _SERVER:
         sys.modules[f"sglang.{name}"] = _Elsewhere(f"sglang.{name}")
 
 
-def _sglang_module(name: str) -> types.ModuleType:
+def sglang_module(name: str) -> types.ModuleType:
     """A module of ``sglang.kernels``."""
     _enter_sglang()
     return importlib.import_module(f"sglang.kernels.{name}")
 
 
 def _sglang_cutedsl() -> Callable[[Cell], Maker]:
-    kernels = _sglang_module("ops.diffusion.norm.scale_residual_norm_cutedsl")
-    _sglang_module("kda_kernels.norm_scale_shift_jit")  # what its functions import at their first call
+    kernels = sglang_module("ops.diffusion.norm.scale_residual_norm_cutedsl")
+    sglang_module("kda_kernels.norm_scale_shift_jit")  # what its functions import at their first call
 
     def bind(cell: Cell) -> Maker:
         if not _plain(cell) or cell.op == SR or cell.width % 256 or cell.width > 8192:
@@ -152,8 +158,8 @@ def _sglang_cutedsl() -> Callable[[Cell], Maker]:
 
 
 def _sglang_triton() -> Callable[[Cell], Maker]:
-    modulate = _sglang_module("kda_kernels.layernorm_modulate_triton").fused_layernorm_modulate_raw
-    gated = _sglang_module("ops.diffusion.modulate.residual_gate_fp32").residual_gate_fp32
+    modulate = sglang_module("kda_kernels.layernorm_modulate_triton").fused_layernorm_modulate_raw
+    gated = sglang_module("ops.diffusion.modulate.residual_gate_fp32").residual_gate_fp32
 
     def bind(cell: Cell) -> Maker:
         plain = _plain(cell) and cell.layout == "sample" and not cell.views
