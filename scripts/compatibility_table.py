@@ -1,6 +1,7 @@
 """Writes docs/compatibility.md from the data of the tests in tests/compatibility; ``--check`` says whether it is up to date."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from compatibility import matrix, parallel  # noqa: E402
 from compatibility.feature import FAMILIES, ORDERS, Feature  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"
+RELEASES = ROOT / "docs" / "diffusers.json"
 
 INTRODUCTION = """\
 # Compatibility
@@ -25,6 +27,7 @@ A cell names what holds in all four orders:
 
 Each test checks that the output equals that of the unpatched model with the same feature (`torch.equal`; for Inductor the bound in
 `compiled.py`), that the feature is in effect as on the unpatched model, that the fused ops ran, and that unpatching restores the model.
+Runs are under `torch.no_grad`, but for those that train.
 
 - **same**: as described.
 - **bound**: as described, within a derived bound instead of bit for bit.
@@ -32,7 +35,8 @@ Each test checks that the output equals that of the unpatched model with the sam
 - **upstream fails**: so does the unpatched model, with the same error; the test shows it.
 - **-**: the family has no such feature.
 
-IP-Adapters have no row: diffusers has none for these families.
+IP-Adapters have no row: diffusers has none for these families. Of the guiders of modular pipelines those have rows that change the model
+or run it again; the others only combine its predictions.
 
 Tests of features that need a GPU or a package that isn't installed are skipped. Cells marked *all* run with `make test-all` in some
 orders.
@@ -55,7 +59,37 @@ def page() -> str:
         "|---|---|---|",
     ]
     lines += [f"| {kind} | {', '.join(models)} | {parallel.REMARKS.get(kind, '')} |" for kind, models in parallel.CASES.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_releases()]) + "\n"
+
+
+def _releases() -> Iterator[str]:
+    """The results of the newest run of check_diffusers_versions.py: the tests, then fingerprint by fingerprint where it was found."""
+    found = json.loads(RELEASES.read_text())
+    yield from (
+        "## Releases of diffusers",
+        "",
+        "`python scripts/check_diffusers_versions.py` runs the tests of the model families with every release from the declared minimum",
+        "on, here on a machine without a GPU, whose tests are the skipped ones.",
+        "",
+        "| diffusers | Tests |",
+        "|---|---|",
+    )
+    yield from (f"| {release} | {result['tests']} |" for release, result in found.items())
+    yield from (
+        "",
+        "What ditnorm replaces, below `diffusers.models`, and the fingerprints of its source. A function with another fingerprint is left",
+        "alone, and patching and the report say so.",
+        "",
+        "| Function | Fingerprint | Releases |",
+        "|---|---|---|",
+    )
+    where: dict[tuple[str, str], list[str]] = {}
+    for release, result in found.items():
+        for function, fingerprint in result["fingerprints"].items():
+            where.setdefault((function, fingerprint), []).append(release)
+    for (function, fingerprint), releases in sorted(where.items(), key=lambda item: item[0][0]):
+        every = "all" if len(releases) == len(found) else f"{releases[0]} to {releases[-1]}"
+        yield f"| `{function}` | `{fingerprint}` | {every} |"
 
 
 def _row(feature: Feature) -> str:

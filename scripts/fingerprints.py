@@ -1,0 +1,35 @@
+"""Prints, as JSON, the functions of the installed diffusers that ditnorm replaces in the tiny models, with their fingerprints."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import tiny  # type: ignore[import-not-found]
+
+from ditnorm.models.fingerprint import fingerprint
+from ditnorm.units import find_units
+
+
+def found() -> dict[str, str]:
+    """``module.Class.function`` without ``diffusers.models`` -> fingerprint."""
+    models = (tiny.load(name, torch.float32) for name in tiny.MODELS)
+    functions = {(cls, name) for model in models for cls, name in _replaced(model) if cls.__module__.startswith("diffusers.")}
+    digests = {f"{cls.__module__}.{cls.__qualname__}.{name}": fingerprint(getattr(cls, name)) or "unreadable" for cls, name in functions}
+    return {path.removeprefix("diffusers.models."): digest for path, digest in sorted(digests.items())}
+
+
+def _replaced(model: torch.nn.Module) -> Iterator[tuple[type, str]]:
+    for unit in find_units(model):
+        for swap in unit.swaps:
+            yield from ((swap.upstream, name) for name in getattr(swap.body, "fingerprints", ("forward",)))
+            if hasattr(swap.module, "processor"):
+                yield type(swap.module.processor), "__call__"
+
+
+if __name__ == "__main__":
+    print(json.dumps(found(), indent=1))
