@@ -88,7 +88,7 @@ def _releases() -> Iterator[str]:
         for function, fingerprint in result["fingerprints"].items():
             where.setdefault((function, fingerprint), []).append(release)
     for (function, fingerprint), releases in sorted(where.items(), key=lambda item: item[0][0]):
-        every = "all" if len(releases) == len(found) else f"{releases[0]} to {releases[-1]}"
+        every = "all" if len(releases) == len(found) else " to ".join(dict.fromkeys((releases[0], releases[-1])))
         yield f"| `{function}` | `{fingerprint}` | {every} |"
 
 
