@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ditnorm import patch_model
 from ditnorm.models import hunyuan_video
-from ditnorm.models.pairwise_mask import mask_dtype, pairwise_mask
+from ditnorm.models import pairwise_mask as pairwise_mask_module
+from ditnorm.models.pairwise_mask import BOOL, MaskForm, mask_form, pairwise_mask
 
 TEXT = 5
 TEXT_MASKS = {
@@ -42,16 +43,17 @@ def text_mask(request: pytest.FixtureRequest) -> Tensor:
 @pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
 @pytest.mark.parametrize("tokens", [TEXT, 13, 16, 23])
 def test_a_bool_mask_is_upstreams(text_mask: Tensor, tokens: int, kind: torch.dtype) -> None:
-    assert torch.equal(pairwise_mask(text_mask.to(kind), tokens, torch.bool), upstream(text_mask, tokens))
+    assert torch.equal(pairwise_mask(text_mask.to(kind), tokens, BOOL), upstream(text_mask, tokens))
 
 
+@pytest.mark.parametrize("invalid", [-torch.inf, -65504.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [TEXT, 13, 16, 23])
-def test_an_additive_mask_is_what_attention_makes_of_upstreams(text_mask: Tensor, tokens: int, dtype: torch.dtype) -> None:
-    mask = pairwise_mask(text_mask, tokens, dtype)
+def test_an_additive_mask_is_what_attention_makes_of_upstreams(text_mask: Tensor, tokens: int, dtype: torch.dtype, invalid: float) -> None:
+    mask = pairwise_mask(text_mask, tokens, (dtype, invalid))
     assert mask.dtype == dtype
-    assert torch.equal(mask, torch.where(upstream(text_mask, tokens), 0.0, torch.tensor(-torch.inf, dtype=dtype)))
-    # The memory-efficient kernel then makes no aligned copy.
+    assert torch.equal(mask, torch.where(upstream(text_mask, tokens), 0.0, torch.tensor(invalid, dtype=dtype)))
+    # Attention then makes no aligned copy.
     assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
     assert mask.stride(-1) == 1
 
@@ -63,10 +65,11 @@ def test_attention_gives_the_same_bits_with_either(text_mask: Tensor, tokens: in
     text_mask = text_mask.to(device)
     query, key, value = (torch.randn(len(text_mask), tokens, HEADS, HEAD_DIM, device=device).to(dtype) for _ in range(3))
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH) if backend == "math" else contextlib.nullcontext():
-        mask = pairwise_mask(text_mask, tokens, mask_dtype(query, key, value, processor()))
+        form = mask_form(query, processor())
+        mask = pairwise_mask(text_mask, tokens, form)
         expected, output = (_attention(query, key, value, m) for m in (upstream(text_mask, tokens), mask))
-    assert torch.equal(output, expected)
-    assert output.isfinite().all()
+    assert form[0] == dtype
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -77,49 +80,66 @@ def processor(backend: Any = None, parallel_config: Any = None) -> SimpleNamespa
     return SimpleNamespace(_attention_backend=backend, _parallel_config=parallel_config)
 
 
-def test_only_native_attention_is_given_an_additive_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv = [torch.randn(1, 13, HEADS, HEAD_DIM) for _ in range(3)]
-    assert mask_dtype(*qkv, processor()) == torch.float32
-    assert mask_dtype(*qkv, processor(AttentionBackendName.NATIVE)) == torch.float32
-    assert mask_dtype(*qkv, processor(AttentionBackendName._NATIVE_MATH)) == torch.bool
-    assert mask_dtype(*qkv, processor(parallel_config=object())) == torch.bool
+def test_only_native_attention_is_given_an_additive_mask() -> None:
+    query, additive = torch.randn(1, 13, HEADS, HEAD_DIM), (torch.float32, -torch.inf)
+    assert mask_form(query, processor()) == additive
+    assert mask_form(query, processor(AttentionBackendName.NATIVE)) == additive
+    assert mask_form(query, processor(AttentionBackendName._NATIVE_MATH)) == BOOL
+    assert mask_form(query, processor(parallel_config=object())) == BOOL
+    assert mask_form(query.clone().requires_grad_(), processor()) == BOOL
     with attention_backend("_native_math"):
-        assert mask_dtype(*qkv, processor()) == torch.bool
-        assert mask_dtype(*qkv, processor(AttentionBackendName.NATIVE)) == torch.float32
+        assert mask_form(query, processor()) == BOOL
+        assert mask_form(query, processor(AttentionBackendName.NATIVE)) == additive
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert mask_dtype(*qkv, processor()) == torch.bool
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args: nn.attention.SDPBackend.CUDNN_ATTENTION.value)
-    assert mask_dtype(*qkv, processor()) == torch.bool
+        assert mask_form(query, processor()) == BOOL
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, -65504.0, -1.0])
+def test_the_additive_mask_has_what_attention_puts_for_an_invalid_pair(lowest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some releases of PyTorch do for cuDNN; and as none does: the mask stays bool."""
+    attention = F.scaled_dot_product_attention
+
+    def converting(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+        if attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, lowest)
+        return attention(query, key, value, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", converting)
+    pairwise_mask_module._probed_form.cache_clear()
+    form = mask_form(torch.randn(1, 13, HEADS, HEAD_DIM), processor())
+    pairwise_mask_module._probed_form.cache_clear()
+    assert form == (BOOL if lowest == -1.0 else (torch.float32, lowest))
 
 
 @pytest.mark.parametrize("additive", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_model_gives_the_same_bits_with_padding_in_either_text(
-    dtype: torch.dtype, additive: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, additive: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, arguments = tiny.load("hunyuan-video-1.5", dtype), tiny.inputs("hunyuan-video-1.5", 2, dtype)
+    model, arguments = tiny.load("hunyuan-video-1.5", dtype).to(device), tiny.inputs("hunyuan-video-1.5", 2, dtype)
+    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     arguments["encoder_attention_mask"][0, 3:] = 0
     arguments["encoder_attention_mask_2"][1] = 0
     expected = tiny.run(model, arguments)
     patch_model(model, strict=True)
     made: list[torch.dtype] = []
 
-    def build(text_mask: Tensor, tokens: int, wanted: torch.dtype) -> Tensor:
-        made.append(wanted)
-        return pairwise_mask(text_mask, tokens, wanted)
+    def build(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
+        made.append(form[0])
+        return pairwise_mask(text_mask, tokens, form)
 
     monkeypatch.setattr(hunyuan_video, "pairwise_mask", build)
     if not additive:
-        monkeypatch.setattr(hunyuan_video, "mask_dtype", lambda *args: torch.bool)
-    assert torch.equal(tiny.run(model, arguments), expected)
+        monkeypatch.setattr(hunyuan_video, "mask_form", lambda *args: BOOL)
+    torch.testing.assert_close(tiny.run(model, arguments), expected, rtol=0, atol=0, equal_nan=True)
     assert made == [dtype if additive else torch.bool] * 2
 
 
 def test_it_compiles_as_one_graph(text_mask: Tensor) -> None:
-    qkv, native = [torch.randn(len(text_mask), 13, HEADS, HEAD_DIM) for _ in range(3)], processor()
+    query, native = torch.randn(len(text_mask), 13, HEADS, HEAD_DIM), processor()
 
-    def mask(text_mask: Tensor, *qkv: Tensor) -> Tensor:
-        return pairwise_mask(text_mask, 13, mask_dtype(*qkv, native))
+    def mask(text_mask: Tensor, query: Tensor) -> Tensor:
+        return pairwise_mask(text_mask, 13, mask_form(query, native))
 
     compiled = torch.compile(mask, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(text_mask, *qkv), upstream(text_mask, 13))
+    assert torch.equal(compiled(text_mask, query), upstream(text_mask, 13))

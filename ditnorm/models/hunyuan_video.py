@@ -11,7 +11,7 @@ from .adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from .attention import FusedAttention, weight_of
 from .base import FusedBlock
 from .gelu import activated
-from .pairwise_mask import mask_dtype, pairwise_mask
+from .pairwise_mask import mask_form, pairwise_mask
 
 
 class HunyuanVideoAttention(FusedAttention):
@@ -79,7 +79,7 @@ class HunyuanVideoAttention(FusedAttention):
 
         processor = self.processor
         if self.known[type(processor)] == "pairwise_mask":
-            attention_mask = pairwise_mask(attention_mask, query.shape[1], mask_dtype(query, key, value, processor))  # type: ignore[arg-type]
+            attention_mask = pairwise_mask(attention_mask, query.shape[1], mask_form(query, processor))  # type: ignore[arg-type]
         hidden_states = self.upstream("dispatch_attention_fn")(
             query,
             key,

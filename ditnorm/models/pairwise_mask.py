@@ -4,48 +4,76 @@ Upstream repeats rows and combines them with their transpose, and ``scaled_dot_p
 where its rows aren't aligned: each a pass over the square of the tokens, most at a fraction of the memory's speed.
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
-_ROW_ALIGNMENT = 8  # elements; what the memory-efficient kernel asks of the strides
+_ROW_ALIGNMENT = 8  # elements; what attention kernels ask of the strides
+_PROBED_TOKENS = 64
+BOOL = (torch.bool, 0.0)
+
+MaskForm = tuple[torch.dtype, float]
+"""The dtype of a mask, and what stands in it for an invalid pair; for a valid one 0, in a bool mask True."""
 
 
-def pairwise_mask(text_mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """[B, T] of the text's tokens, the last -> [B, 1, S, S]: True where both tokens of a pair are valid, or in another dtype 0, else -inf.
+def pairwise_mask(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
+    """[B, T] of the text's tokens, the last of all -> [B, 1, S, S], in the form of :func:`mask_form`: a pair is valid if both tokens are.
 
     All is filled as valid first, at the memory's speed; only the columns and rows of the text's tokens are looked at then.
     """
     if torch.compiler.is_compiling():  # computed where it is read: the fewer steps the better
         valid = F.pad(text_mask, (tokens - text_mask.shape[1], 0), value=True).bool()
         return valid[:, None, None, :] & valid[:, None, :, None]
+    dtype, invalid = form
     batch, text_tokens = text_mask.shape
     if dtype is torch.bool:
-        mask, invalid = text_mask.new_ones(batch, 1, tokens, tokens, dtype=dtype), 0.0
+        mask = text_mask.new_ones(batch, 1, tokens, tokens, dtype=dtype)
     else:
         row = -(-tokens // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        mask, invalid = text_mask.new_zeros(batch, 1, tokens, row, dtype=dtype)[..., :tokens], -torch.inf
+        mask = text_mask.new_zeros(batch, 1, tokens, row, dtype=dtype)[..., :tokens]
     padding = ~text_mask.bool()
     mask[..., tokens - text_tokens :].masked_fill_(padding[:, None, None, :], invalid)
     mask[:, :, tokens - text_tokens :].masked_fill_(padding[:, None, :, None], invalid)
     return mask
 
 
-def mask_dtype(query: Tensor, key: Tensor, value: Tensor, processor: Any) -> torch.dtype:
-    """The dtype of query, [B, S, H, D], if ``scaled_dot_product_attention`` would convert a bool mask to 0 and -inf in it; else bool."""
+def mask_form(query: Tensor, processor: Any) -> MaskForm:
+    """To what ``scaled_dot_product_attention`` would convert a bool mask for query, [B, S, H, D]; ``BOOL`` where that isn't known."""
+    if torch.compiler.is_compiling():
+        return BOOL
     from diffusers.models import attention_dispatch  # not before a model of diffusers is there
 
     device = query.device.type
-    if torch.compiler.is_compiling() or device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
-        return torch.bool
+    if device not in ("cpu", "cuda") or query.requires_grad or torch.is_autocast_enabled(device):
+        return BOOL
     backend = processor._attention_backend or attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
     if backend != attention_dispatch.AttentionBackendName.NATIVE or processor._parallel_config is not None:
-        return torch.bool
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    any_mask = query.new_empty((), dtype=torch.bool).expand(query.shape[0], 1, query.shape[2], key.shape[2])
-    chosen = torch._fused_sdp_choice(query, key, value, any_mask)
-    # For cuDNN some releases of PyTorch put -65504 in place of -inf, which shows where all of a row is masked.
-    return torch.bool if chosen == SDPBackend.CUDNN_ATTENTION.value else query.dtype
+        return BOOL
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        return BOOL
+    cuda = torch.backends.cuda
+    kernels = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled()
+    return _probed_form(query.device, query.dtype, query.shape[-1], kernels)
+
+
+@functools.lru_cache(maxsize=32)
+def _probed_form(device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[bool, ...]) -> MaskForm:
+    """Tries what gives the bits of a bool mask where all of a row is masked.
+
+    PyTorch puts -inf there, for cuDNN's kernel some releases the lowest float16. ``kernels``: those enabled, among which PyTorch chooses.
+    """
+    with torch.inference_mode():
+        states = torch.linspace(-3, 3, 3 * _PROBED_TOKENS * head_dim, device=device).sin().to(dtype)
+        query, key, value = states.view(3, 1, 1, _PROBED_TOKENS, head_dim)
+        valid = torch.arange(_PROBED_TOKENS, device=device) % 3 > 0
+        bool_mask = (valid[:, None] & valid[None])[None, None]
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bool_mask)
+        for invalid in (-torch.inf, torch.finfo(torch.float16).min):
+            mask = torch.zeros_like(bool_mask, dtype=dtype).masked_fill_(~bool_mask, invalid)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            if torch.equal(output.nan_to_num(nan=1e4), expected.nan_to_num(nan=1e4)):
+                return dtype, invalid
+    return BOOL

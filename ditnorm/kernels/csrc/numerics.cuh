@@ -100,16 +100,6 @@ __device__ __forceinline__ Pack<T, N> load_row(const T* source) {
   return pack;
 }
 
-// Asks for what `data` points to, so that a load soon after finds it in L1. Nothing waits for it.
-__device__ __forceinline__ void touch(const void* data) {
-#ifdef __CUDA_ARCH__
-  uint32_t unused;
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(unused) : "l"(data));
-#else
-  (void)data;
-#endif
-}
-
 template <Cache CACHE, class T, int N>
 __device__ __forceinline__ void store_row(T* target, const Pack<T, N>& pack) {
   auto* words = reinterpret_cast<typename Pack<T, N>::Access*>(target);

@@ -26,11 +26,6 @@ struct ModulationRow {
 
   __device__ __forceinline__ Pack<M, N> load(int offset) const { return load_pack<M, N>(row + offset); }
 
-  __device__ __forceinline__ void touch_all(int offset, bool tabled) const {
-    touch(row + offset);
-    if (tabled) touch(table + offset);
-  }
-
   // `loaded` plus the table's values.
   __device__ __forceinline__ void add_table(float (&sums)[N], const Pack<M, N>& loaded, int offset) const {
     to_floats(sums, loaded);
@@ -49,17 +44,19 @@ __device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vecto
     to_floats(out, load_pack<T, N>(static_cast<const T*>(vector.data) + column));
   }
 }
-template <class T>
-__device__ __forceinline__ void touch_vector(const Vector& vector, int column) {
-  touch(static_cast<const char*>(vector.data) + column * (vector.dtype == DType::f32 ? sizeof(float) : sizeof(T)));
+
+__device__ __forceinline__ void prefetch(const Vector& vector, int column) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const char*>(vector.data) + column * (vector.dtype == DType::f32 ? 4 : 2)));
+#endif
 }
 
-template <class T, bool RESIDUAL, bool ROUND, bool EXTRAS, int ITEMS, class SHAPE>
-constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, RESIDUAL, ROUND, EXTRAS, ITEMS, SHAPE::kAhead);
+template <class T, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
 
-// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T. EXTRAS: with an affine, tables or both.
-template <class T, class M, bool RESIDUAL, bool ROUND, bool EXTRAS, int ITEMS, class SHAPE>
-__global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND, EXTRAS, ITEMS, SHAPE>) row_kernel(const Problem p) {
+// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
+template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+__global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND, ITEMS, SHAPE>) row_kernel(const Problem p) {
   constexpr int kLanesHere = SHAPE::kLanesPerThread;
   constexpr int N = SHAPE::template kElements<T>;  // of one access
   constexpr int kStep = SHAPE::kThreads * N;       // of all threads' accesses together
@@ -85,9 +82,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
     if constexpr (RESIDUAL) branch[i] = load_row<kCache, T, N>(x + i * kStep);
   });
 
-  const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr;
-  const bool affine = EXTRAS && p.weight.data != nullptr;
-  const bool tabled = EXTRAS && !ROUND && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
+  const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, affine = p.weight.data != nullptr;
+  const bool tabled = !ROUND && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
   const ModulationRow<M, N> gate(p.gate, at, p.index, first), scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
   // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
   constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses, kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
@@ -102,13 +98,14 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
   if constexpr (RESIDUAL) each(kFirst, ask_gate);
   if constexpr (kAhead == kAccesses) each(kFirst, ask);
 
-  if (EXTRAS && gridDim.x * gridDim.y <= kFewRows) {  // nothing hides the waits for what is asked for later
+  if (unlikely(affine || tabled)) {  // their loads stand behind branches, each of which would wait for memory
     each(kEach, [&](auto i) {
       if (!inside(i)) return;
-      if (gated) gate.touch_all(i * kStep, tabled);
-      if (modulated) scale.touch_all(i * kStep, tabled), shift.touch_all(i * kStep, tabled);
-      if (affine) touch_vector<T>(p.weight, first + i * kStep);
-      if (affine && p.bias.data != nullptr) touch_vector<T>(p.bias, first + i * kStep);
+      const int column = first + i * kStep;
+      if (affine) prefetch(p.weight, column);
+      if (affine && p.bias.data != nullptr) prefetch(p.bias, column);
+      if (tabled && gated) prefetch(p.gate.table, column);
+      if (tabled && modulated) prefetch(p.scale.table, column), prefetch(p.shift.table, column);
     });
   }
 
@@ -121,7 +118,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
       float gate_values[N];
       if (!gated) {
         v[i] = add(v[i], branch[i]);
-      } else if (tabled) {
+      } else if (unlikely(tabled)) {
         gate.add_table(gate_values, loaded, i * kStep);
         v[i] = add_gated(v[i], branch[i], gate_values);
       } else if constexpr (ROUND) {
@@ -179,7 +176,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
     for (int j = 0; j < N; ++j) n[j] = __fsub_rn(n[j], statistics.mean);
 
     Pack<T, N> y;
-    if (kContracts<T, M, ROUND> && !unlikely(!modulated) && !(affine || tabled)) {
+    if (kContracts<T, M, ROUND> && !unlikely(!modulated || affine || tabled)) {
       to_floats(scale_values, loaded_scale);
       to_floats(shift_values, loaded_shift);
 #pragma unroll
@@ -188,7 +185,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j) n[j] = __fmul_rn(statistics.rstd, n[j]);
-      if (affine) {
+      if (unlikely(affine)) {
         float weight[N], bias[N];
         load_vector<T>(weight, p.weight, first + i * kStep);
         if (p.bias.data != nullptr) {
@@ -205,7 +202,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
         if (modulated) y = modulate_rounded(y, loaded_scale, loaded_shift);
       } else {
         if (modulated) {
-          if (tabled) {
+          if (unlikely(tabled)) {
             scale.add_table(scale_values, loaded_scale, i * kStep);
             shift.add_table(shift_values, loaded_shift, i * kStep);
           } else {

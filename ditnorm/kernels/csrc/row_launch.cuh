@@ -6,8 +6,8 @@
 
 namespace ditnorm {
 
-template <class T, class M, bool RESIDUAL, bool ROUND, bool EXTRAS>
-int launch_row_shape(const Problem& p, void* stream) {
+template <class T, class M, bool RESIDUAL, bool ROUND>
+int launch_row_kernel(const Problem& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
   const int64_t tiles = (p.width + kTile - 1) / kTile;
   const bool few_rows = p.batch * p.tokens <= kFewRows;
@@ -15,9 +15,9 @@ int launch_row_shape(const Problem& p, void* stream) {
   const auto serve = [&](auto items) {
     if (tiles <= full_tiles(items) || tiles > items) return;
     constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
-    constexpr Ahead kAhead = ahead(sizeof(T), sizeof(M), RESIDUAL, EXTRAS, items);
+    constexpr Ahead kAhead = ahead(sizeof(T), sizeof(M), RESIDUAL, items);
     const auto launch_shape = [&](auto shape) {
-      error = launch(&row_kernel<T, M, RESIDUAL, ROUND, EXTRAS, items, decltype(shape)>, grid, shape.kThreads, stream, p);
+      error = launch(&row_kernel<T, M, RESIDUAL, ROUND, items, decltype(shape)>, grid, shape.kThreads, stream, p);
     };
     if (few_rows) return launch_shape(Shape<kLanesOfThread, kAhead.few_rows>{});
     launch_shape(Shape<kLanesOfThread, kAhead.many_rows>{});
@@ -25,13 +25,6 @@ int launch_row_shape(const Problem& p, void* stream) {
   serve(Constant<2>{}), serve(Constant<3>{}), serve(Constant<4>{}), serve(Constant<6>{});
   serve(Constant<8>{}), serve(Constant<10>{}), serve(Constant<12>{});
   return error;
-}
-
-template <class T, class M, bool RESIDUAL, bool ROUND>
-int launch_row_kernel(const Problem& p, void* stream) {
-  const bool tabled = p.scale.table.data != nullptr || p.gate.table.data != nullptr;
-  if (tabled || p.weight.data != nullptr) return launch_row_shape<T, M, RESIDUAL, ROUND, true>(p, stream);
-  return launch_row_shape<T, M, RESIDUAL, ROUND, false>(p, stream);
 }
 
 template <bool RESIDUAL, class T>

@@ -49,17 +49,15 @@ struct Ahead {
   int few_rows, many_rows;
 };
 
-constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual, bool extras, int items) {
-  if (element_size == 4) return {1, 1};  // no registers for more
-  const int many_rows = narrow(items) && !residual ? 0 : 1;
-  if (extras) return {many_rows, many_rows};
+constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual, int items) {
+  if (element_size == 4) return {1, 1};                                 // no registers for more
   if (modulation_size == 2 && residual) return {kWholeRow, kWholeRow};  // next to the two rows' registers these don't matter
-  return {kWholeRow, many_rows};
+  if (narrow(items) && !residual) return {kWholeRow, 0};
+  return {kWholeRow, 1};
 }
 
 // For __launch_bounds__. Left alone (0), ptxas spills a register or two in these kernels to reach an occupancy that it likes.
-constexpr int min_blocks(bool fp16, bool residual, bool round, bool extras, int items, int ahead) {
-  if (extras) return residual && round && items == 10 ? 7 : 0;
+constexpr int min_blocks(bool fp16, bool residual, bool round, int items, int ahead) {
   if (residual || ahead > 1) return 0;
   if (round && items == 10) return 8;
   if (round && items == 6 && fp16) return 9;
