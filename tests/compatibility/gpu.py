@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import pipelines
 from .compiled import graphs, no_less_accurate, regional
-from .feature import ORDERS, Feature, Upstream, arguments_of, calls_of, unchanged, weights_at_rest
+from .feature import ORDERS, Feature, Upstream, arguments_of, calls_of, forward, unchanged, weights_at_rest
 
 
 def _peak(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
@@ -66,6 +66,12 @@ def _captured(model: nn.Module, family: str) -> Tensor:
         return output.clone()
 
 
+def _marked(model: nn.Module, family: str) -> Tensor:
+    """A forward pass as CUDA graph trees want it: without the mark every block is a step of its own, and overwrites the one before."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return forward(model, family).clone()
+
+
 FEATURES = (
     Feature(
         "`enable_model_cpu_offload`, peak memory",
@@ -116,11 +122,12 @@ FEATURES = (
         '`compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")`',
         regional(fullgraph=True, mode="reduce-overhead"),
         graphs,
+        run_with=_marked,
         bound=no_less_accurate,
         fused="any",
         agrees=lambda found, upstream: found <= upstream + 1,
         gpus=1,
         slow=frozenset(ORDERS),
-        note="replays aren't counted",
+        note="with `torch.compiler.cudagraph_mark_step_begin()` before each pass, without which upstream fails; replays aren't counted",
     ),
 )
