@@ -98,15 +98,18 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND
   if constexpr (RESIDUAL) each(kFirst, ask_gate);
   if constexpr (kAhead == kAccesses) each(kFirst, ask);
 
-  if (unlikely(affine || tabled)) {  // their loads stand behind branches, each of which would wait for memory
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
-      const int column = first + i * kStep;
-      if (affine) prefetch(p.weight, column);
-      if (affine && p.bias.data != nullptr) prefetch(p.bias, column);
-      if (tabled && gated) prefetch(p.gate.table, column);
-      if (tabled && modulated) prefetch(p.scale.table, column), prefetch(p.shift.table, column);
-    });
+  // Their loads stand behind branches, each of which waits for memory, and with few rows nothing hides that. With many it only costs.
+  if constexpr (kAhead == kAccesses) {
+    if (unlikely(affine || tabled) && gridDim.x * gridDim.y <= kFewRows) {
+      each(kEach, [&](auto i) {
+        if (!inside(i)) return;
+        const int column = first + i * kStep;
+        if (affine) prefetch(p.weight, column);
+        if (affine && p.bias.data != nullptr) prefetch(p.bias, column);
+        if (tabled && gated) prefetch(p.gate.table, column);
+        if (tabled && modulated) prefetch(p.scale.table, column), prefetch(p.shift.table, column);
+      });
+    }
   }
 
   const int64_t out = (at.batch * p.tokens + at.token) * p.width + first;
