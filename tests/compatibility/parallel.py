@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, TensorParallelConfig
 from diffusers.hooks import tensor_parallel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -53,6 +54,7 @@ def _ulysses_uneven(model: Any, device: str) -> Any:
 
 def _ring(model: Any, device: str) -> Any:
     model.set_attention_backend("_native_cudnn")  # one of those that return log-sum-exps
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)  # the call above also changes the whole process
     model.enable_parallelism(config=ContextParallelConfig(ring_degree=WORLD))
     return model
 
