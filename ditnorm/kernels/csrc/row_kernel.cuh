@@ -51,12 +51,12 @@ __device__ __forceinline__ void prefetch(const Vector& vector, int column) {
 #endif
 }
 
-template <class T, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
-constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
+template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, sizeof(M), RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
 
 // RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
 template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
-__global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, RESIDUAL, ROUND, ITEMS, SHAPE>) row_kernel(const Problem p) {
+__global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, ROUND, ITEMS, SHAPE>) row_kernel(const Problem p) {
   constexpr int kLanesHere = SHAPE::kLanesPerThread;
   constexpr int N = SHAPE::template kElements<T>;  // of one access
   constexpr int kStep = SHAPE::kThreads * N;       // of all threads' accesses together
