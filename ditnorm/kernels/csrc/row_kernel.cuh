@@ -52,7 +52,7 @@ __device__ __forceinline__ void prefetch(const Vector& vector, int column) {
 }
 
 template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
-constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, sizeof(M), RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
+constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, sizeof(T), sizeof(M), RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
 
 // RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
 template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>

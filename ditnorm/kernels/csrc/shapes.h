@@ -57,11 +57,11 @@ constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual
 }
 
 // For __launch_bounds__. Left alone (0), ptxas spills a register or two in these kernels to reach an occupancy that it likes.
-constexpr int min_blocks(bool fp16, size_t modulation_size, bool residual, bool round, int items, int ahead) {
+constexpr int min_blocks(bool fp16, size_t element_size, size_t modulation_size, bool residual, bool round, int items, int ahead) {
   if (residual || ahead > 1) return 0;
   if (round && items == 10) return 8;
   if (round && items == 6 && fp16) return 9;
-  if (!round && items == 10 && modulation_size == 4) return 7;
+  if (!round && items == 10 && modulation_size > element_size) return 7;
   if (!round && items <= 3 && modulation_size == 2) return 16;
   return 0;
 }
