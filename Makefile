@@ -32,7 +32,7 @@ help:  ## list the targets
 demo: $(if $(wildcard .venv/test),.venv/test,.venv/demo)  ## digits drawn by three tiny pipelines with and without ditnorm, side by side
 	$(BIN)/python scripts/demo.py
 
-test: lint types test-build test-sanitized test-host test-suite  ## everything that CI checks, about 45 minutes on two cores
+test: lint types test-build test-sanitized test-host test-suite  ## everything that CI checks, about 15 minutes on two cores
 
 test-all: SELECTED = slow or not slow
 test-all: test  ## the same with the tests that take longer

@@ -1,10 +1,12 @@
 """A tiny Wan model for the tests of patching, and what they look at."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tiny
 import torch
 from diffusers import WanPipeline
+from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
 from ditnorm import generated, kernels
@@ -32,3 +34,10 @@ def is_patched(model: nn.Module) -> bool:
 
 def pipeline(transformer: nn.Module, transformer_2: nn.Module | None = None) -> WanPipeline:
     return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer, transformer_2=transformer_2)
+
+
+class WanTransformerBlock(transformer_wan.WanTransformerBlock):
+    """A version of the block that nobody has looked at."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs) * 2

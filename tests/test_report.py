@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from diffusers.hooks import apply_group_offloading
-from test_patching import DTYPE, WanTransformerBlock, is_patched, pipeline, run
+from patched import DTYPE, WanTransformerBlock, is_patched, pipeline, run
 from torch import Tensor, nn
 
 from ditnorm import functional, head_verification, kernels, verification
