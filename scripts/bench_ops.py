@@ -47,7 +47,7 @@ def unusable() -> str | None:
 def measure(cells: Sequence[Cell], compiled: bool) -> results.Run:
     """The whole run, printing each cell as it is done."""
     light = Light()
-    run = results.Run(environment.describe(peers.available(), peers.missing()), timing.copy_bandwidth())
+    run = results.Run(environment.describe(peers.found()), timing.copy_bandwidth())
     tqdm.write(f"{environment.text(run.environment)}\ncopy bandwidth {run.copy_bytes_per_second / 1e12:.3f} TB/s\n")
     everyone = contestants.interpreted() + (contestants.compiled() if compiled else []) + contestants.importable()
     if compiled:

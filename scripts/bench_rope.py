@@ -171,7 +171,7 @@ def run_cell(cell: RopeCell, light: Light, compiled: bool, autotuned: bool) -> d
         except Exception as error:
             failed[name] = brief(error)
     kept: list[Any] = []  # what the peers' graphs read besides the inputs
-    for peer in rope_peers.available():
+    for peer in rope_peers.found().available:
         try:
             peer_bound: list[Call] = [call for one in inputs if (call := peer.bind(cell, one)) is not None]
             if peer_bound:
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         torch.manual_seed(0)
         light, copy = Light(), copy_bandwidth()
-        found = environment.describe(rope_peers.available(), rope_peers.missing())
+        found = environment.describe(rope_peers.found())
         print(f"{environment.text(found)}\ncopy bandwidth {copy / 1e12:.3f} TB/s\n")
         host = host_microseconds()
         if kernels.unavailable is not None:

@@ -258,10 +258,10 @@ def test_missing_peers_are_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", absent)
     monkeypatch.setattr(importlib, "import_module", functools.partial(absent))
-    monkeypatch.setattr(peers, "_all", peers._all.__wrapped__)
-    assert peers.available() == []
-    assert {peer.name for peer in peers.missing()} == {"sglang", "sglang triton", "comfy-kitchen", "liger"}
-    assert all(peer.reason for peer in peers.missing())
+    found = peers.found.__wrapped__()
+    assert found.available == []
+    assert {peer.name for peer in found.missing} == {"sglang", "sglang triton", "comfy-kitchen", "liger"}
+    assert all(peer.reason for peer in found.missing)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

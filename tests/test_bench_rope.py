@@ -34,16 +34,16 @@ def test_missing_peers_are_named(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    monkeypatch.setattr(rope_peers, "_all", rope_peers._all.__wrapped__)
-    assert rope_peers.available() == []
-    assert {peer.name for peer in rope_peers.missing()} == {
+    found = rope_peers.found.__wrapped__()
+    assert found.available == []
+    assert {peer.name for peer in found.missing} == {
         "sglang",
         "sglang in place",
         "sglang CuTe",
         "sglang triton",
         "comfy-kitchen",
     }
-    assert all(peer.reason for peer in rope_peers.missing())
+    assert all(peer.reason for peer in found.missing)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from diffusers.models.activations import GELU
-from test_memory import LiveBytes
+from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -66,7 +66,7 @@ def compiled() -> list[Contestant]:
 
 def importable() -> list[Contestant]:
     """The peers that this process can import."""
-    return [Contestant(peer.name, peer.bind) for peer in peers.available()]
+    return [Contestant(peer.name, peer.bind) for peer in peers.found().available]
 
 
 def _ditnorm(rounding: str, cell: Cell) -> Callable[[Inputs], Callable[[], Any]]:

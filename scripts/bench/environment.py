@@ -6,15 +6,14 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from .peers import Missing, Peer
+from .peers import Found
 
 
-def describe(peers: Iterable[Peer], missing: Iterable[Missing]) -> dict[str, Any]:
+def describe(peers: Found) -> dict[str, Any]:
     """Command, date, GPU, driver and versions; which peers are missing and why."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -29,8 +28,8 @@ def describe(peers: Iterable[Peer], missing: Iterable[Missing]) -> dict[str, Any
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "peers": {peer.package: importlib.metadata.version(peer.package) for peer in peers},
-        "missing": {peer.name: peer.reason for peer in missing},
+        "peers": {peer.package: importlib.metadata.version(peer.package) for peer in peers.available},
+        "missing": {peer.name: peer.reason for peer in peers.missing},
     }
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -36,16 +36,16 @@ class Missing:
     reason: str
 
 
-def available() -> list[Peer]:
-    return [peer for peer in _all() if isinstance(peer, Peer)]
+@dataclass
+class Found:
+    """What this process has of the peers."""
 
-
-def missing() -> list[Missing]:
-    return [peer for peer in _all() if isinstance(peer, Missing)]
+    available: list[Peer] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
 
 
 @cache
-def _all() -> list[Peer | Missing]:
+def found() -> Found:
     makers: Makers = {
         ("sglang", "sglang"): _sglang_cutedsl,
         ("sglang triton", "sglang"): _sglang_triton,
@@ -55,16 +55,16 @@ def _all() -> list[Peer | Missing]:
     return look_for(makers)
 
 
-def look_for(makers: Makers) -> list[Peer | Missing]:
-    """Each peer, by its name and distribution, if what makes its ``bind`` can import it."""
-    found: list[Peer | Missing] = []
+def look_for(makers: Makers) -> Found:
+    """Each peer, by its name and distribution, is available if what makes its ``bind`` can import it."""
+    result = Found()
     for (name, package), maker in makers.items():
         try:
             importlib.metadata.version(package)
-            found.append(Peer(name, package, maker()))
+            result.available.append(Peer(name, package, maker()))
         except Exception as error:  # whatever a package's import raises: it is absent, or broken here
-            found.append(Missing(name, _one_line(error)))
-    return found
+            result.missing.append(Missing(name, _one_line(error)))
+    return result
 
 
 def _one_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import EPS
-from .peers import Makers, Missing, Peer, enter, look_for, sglang_module
+from .peers import Found, Makers, enter, look_for, sglang_module
 from .timing import Call
 
 if TYPE_CHECKING:
@@ -35,16 +35,8 @@ MOST_ULPS, MOST_ULPS_FP32 = 4, 16
 """Honest half-precision contestants round four times, half a unit each; float32 ones differ in how they sum and take the root."""
 
 
-def available() -> list[Peer]:
-    return [peer for peer in _all() if isinstance(peer, Peer)]
-
-
-def missing() -> list[Missing]:
-    return [peer for peer in _all() if isinstance(peer, Missing)]
-
-
 @cache
-def _all() -> list[Peer | Missing]:
+def found() -> Found:
     makers: Makers = {
         ("sglang", "sglang"): _sglang,
         ("sglang in place", "sglang"): _sglang_in_place,
