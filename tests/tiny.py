@@ -211,7 +211,7 @@ _HUNYUAN = {
     "rope_axes_dim": (4, 4, 4),
 }
 _HUNYUAN_VIDEO = _HUNYUAN | {"num_single_layers": 2, "pooled_projection_dim": 8, "guidance_embeds": True}
-_HUNYUAN_CALLS = (2 * 2 + 2 + 1, 2 * 2, 2 * 2 + 2, 2, 2)
+_HUNYUAN_CALLS = (2 * 2 + 2 + 1, 2 * 2, 2 * 2 + 2 * 2, 2, 2)
 
 MODELS = {
     "qwen-image": Tiny("QwenImageTransformer2DModel", _QWEN_IMAGE, _qwen_image([(1, 4, 4)]), _QWEN_IMAGE_CALLS),

@@ -170,7 +170,7 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
     names = frozenset({"HunyuanVideoSingleTransformerBlock", "HunyuanImageSingleTransformerBlock"})
     fingerprints = {"forward": frozenset({"ec73d8a5e99f"})}  # 0.37.0 to 0.42.1, in both
     sites = {"norm": AdaLayerNormZeroSingle, "attn": HunyuanVideoAttention}
-    site_count = 1
+    site_count = 2
 
     def forward(
         self,
@@ -183,17 +183,14 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         text_seq_length = encoder_hidden_states.shape[1]
-        residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-
-        x, gate = self.norm(residual, emb=temb)
+        x, gate = self.norm(torch.cat([hidden_states, encoder_hidden_states], dim=1), emb=temb)
         mlp = activated(self.act_mlp, self.proj_mlp, x)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = torch.cat([x, mlp], dim=2)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 
-        hidden_states = scale_residual(residual, x, gate, rounding=self.rounding)
-        return hidden_states[:, :-text_seq_length], hidden_states[:, -text_seq_length:]
+        return _scale_residuals(hidden_states, encoder_hidden_states, x, gate, rounding=self.rounding)
 
 
 class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedBlock):
@@ -291,7 +288,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
     names = frozenset({"HunyuanVideoTokenReplaceSingleTransformerBlock"})
     fingerprints = {"forward": frozenset({"154c1f7ef55b"})}  # 0.37.0 to 0.42.1
     sites = {"norm": HunyuanVideoTokenReplaceAdaLayerNormZeroSingle, "attn": HunyuanVideoAttention}
-    site_count = 1
+    site_count = 2
 
     def forward(
         self,
@@ -304,9 +301,8 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
         num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
         text_seq_length = encoder_hidden_states.shape[1]
-        residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-
-        x, gate, tr_gate = self.norm(residual, temb, token_replace_emb, num_tokens)
+        x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens)
         mlp = activated(self.act_mlp, self.proj_mlp, x)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = torch.cat([x, mlp], dim=2)
@@ -314,8 +310,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
         x = self.proj_out(x)
 
         (gate,) = _rows((tr_gate, gate))
-        hidden_states = scale_residual(residual, x, gate, index=_row_index(x, num_tokens), rounding=self.rounding)
-        return hidden_states[:, :-text_seq_length], hidden_states[:, -text_seq_length:]
+        return _scale_residuals(hidden_states, encoder_hidden_states, x, gate, _row_index(x, num_tokens), rounding=self.rounding)
 
 
 def _attend_joined(
@@ -327,6 +322,20 @@ def _attend_joined(
         return attn(hidden_states=x, **kwargs)[0]  # type: ignore[operator]
     both = attn(hidden_states=x[:, :-text_tokens], encoder_hidden_states=x[:, -text_tokens:], **kwargs)
     return torch.cat(both, dim=1)
+
+
+def _scale_residuals(
+    hidden_states: Tensor, encoder_hidden_states: Tensor, x: Tensor, gate: Tensor, index: Tensor | None = None, *, rounding: str
+) -> tuple[Tensor, Tensor]:
+    """Both residual streams + ``gate * x``, [B, S + T, D]. Upstream joins the streams, and keeps that copy all along."""
+    streams = (hidden_states, encoder_hidden_states)
+    tokens = [stream.shape[1] for stream in streams]
+    if x.requires_grad:  # in one call, for the gradient of the gate to be rounded once
+        return scale_residual(torch.cat(streams, dim=1), x, gate, index=index, rounding=rounding).split(tokens, dim=1)
+    indices = (None, None) if index is None else index.split(tokens)
+    parts = zip(streams, x.split(tokens, dim=1), indices, strict=True)
+    hidden_states, encoder_hidden_states = (scale_residual(r, part, gate, index=i, rounding=rounding) for r, part, i in parts)
+    return hidden_states, encoder_hidden_states
 
 
 def _rows(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
