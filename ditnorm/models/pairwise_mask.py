@@ -24,9 +24,6 @@ def pairwise_mask(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
 
     All is filled as valid first, at the memory's speed; only the columns and rows of the text's tokens are looked at then.
     """
-    if torch.compiler.is_compiling():  # computed where it is read: the fewer steps the better
-        valid = F.pad(text_mask, (tokens - text_mask.shape[1], 0), value=True).bool()
-        return valid[:, None, None, :] & valid[:, None, :, None]
     dtype, invalid = form
     batch, text_tokens = text_mask.shape
     if dtype is torch.bool:
@@ -42,8 +39,6 @@ def pairwise_mask(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
 
 def mask_form(query: Tensor, processor: Any) -> MaskForm:
     """To what ``scaled_dot_product_attention`` would convert a bool mask for query, [B, S, H, D]; ``BOOL`` where that isn't known."""
-    if torch.compiler.is_compiling():
-        return BOOL
     from diffusers.models import attention_dispatch  # not before a model of diffusers is there
 
     device = query.device.type
@@ -52,6 +47,8 @@ def mask_form(query: Tensor, processor: Any) -> MaskForm:
     backend = processor._attention_backend or attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
     if backend != attention_dispatch.AttentionBackendName.NATIVE or processor._parallel_config is not None:
         return BOOL
+    if torch.compiler.is_compiling():  # which traces PyTorch's own conversion
+        return query.dtype, -torch.inf
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return BOOL
     cuda = torch.backends.cuda
