@@ -1,6 +1,6 @@
 """The benchmark of QK normalisation with rotary embedding: ditnorm, eager PyTorch, torch.compile, other libraries, plain copies.
 
-    python scripts/bench_rope.py                     everything, about 2 minutes on an H200
+    python scripts/bench_rope.py                     everything, 6 minutes or more where all the other libraries are there
     python scripts/bench_rope.py --cells Wan --quick  the cells whose names contain this, without max-autotune
 
 Method: as scripts/bench_ops.py. "copy" is the share of a large device-to-device copy's bandwidth, "light" that of the fastest plain
@@ -247,19 +247,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if kernels.unavailable is not None:
             print(f"bench_rope: ditnorm's CUDA kernels are unavailable: {kernels.unavailable}", file=sys.stderr)
             return 2
-        results = []
+        options.out.mkdir(parents=True, exist_ok=True)
+        document: dict[str, Any] = {"environment": found, "copy_bytes_per_second": copy, "host_us": host, "cells": (results := [])}
         for cell in (progress := tqdm(cells, unit="cell")):
             progress.set_description(cell.name)
             results.append(run_cell(cell, light, not options.no_compile, not (options.no_compile or options.quick)))
+            tqdm.write(f"{table(results[-1:], copy)}\n")
+            (options.out / "rope.json").write_text(json.dumps(document, indent=1) + "\n")  # a run cut short keeps what it has
             torch.cuda.empty_cache()
     print(f"\n{table(results, copy)}\n\nhost time of a call at 128 tokens, microseconds, {CALLS} calls, GPU kept behind")
     print(text_table([[name, f"{us:.1f}"] for name, us in host.items()]))
     for result in results:
         for name, message in result["failed"].items():
             print(f"{result['name']}: {name}: {message}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    document = {"environment": found, "copy_bytes_per_second": copy, "host_us": host, "cells": results}
-    (options.out / "rope.json").write_text(json.dumps(document, indent=1) + "\n")
     print(f"\n{options.out / 'rope.json'}")
     return 0
 
