@@ -47,7 +47,7 @@ def mask_form(query: Tensor, processor: Any) -> MaskForm:
     backend = processor._attention_backend or attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
     if backend != attention_dispatch.AttentionBackendName.NATIVE or processor._parallel_config is not None:
         return BOOL
-    if torch.compiler.is_compiling():  # which traces PyTorch's own conversion
+    if torch.compiler.is_compiling():  # PyTorch's own conversion would be traced, and it takes -inf
         return query.dtype, -torch.inf
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return BOOL
