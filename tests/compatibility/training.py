@@ -51,8 +51,9 @@ def _lora_checkpointing(model: Any, folder: Path) -> nn.Module:
 
 
 FEATURES = (
-    Feature("gradients of all parameters", unchanged, its_output, run_with=_gradients),
+    # HunyuanVideo's single-stream blocks add their gated residual in one call for both streams where gradients are wanted.
+    Feature("gradients of all parameters", unchanged, its_output, run_with=_gradients, fused="any"),
     Feature("gradient checkpointing", _checkpointing, its_output, run_with=_gradients, fused="any"),
-    Feature("LoRA training steps", _lora, its_output, run_with=_train, passes=STEPS),
+    Feature("LoRA training steps", _lora, its_output, run_with=_train, fused="any"),
     Feature("LoRA training steps, gradient checkpointing", _lora_checkpointing, its_output, run_with=_train, fused="any"),
 )
