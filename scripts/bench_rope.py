@@ -1,6 +1,6 @@
 """The benchmark of QK normalisation with rotary embedding: ditnorm, eager PyTorch, torch.compile, other libraries, plain copies.
 
-    python scripts/bench_rope.py                     everything, 6 minutes or more where all the other libraries are there
+    python scripts/bench_rope.py                     everything; minutes, more of them with other libraries
     python scripts/bench_rope.py --cells Wan --quick  the cells whose names contain this, without max-autotune
 
 Method: as scripts/bench_ops.py. "copy" is the share of a large device-to-device copy's bandwidth, "light" that of the fastest plain
@@ -248,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"bench_rope: ditnorm's CUDA kernels are unavailable: {kernels.unavailable}", file=sys.stderr)
             return 2
         options.out.mkdir(parents=True, exist_ok=True)
-        document: dict[str, Any] = {"environment": found, "copy_bytes_per_second": copy, "host_us": host, "cells": (results := [])}
+        results: list[dict[str, Any]] = []
+        document = {"environment": found, "copy_bytes_per_second": copy, "host_us": host, "cells": results}
         for cell in (progress := tqdm(cells, unit="cell")):
             progress.set_description(cell.name)
             results.append(run_cell(cell, light, not options.no_compile, not (options.no_compile or options.quick)))

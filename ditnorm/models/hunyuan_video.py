@@ -328,14 +328,16 @@ def _scale_residuals(
     hidden_states: Tensor, encoder_hidden_states: Tensor, x: Tensor, gate: Tensor, index: Tensor | None = None, *, rounding: str
 ) -> tuple[Tensor, Tensor]:
     """Both residual streams + ``gate * x``, [B, S + T, D]. Upstream joins the streams, and keeps that copy all along."""
-    streams = (hidden_states, encoder_hidden_states)
-    tokens = [stream.shape[1] for stream in streams]
+    tokens = hidden_states.shape[1]
     if x.requires_grad:  # in one call, for the gradient of the gate to be rounded once
-        return scale_residual(torch.cat(streams, dim=1), x, gate, index=index, rounding=rounding).split(tokens, dim=1)
-    indices = (None, None) if index is None else index.split(tokens)
-    parts = zip(streams, x.split(tokens, dim=1), indices, strict=True)
-    hidden_states, encoder_hidden_states = (scale_residual(r, part, gate, index=i, rounding=rounding) for r, part, i in parts)
-    return hidden_states, encoder_hidden_states
+        residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        residual = scale_residual(residual, x, gate, index=index, rounding=rounding)
+        return residual[:, :tokens], residual[:, tokens:]
+    first, last = (None, None) if index is None else (index[:tokens], index[tokens:])
+    return (
+        scale_residual(hidden_states, x[:, :tokens], gate, index=first, rounding=rounding),
+        scale_residual(encoder_hidden_states, x[:, tokens:], gate, index=last, rounding=rounding),
+    )
 
 
 def _rows(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -13,6 +13,12 @@ from .feature import Feature, arguments_of, its_output, unchanged
 STEPS = 2
 
 
+def _forward(model: nn.Module, family: str) -> Tensor:
+    """The output where gradients are wanted: HunyuanVideo's single-stream blocks then add both residual streams in one fused call."""
+    output: Tensor = model(**arguments_of(family), return_dict=False)[0]
+    return output.detach()
+
+
 def _gradients(model: nn.Module, family: str) -> Tensor:
     """The output, then the gradient of every parameter that has one."""
     model.zero_grad()
@@ -51,9 +57,8 @@ def _lora_checkpointing(model: Any, folder: Path) -> nn.Module:
 
 
 FEATURES = (
-    # HunyuanVideo's single-stream blocks add their gated residual in one call for both streams where gradients are wanted.
-    Feature("gradients of all parameters", unchanged, its_output, run_with=_gradients, fused="any"),
+    Feature("gradients of all parameters", unchanged, its_output, run=_forward, run_with=_gradients),
     Feature("gradient checkpointing", _checkpointing, its_output, run_with=_gradients, fused="any"),
-    Feature("LoRA training steps", _lora, its_output, run_with=_train, fused="any"),
+    Feature("LoRA training steps", _lora, its_output, run=_forward, run_with=_train, passes=STEPS),
     Feature("LoRA training steps, gradient checkpointing", _lora_checkpointing, its_output, run_with=_train, fused="any"),
 )
