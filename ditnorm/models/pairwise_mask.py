@@ -5,6 +5,7 @@ where its rows aren't aligned: each a pass over the square of the tokens, most a
 """
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ def pairwise_mask(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
 
 def mask_form(query: Tensor, processor: Any) -> MaskForm:
     """To what ``scaled_dot_product_attention`` would convert a bool mask for query, [B, S, H, D]; ``BOOL`` where that isn't known."""
-    from diffusers.models import attention_dispatch  # not before a model of diffusers is there
-
+    attention_dispatch = sys.modules["diffusers.models.attention_dispatch"]  # the model's; torch 2.11 can't trace importing it
     device = query.device.type
     if device not in ("cpu", "cuda") or query.requires_grad or torch.is_autocast_enabled(device):
         return BOOL
