@@ -54,8 +54,9 @@ __device__ __forceinline__ void prefetch(const Vector& vector, int column) {
 template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
 constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, sizeof(T), sizeof(M), RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
 
-// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
-template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T. AFFINE: the norm has one, in T, and there are no
+// tables; otherwise whether there are is found out at run time.
+template <class T, class M, bool AFFINE, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
 __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, ROUND, ITEMS, SHAPE>) row_kernel(const Problem p) {
   constexpr int kLanesHere = SHAPE::kLanesPerThread;
   constexpr int N = SHAPE::template kElements<T>;  // of one access
@@ -82,8 +83,9 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
     if constexpr (RESIDUAL) branch[i] = load_row<kCache, T, N>(x + i * kStep);
   });
 
-  const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, affine = p.weight.data != nullptr;
-  const bool tabled = !ROUND && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
+  const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, biased = p.bias.data != nullptr;
+  const bool affine = !AFFINE && p.weight.data != nullptr;
+  const bool tabled = !AFFINE && !ROUND && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
   const ModulationRow<M, N> gate(p.gate, at, p.index, first), scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
   // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
   constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses, kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
         if (!inside(i)) return;
         const int column = first + i * kStep;
         if (affine) prefetch(p.weight, column);
-        if (affine && p.bias.data != nullptr) prefetch(p.bias, column);
+        if (affine && biased) prefetch(p.bias, column);
         if (tabled && gated) prefetch(p.gate.table, column);
         if (tabled && modulated) prefetch(p.scale.table, column), prefetch(p.shift.table, column);
       });
@@ -134,6 +136,17 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
       }
       if (!at.valid && gated) v[i] = filled<T, N>(kNaN);
       store_row<kCache>(static_cast<T*>(p.r) + out + i * kStep, v[i]);
+    });
+  }
+
+  // The statistics hide the wait for these, and the registers of the two rows and of the gate are free again.
+  Pack<T, N> weights[AFFINE ? kAccesses : 1], biases[AFFINE ? kAccesses : 1];
+  if constexpr (AFFINE) {
+    each(kEach, [&](auto i) {
+      if (!inside(i)) return;
+      weights[i] = load_pack<T, N>(static_cast<const T*>(p.weight.data) + first + i * kStep);
+      biases[i] = filled<T, N>(kNoBias);
+      if (biased) biases[i] = load_pack<T, N>(static_cast<const T*>(p.bias.data) + first + i * kStep);
     });
   }
 
@@ -179,7 +192,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
     for (int j = 0; j < N; ++j) n[j] = __fsub_rn(n[j], statistics.mean);
 
     Pack<T, N> y;
-    if (kContracts<T, M, ROUND> && !unlikely(!modulated || affine || tabled)) {
+    if (kContracts<T, M, ROUND> && !AFFINE && !unlikely(!modulated || affine || tabled)) {
       to_floats(scale_values, loaded_scale);
       to_floats(shift_values, loaded_shift);
 #pragma unroll
@@ -188,15 +201,20 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j) n[j] = __fmul_rn(statistics.rstd, n[j]);
-      if (unlikely(affine)) {
-        float weight[N], bias[N];
+      float weight[N], bias[N];
+      if constexpr (AFFINE) {
+        to_floats(weight, weights[i]);
+        to_floats(bias, biases[i]);
+      } else if (unlikely(affine)) {
         load_vector<T>(weight, p.weight, first + i * kStep);
-        if (p.bias.data != nullptr) {
+        if (biased) {
           load_vector<T>(bias, p.bias, first + i * kStep);
         } else {
 #pragma unroll
           for (int j = 0; j < N; ++j) bias[j] = kNoBias;
         }
+      }
+      if (AFFINE || unlikely(affine)) {
 #pragma unroll
         for (int j = 0; j < N; ++j) n[j] = __fmaf_rn(weight[j], n[j], bias[j]);
       }

@@ -6,19 +6,33 @@
 
 namespace ditnorm {
 
+// Whether weight and bias are of the dtype of x, and nothing else is added.
+inline bool affine_in_registers(const Problem& p) {
+  const auto same = [&](const Vector& vector) { return vector.data == nullptr || vector.dtype == p.x.dtype; };
+  return p.weight.data != nullptr && same(p.weight) && same(p.bias) && p.gate.table.data == nullptr && p.scale.table.data == nullptr;
+}
+
 template <class T, class M, bool RESIDUAL, bool ROUND>
 int launch_row_kernel(const Problem& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
   const int64_t tiles = (p.width + kTile - 1) / kTile;
   const bool few_rows = p.batch * p.tokens <= kFewRows;
+  const bool affine = affine_in_registers(p);
   int error = 0;
   const auto serve = [&](auto items) {
     if (tiles <= full_tiles(items) || tiles > items) return;
     constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
     constexpr Ahead kAhead = ahead(sizeof(T), sizeof(M), RESIDUAL, items);
     const auto launch_shape = [&](auto shape) {
-      error = launch(&row_kernel<T, M, RESIDUAL, ROUND, items, decltype(shape)>, grid, shape.kThreads, stream, p);
+      error = launch(&row_kernel<T, M, false, RESIDUAL, ROUND, items, decltype(shape)>, grid, shape.kThreads, stream, p);
     };
+    if constexpr (sizeof(T) == 2 && std::is_same_v<T, M>) {
+      using WholeRow = Shape<kLanesOfThread, kWholeRow>;
+      if (affine) {
+        error = launch(&row_kernel<T, M, true, RESIDUAL, ROUND, items, WholeRow>, grid, WholeRow::kThreads, stream, p);
+        return;
+      }
+    }
     if (few_rows) return launch_shape(Shape<kLanesOfThread, kAhead.few_rows>{});
     launch_shape(Shape<kLanesOfThread, kAhead.many_rows>{});
   };
