@@ -52,7 +52,7 @@ struct Ahead {
 constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual, int items) {
   if (element_size == 4) return {1, 1};                                 // no registers for more
   if (modulation_size == 2 && residual) return {kWholeRow, kWholeRow};  // next to the two rows' registers these don't matter
-  if (modulation_size == 4) return {kWholeRow, 2};
+  if (residual) return {kWholeRow, 2};
   if (narrow(items)) return {kWholeRow, 0};
   return {kWholeRow, 1};
 }
