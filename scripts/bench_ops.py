@@ -1,6 +1,6 @@
 """The benchmark of the ops: ditnorm, eager PyTorch, torch.compile, other libraries' kernels, and plain copies of the same bytes.
 
-    python scripts/bench_ops.py                   everything, about 7 minutes on an H200
+    python scripts/bench_ops.py                   everything, 6 minutes on an H100 with every other library
     python scripts/bench_ops.py --quick           about a minute
     python scripts/bench_ops.py --cells nss/4096  the cells whose names contain this, e.g. nss/4096x3072/sample/bf16
 

@@ -1,6 +1,6 @@
 """The benchmark of QK normalisation with rotary embedding: ditnorm, eager PyTorch, torch.compile, other libraries, plain copies.
 
-    python scripts/bench_rope.py                     everything; minutes, more of them with other libraries
+    python scripts/bench_rope.py                     everything, 4 minutes on an H100 with every other library
     python scripts/bench_rope.py --cells Wan --quick  the cells whose names contain this, without max-autotune
 
 Method: as scripts/bench_ops.py. "copy" is the share of a large device-to-device copy's bandwidth, "light" that of the fastest plain

@@ -6,7 +6,8 @@
 
 namespace ditnorm {
 
-// Whether weight and bias are of the dtype of x, and nothing else is added.
+// Whether weight and bias are of the dtype of x, and there are no tables. Then each row asks for all of its modulations and of these at
+// once, with many rows too: docs/kernels.md.
 inline bool affine_in_registers(const Problem& p) {
   const auto same = [&](const Vector& vector) { return vector.data == nullptr || vector.dtype == p.x.dtype; };
   return p.weight.data != nullptr && same(p.weight) && same(p.bias) && p.gate.table.data == nullptr && p.scale.table.data == nullptr;
