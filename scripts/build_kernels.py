@@ -262,7 +262,7 @@ def parse_ptxas(printed: str) -> list[KernelResources]:
 def print_report(resources: Sequence[KernelResources]) -> None:
     names = sorted({r.kernel for r in resources})
     demangled = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    readable = {name: re.sub(r"^void |\(.*", "", text) for name, text in zip(names, demangled, strict=True)}
+    readable = {name: re.sub(r"^void |\([^()]*\)$", "", text) for name, text in zip(names, demangled, strict=True)}
     print("registers  stack  spilled  arch  kernel")
     for r in resources:
         print(f"{r.registers:9}  {r.stack:5}  {r.spill_stores + r.spill_loads:7}  {r.arch:>4}  {readable[r.kernel]}")

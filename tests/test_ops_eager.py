@@ -119,6 +119,9 @@ def test_wan(width: int, dtype: torch.dtype, per_token: bool) -> None:
     y, r = scale_residual_norm_scale_shift(r1, x, None, rows[1], rows[0], **options)
     assert torch.equal(r, r2)
     assert torch.equal(y, diffusers.wan_norm(r2, scale1, shift1))
+    y, r = scale_residual_norm_scale_shift(hidden_states, x, rows[2], rows[1], rows[0], gate_table=gate_row, **options)
+    assert torch.equal(r, r1)
+    assert torch.equal(y, diffusers.wan_norm(r1, scale1, shift1))
     assert torch.equal(scale_residual(r2, x, rows[5], gate_table=gate3_row, rounding="eager"), r3)
 
 

@@ -10,8 +10,8 @@ inline bool aligned16(const void* data, DType dtype, int64_t stride_a, int64_t s
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_a * bytes(dtype) % 16 == 0 && stride_b * bytes(dtype) % 16 == 0;
 }
 
-inline bool fast_vector(const Vector& vector, DType t) {
-  return vector.data == nullptr || ((vector.dtype == t || vector.dtype == DType::f32) && aligned16(vector.data, vector.dtype, 0, 0));
+inline bool fast_vector(const Vector& vector, DType dtype) {
+  return vector.data == nullptr || (vector.dtype == dtype && aligned16(vector.data, dtype, 0, 0));
 }
 
 inline bool fast_modulation(const Modulation& m, DType dtype) {
@@ -33,7 +33,10 @@ inline DType fast_modulation_dtype(const Problem& p) {
   if ((p.scale.data == nullptr) != (p.shift.data == nullptr)) return kNone;
   // The two norms with a bias that no model has; they have formulas of their own.
   if (p.bias.data != nullptr && (p.weight.data == nullptr || p.norm == Norm::rms)) return kNone;
-  if (!fast_vector(p.weight, t) || !fast_vector(p.bias, t)) return kNone;
+  // An affine is of the dtype of x, or in float32 unless the norm's result is rounded to T.
+  for (const Vector* vector : {&p.weight, &p.bias}) {
+    if (!fast_vector(*vector, t) && (p.round_each || !fast_vector(*vector, DType::f32))) return kNone;
+  }
 
   DType m = t;
   int tables = 0, modulations = 0;

@@ -1,7 +1,7 @@
 // The fast kernel: a row stays in registers from its one load to its one store. It serves what models use: x and residual of one dtype
-// T, modulations all in M (T or float32), affine in T or float32, tables in float32, everything aligned, width at most kMaxItems tiles;
-// scale and shift both given or both missing; of the modulations given, all have a table or none has. docs/kernels.md tells what was
-// measured on the way here.
+// T, modulations all in M (T or float32), affine in T (or float32 where nothing is rounded to T), tables in float32, everything aligned,
+// width at most kMaxItems tiles; scale and shift both given or both missing; of the modulations given, all have a table or none has.
+// docs/kernels.md tells what was measured on the way here.
 #pragma once
 #include "formulas.cuh"
 #include "launch.h"
@@ -26,14 +26,15 @@ struct ModulationRow {
 
   __device__ __forceinline__ Pack<M, N> load(int offset) const { return load_pack<M, N>(row + offset); }
 
-  // `loaded` plus the table's values.
-  __device__ __forceinline__ void add_table(float (&sums)[N], const Pack<M, N>& loaded, int offset) const {
-    to_floats(sums, loaded);
-    const auto addends = load_pack<float, N>(table + offset);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sums[j] = __fadd_rn(sums[j], addends.v[j]);
-  }
+  __device__ __forceinline__ Pack<float, N> load_table(int offset) const { return load_pack<float, N>(table + offset); }
 };
+
+template <class M, int N>
+__device__ __forceinline__ void add_table(float (&sums)[N], const Pack<M, N>& modulation, const Pack<float, N>& table) {
+  to_floats(sums, modulation);
+#pragma unroll
+  for (int j = 0; j < N; ++j) sums[j] = __fadd_rn(sums[j], table.v[j]);
+}
 
 // N elements of the affine, in T or float32 (which one is known at run time).
 template <class T, int N>
@@ -51,13 +52,10 @@ __device__ __forceinline__ void prefetch(const Vector& vector, int column) {
 #endif
 }
 
-template <class T, class M, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
-constexpr int kMinBlocks = min_blocks(std::is_same_v<T, __half>, sizeof(T), sizeof(M), RESIDUAL, ROUND, ITEMS, SHAPE::kAhead);
-
-// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T. AFFINE: the norm has one, in T, and there are no
-// tables; otherwise whether there are is found out at run time.
-template <class T, class M, bool AFFINE, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
-__global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, ROUND, ITEMS, SHAPE>) row_kernel(const Problem p) {
+// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
+__global__ void __launch_bounds__(SHAPE::kThreads, min_blocks(sizeof(T), sizeof(M), EXTRAS, RESIDUAL, ITEMS, SHAPE::kAhead))
+    row_kernel(const Problem p) {
   constexpr int kLanesHere = SHAPE::kLanesPerThread;
   constexpr int N = SHAPE::template kElements<T>;  // of one access
   constexpr int kStep = SHAPE::kThreads * N;       // of all threads' accesses together
@@ -84,24 +82,34 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
   });
 
   const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, biased = p.bias.data != nullptr;
-  const bool affine = !AFFINE && p.weight.data != nullptr;
-  const bool tabled = !AFFINE && !ROUND && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
+  const bool affine = EXTRAS == Extras::any && p.weight.data != nullptr;
+  const bool tabled = EXTRAS == Extras::any && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
   const ModulationRow<M, N> gate(p.gate, at, p.index, first), scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
   // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
   constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses, kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
+  constexpr int kTableSlots = EXTRAS == Extras::tables ? kSlots : 1;
+  constexpr auto kFirst = std::make_integer_sequence<int, kAhead>{};
   Pack<M, N> gates[RESIDUAL ? kSlots : 1], scales[kSlots], shifts[kSlots];
+  Pack<float, N> gate_tables[RESIDUAL ? kTableSlots : 1], scale_tables[kTableSlots], shift_tables[kTableSlots];
   const auto ask_gate = [&](auto i) {
-    if (i < kAccesses && gated && inside(i)) gates[i % kSlots] = gate.load(i * kStep);
+    if (i < kAccesses && gated && inside(i)) {
+      gates[i % kSlots] = gate.load(i * kStep);
+      if constexpr (EXTRAS == Extras::tables) gate_tables[i % kSlots] = gate.load_table(i * kStep);
+    }
   };
   const auto ask = [&](auto i) {
-    if (i < kAccesses && modulated && inside(i)) scales[i % kSlots] = scale.load(i * kStep), shifts[i % kSlots] = shift.load(i * kStep);
+    if (i < kAccesses && modulated && inside(i)) {
+      scales[i % kSlots] = scale.load(i * kStep), shifts[i % kSlots] = shift.load(i * kStep);
+      if constexpr (EXTRAS == Extras::tables) {
+        scale_tables[i % kSlots] = scale.load_table(i * kStep), shift_tables[i % kSlots] = shift.load_table(i * kStep);
+      }
+    }
   };
-  constexpr auto kFirst = std::make_integer_sequence<int, kAhead>{};
   if constexpr (RESIDUAL) each(kFirst, ask_gate);
-  if constexpr (kAhead == kAccesses) each(kFirst, ask);
+  if constexpr (SHAPE::kAhead == kWithRow) each(kFirst, ask);
 
   // Their loads stand behind branches, each of which waits for memory, and with few rows nothing hides that. With many it only costs.
-  if constexpr (kAhead == kAccesses) {
+  if constexpr (EXTRAS == Extras::any && SHAPE::kAhead == kWithRow) {
     if (unlikely(affine || tabled) && gridDim.x * gridDim.y <= kFewRows) {
       each(kEach, [&](auto i) {
         if (!inside(i)) return;
@@ -123,8 +131,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
       float gate_values[N];
       if (!gated) {
         v[i] = add(v[i], branch[i]);
-      } else if (unlikely(tabled)) {
-        gate.add_table(gate_values, loaded, i * kStep);
+      } else if (EXTRAS == Extras::tables || unlikely(tabled)) {
+        add_table(gate_values, loaded, EXTRAS == Extras::tables ? gate_tables[i % kTableSlots] : gate.load_table(i * kStep));
         v[i] = add_gated(v[i], branch[i], gate_values);
       } else if constexpr (ROUND) {
         v[i] = add_gated_rounded(v[i], branch[i], loaded);
@@ -140,8 +148,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
   }
 
   // The statistics hide the wait for these, and the registers of the two rows and of the gate are free again.
-  Pack<T, N> weights[AFFINE ? kAccesses : 1], biases[AFFINE ? kAccesses : 1];
-  if constexpr (AFFINE) {
+  Pack<T, N> weights[EXTRAS == Extras::affine ? kAccesses : 1], biases[EXTRAS == Extras::affine ? kAccesses : 1];
+  if constexpr (EXTRAS == Extras::affine) {
     each(kEach, [&](auto i) {
       if (!inside(i)) return;
       weights[i] = load_pack<T, N>(static_cast<const T*>(p.weight.data) + first + i * kStep);
@@ -163,7 +171,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
         lane.count = (tile + 1) * kGroup;
       });
     });
-    if constexpr (kAhead < kAccesses) each(kFirst, ask);
+    if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, ask);
   };
   Welford row;
   if (unlikely(p.norm == Norm::rms)) {
@@ -192,7 +200,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
     for (int j = 0; j < N; ++j) n[j] = __fsub_rn(n[j], statistics.mean);
 
     Pack<T, N> y;
-    if (kContracts<T, M, ROUND> && !AFFINE && !unlikely(!modulated || affine || tabled)) {
+    if (kContracts<T, M, ROUND> && EXTRAS == Extras::none && modulated) {
       to_floats(scale_values, loaded_scale);
       to_floats(shift_values, loaded_shift);
 #pragma unroll
@@ -202,7 +210,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
 #pragma unroll
       for (int j = 0; j < N; ++j) n[j] = __fmul_rn(statistics.rstd, n[j]);
       float weight[N], bias[N];
-      if constexpr (AFFINE) {
+      if constexpr (EXTRAS == Extras::affine) {
         to_floats(weight, weights[i]);
         to_floats(bias, biases[i]);
       } else if (unlikely(affine)) {
@@ -214,7 +222,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
           for (int j = 0; j < N; ++j) bias[j] = kNoBias;
         }
       }
-      if (AFFINE || unlikely(affine)) {
+      if (EXTRAS == Extras::affine || unlikely(affine)) {
 #pragma unroll
         for (int j = 0; j < N; ++j) n[j] = __fmaf_rn(weight[j], n[j], bias[j]);
       }
@@ -223,9 +231,9 @@ __global__ void __launch_bounds__(SHAPE::kThreads, kMinBlocks<T, M, RESIDUAL, RO
         if (modulated) y = modulate_rounded(y, loaded_scale, loaded_shift);
       } else {
         if (modulated) {
-          if (unlikely(tabled)) {
-            scale.add_table(scale_values, loaded_scale, i * kStep);
-            shift.add_table(shift_values, loaded_shift, i * kStep);
+          if (EXTRAS == Extras::tables || unlikely(tabled)) {
+            add_table(scale_values, loaded_scale, EXTRAS == Extras::tables ? scale_tables[i % kTableSlots] : scale.load_table(i * kStep));
+            add_table(shift_values, loaded_shift, EXTRAS == Extras::tables ? shift_tables[i % kTableSlots] : shift.load_table(i * kStep));
           } else {
             to_floats(scale_values, loaded_scale);
             to_floats(shift_values, loaded_shift);

@@ -6,11 +6,14 @@
 
 namespace ditnorm {
 
-// Whether weight and bias are of the dtype of x, and there are no tables. Then each row asks for all of its modulations and of these at
-// once, with many rows too: docs/kernels.md.
-inline bool affine_in_registers(const Problem& p) {
-  const auto same = [&](const Vector& vector) { return vector.data == nullptr || vector.dtype == p.x.dtype; };
-  return p.weight.data != nullptr && same(p.weight) && same(p.bias) && p.gate.table.data == nullptr && p.scale.table.data == nullptr;
+template <Extras EXTRAS>
+using Chosen = std::integral_constant<Extras, EXTRAS>;
+
+inline Extras extras(const Problem& p) {
+  const auto in_registers = [&](const Vector& vector) { return vector.data == nullptr || vector.dtype == p.x.dtype; };
+  const bool affine = p.weight.data != nullptr, tables = p.gate.table.data != nullptr || p.scale.table.data != nullptr;
+  if (!affine) return tables ? Extras::tables : Extras::none;
+  return !tables && in_registers(p.weight) && in_registers(p.bias) ? Extras::affine : Extras::any;
 }
 
 template <class T, class M, bool RESIDUAL, bool ROUND>
@@ -18,24 +21,27 @@ int launch_row_kernel(const Problem& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
   const int64_t tiles = (p.width + kTile - 1) / kTile;
   const bool few_rows = p.batch * p.tokens <= kFewRows;
-  const bool affine = affine_in_registers(p);
+  const Extras wanted = extras(p);
   int error = 0;
   const auto serve = [&](auto items) {
     if (tiles <= full_tiles(items) || tiles > items) return;
     constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
     constexpr Ahead kAhead = ahead(sizeof(T), sizeof(M), RESIDUAL, items);
-    const auto launch_shape = [&](auto shape) {
-      error = launch(&row_kernel<T, M, false, RESIDUAL, ROUND, items, decltype(shape)>, grid, shape.kThreads, stream, p);
+    const auto go = [&](auto extras, auto shape) {
+      error = launch(&row_kernel<T, M, extras, RESIDUAL, ROUND, items, decltype(shape)>, grid, shape.kThreads, stream, p);
     };
     if constexpr (sizeof(T) == 2 && std::is_same_v<T, M>) {
-      using WholeRow = Shape<kLanesOfThread, kWholeRow>;
-      if (affine) {
-        error = launch(&row_kernel<T, M, true, RESIDUAL, ROUND, items, WholeRow>, grid, WholeRow::kThreads, stream, p);
-        return;
+      const auto go_half = [&](auto extras) { go(extras, Shape<kLanesOfThread, half_ahead(std::is_same_v<T, __half>, extras, ROUND)>{}); };
+      if (wanted == Extras::none) return go_half(Chosen<Extras::none>{});
+      if (wanted == Extras::affine) return go_half(Chosen<Extras::affine>{});
+      if constexpr (RESIDUAL && !ROUND) {
+        if (wanted == Extras::tables) return go(Chosen<Extras::tables>{}, Shape<1, tables_ahead(items)>{});
       }
     }
-    if (few_rows) return launch_shape(Shape<kLanesOfThread, kAhead.few_rows>{});
-    launch_shape(Shape<kLanesOfThread, kAhead.many_rows>{});
+    if constexpr (!ROUND) {
+      if (few_rows) return go(Chosen<Extras::any>{}, Shape<kLanesOfThread, kAhead.few_rows>{});
+      go(Chosen<Extras::any>{}, Shape<kLanesOfThread, kAhead.many_rows>{});
+    }
   };
   serve(Constant<2>{}), serve(Constant<3>{}), serve(Constant<4>{}), serve(Constant<6>{});
   serve(Constant<8>{}), serve(Constant<10>{}), serve(Constant<12>{});

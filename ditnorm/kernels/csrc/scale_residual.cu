@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kResidualThreads) residual_kernel(const Proble
       const bool tabled = p.gate.table.data != nullptr;
       float values[N];
       to_floats(values, loaded);
-      if (tabled) gate.add_table(values, loaded, 0);
+      if (tabled) add_table(values, loaded, gate.load_table(0));
       if constexpr (kContracts<T, M, ROUND>) {
         v = tabled ? add_gated(v, branch, values) : add_gated_contracted(v, branch, loaded);
       } else {

@@ -11,6 +11,10 @@ constexpr int kLanes = 128;
 constexpr int kGroup = 4;
 constexpr int kTile = kLanes * kGroup;  // the elements that all lanes together take at a time
 
+// What a kernel serves beside modulations: nothing; the norm's affine in the dtype of x; tables for all modulations; or any of these, and
+// an affine in float32, which it finds out at run time.
+enum class Extras { none, affine, tables, any };
+
 // LANES: of ATen's, that one thread is. AHEAD: how many accesses ahead of its use a modulation is asked for.
 template <int LANES, int AHEAD>
 struct Shape {
@@ -21,8 +25,9 @@ struct Shape {
   static constexpr int kElements = LANES * kGroup * sizeof(T) < 16 ? LANES * kGroup : 16 / sizeof(T);  // of one access
 };
 
-// AHEAD: together with the row. One wait for memory less, but the modulations take registers and so fewer rows are under way.
-constexpr int kWholeRow = 1 << 20;
+// AHEAD: all of a row's modulations, together with x or as soon as x has arrived: one wait for memory less, but they take registers and so
+// fewer rows are under way. (The gate, which is needed first, comes with x in both.)
+constexpr int kWithRow = 1 << 20, kAfterRow = kWithRow + 1;
 
 // The tiles that a row is rounded up to. Each number is a set of kernels.
 constexpr int kItems[] = {2, 3, 4, 6, 8, 10, 12};
@@ -45,25 +50,34 @@ constexpr int lanes_per_thread(size_t element_size, int items) { return element_
 
 constexpr int64_t kFewRows = 512;  // not even four a multiprocessor of an H200: nothing hides a row's waits for memory
 
+// Half-precision modulations, alone or with an affine, stay behind the row in the memory's queues, and the reduction hides the wait for
+// them. float16 with "single" rounding, most of which is conversions, was slower with that.
+constexpr int half_ahead(bool fp16, Extras extras, bool round) { return fp16 && extras == Extras::none && !round ? kWithRow : kAfterRow; }
+
+// Half-precision modulations with tables, which take twice the registers, next to the residual.
+constexpr int tables_ahead(int items) { return narrow(items) ? 2 : 5; }
+
 struct Ahead {
   int few_rows, many_rows;
 };
 
+// All others.
 constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual, int items) {
-  if (element_size == 4) return {1, 1};                                 // no registers for more
-  if (modulation_size == 2 && residual) return {kWholeRow, kWholeRow};  // next to the two rows' registers these don't matter
-  if (residual) return {kWholeRow, 2};
-  if (narrow(items)) return {kWholeRow, 0};
-  return {kWholeRow, 1};
+  if (element_size == 4) return {1, 1};                               // no registers for more
+  if (modulation_size == 2 && residual) return {kWithRow, kWithRow};  // next to the two rows' registers these don't matter
+  if (residual) return {kWithRow, 2};
+  if (narrow(items)) return {kWithRow, 0};
+  return {kWithRow, 1};
 }
 
 // For __launch_bounds__. Left alone (0), ptxas spills a register or two in these kernels to reach an occupancy that it likes.
-constexpr int min_blocks(bool fp16, size_t element_size, size_t modulation_size, bool residual, bool round, int items, int ahead) {
-  if (residual || ahead > 1) return 0;
-  if (round && items == 10) return 8;
-  if (round && items == 6 && fp16) return 9;
-  if (!round && items == 10 && modulation_size > element_size) return 7;
-  if (!round && items <= 3 && modulation_size == 2) return 16;
+constexpr int min_blocks(size_t element_size, size_t modulation_size, Extras extras, bool residual, int items, int ahead) {
+  const bool half_modulations = modulation_size == 2;
+  if (extras == Extras::tables) return items == 8 ? 3 : 0;
+  if (extras == Extras::none && residual && items == 12 && ahead == kAfterRow) return 4;
+  if (extras != Extras::any || residual || ahead > 1) return 0;
+  if (element_size == 2 && items == 10) return half_modulations ? 8 : 7;
+  if (half_modulations && items <= 3) return 16;
   return 0;
 }
 
