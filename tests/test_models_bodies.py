@@ -5,15 +5,18 @@ import inspect
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import tiny
 import torch
+from _pytest.mark import ParameterSet
 from torch import nn
 
 from ditnorm import models
-from ditnorm.models import adaln, hunyuan_video, qwen_image, wan
+from ditnorm.models import adaln, hunyuan_video, qwen_image, qwen_image21, wan
 from ditnorm.models.base import FusedBlock
 
+_QWEN_IMAGE21 = pytest.mark.skipif(not hasattr(diffusers, "QwenImage21Transformer2DModel"), reason="comes with diffusers 0.42.0")
 UPSTREAM = [
     ("transformers.transformer_qwenimage.QwenImageTransformerBlock", qwen_image.QwenImageTransformerBlock),
     ("transformers.transformer_wan.WanTransformerBlock", wan.WanTransformerBlock),
@@ -41,6 +44,14 @@ UPSTREAM = [
     ("transformers.transformer_hunyuan_video15.HunyuanVideo15TransformerBlock", hunyuan_video.HunyuanVideoTransformerBlock),
     ("transformers.transformer_hunyuanimage.HunyuanImageTransformerBlock", hunyuan_video.HunyuanImageTransformerBlock),
     ("transformers.transformer_hunyuanimage.HunyuanImageSingleTransformerBlock", hunyuan_video.HunyuanVideoSingleTransformerBlock),
+    pytest.param(
+        "transformers.transformer_qwenimage21.QwenImage21TransformerBlock", qwen_image21.QwenImage21TransformerBlock, marks=_QWEN_IMAGE21
+    ),
+    pytest.param(
+        "transformers.transformer_qwenimage21.QwenImage21AdaLayerNormContinuous",
+        qwen_image21.QwenImage21AdaLayerNormContinuous,
+        marks=_QWEN_IMAGE21,
+    ),
     ("normalization.AdaLayerNormZero", adaln.AdaLayerNormZero),
     ("normalization.AdaLayerNormZeroSingle", adaln.AdaLayerNormZeroSingle),
     ("normalization.AdaLayerNormContinuous", adaln.AdaLayerNormContinuous),
@@ -62,7 +73,8 @@ def test_every_supported_class_finds_its_body(path, body):
 
 
 def test_every_body_is_covered():
-    assert {body for _, body in UPSTREAM} == set(models.BODIES)
+    covered = (entry.values if isinstance(entry, ParameterSet) else entry for entry in UPSTREAM)
+    assert {body for _, body in covered} == set(models.BODIES)
 
 
 @pytest.mark.parametrize(

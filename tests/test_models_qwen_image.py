@@ -1,11 +1,11 @@
-"""Qwen-Image, patched: text-to-image, Edit, Edit-Plus, Layered, Inpaint, ControlNet."""
+"""Qwen-Image, patched: text-to-image, Edit, Edit-Plus, Layered, Inpaint, ControlNet, 2.1."""
 
 import model_checks
 import pytest
 import tiny
 import torch
 
-from ditnorm.models import body_for, qwen_image
+from ditnorm.models import body_for, qwen_image, qwen_image21
 from ditnorm.patching import patch_model
 
 NAMES = [name for name in tiny.MODELS if name.startswith("qwen-image")]
@@ -31,8 +31,9 @@ def test_unpatching_restores_the_model(name):
     model_checks.restored(name, torch.bfloat16)
 
 
-def test_gradients_are_those_of_the_unpatched_model():
-    model_checks.same_gradients("qwen-image")
+@pytest.mark.parametrize("name", [name for name in NAMES if name in ("qwen-image", "qwen-image-2.1-without-causal-condition")])
+def test_gradients_are_those_of_the_unpatched_model(name):
+    model_checks.same_gradients(name)
 
 
 def test_modulation_by_index_differs_from_one_modulation():
@@ -70,3 +71,42 @@ def test_a_changed_modulate_helper_is_not_recognised():
 
     assert body_for(QwenImageTransformerBlock) is qwen_image.QwenImageTransformerBlock
     assert body_for(Changed) is None
+
+
+@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.42.0")
+def test_a_cached_prefix_holds_what_it_holds_unpatched():
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    def steps(model):
+        cache = QwenImage21KVCache(num_layers=3)
+        first = tiny.run(model, arguments | {"kv_cache": cache, "kv_cache_mode": "extract"})
+        later = tiny.run(model, arguments | {"kv_cache": cache, "kv_cache_mode": "cached", "timestep": arguments["timestep"] / 2})
+        return [first, later, *(t for layer in range(3) for t in cache.get_layer(layer).get())]
+
+    name, dtype = "qwen-image-2.1-edit", torch.bfloat16
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 2, dtype)
+    expected = steps(model)
+    assert all(map(torch.equal, steps(patch_model(model, strict=True)), expected))
+
+
+@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.42.0")
+def test_the_flex_processor_gets_what_it_gets_unpatched():
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
+
+    name, dtype = "qwen-image-2.1-edit", torch.bfloat16
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 2, dtype)
+    model.set_attn_processor(QwenImage21FlexAttnProcessor())
+    expected = tiny.run(model, arguments)
+    patch_model(model, strict=True)
+    assert model.transformer_blocks[0].attn.fuses()
+    assert torch.equal(tiny.run(model, arguments), expected)
+
+
+@pytest.mark.skipif("qwen-image-2.1" not in tiny.MODELS, reason="comes with diffusers 0.42.0")
+def test_a_changed_selection_of_rows_is_refused(monkeypatch):
+    from diffusers.models.transformers import transformer_qwenimage21
+
+    block = tiny.load("qwen-image-2.1", torch.float32).transformer_blocks[0]
+    assert qwen_image21.QwenImage21TransformerBlock.unsupported(block) is None
+    monkeypatch.setattr(transformer_qwenimage21, "_select_modulation_rows", lambda params, target_token_mask: params)
+    assert qwen_image21.QwenImage21TransformerBlock.unsupported(block) == "this version of _select_modulation_rows is unknown"

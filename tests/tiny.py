@@ -78,6 +78,26 @@ def _qwen_image(shapes: list[Any], channels: int = 16, **more: Any) -> Inputs:
     return make
 
 
+def _qwen_image21(shapes: list[tuple[int, int, int]]) -> Inputs:
+    """The text, a slot for each four tokens of the first pictures, more text, and the slots of the last picture, which is the target."""
+
+    def make(g: torch.Generator, b: int, dtype: torch.dtype) -> dict[str, Any]:
+        slots = [f * h * w // 4 for f, h, w in shapes]
+        layout = [False] * 3 + [slot for count in slots[:-1] for slot in [True] * count + [False]] + [False] * 2
+        text_mask = torch.ones(b, len(layout), dtype=torch.bool)
+        text_mask[-1, -1:] = False
+        return {
+            "hidden_states": torch.randn(b, 4 * sum(slots), 16, generator=g).to(dtype),
+            "encoder_hidden_states": torch.randn(b, len(layout), TEXT_DIM, generator=g).to(dtype),
+            "encoder_hidden_states_mask": text_mask,
+            "timestep": torch.linspace(0.3, 0.9, b).to(dtype),
+            "img_shapes": [shapes] * b,
+            "img_mask": torch.tensor([layout + [True] * slots[-1]] * b),
+        }
+
+    return make
+
+
 def _video(g: torch.Generator, b: int, dtype: torch.dtype, channels: int = 4, frames: int = 2) -> Tensor:
     return torch.randn(b, channels, frames, 8, 8, generator=g).to(dtype)
 
@@ -184,6 +204,16 @@ _QWEN_IMAGE = {
     "joint_attention_dim": TEXT_DIM,
     "axes_dims_rope": (8, 4, 4),
 }
+_QWEN_IMAGE21 = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "context_in_dim": TEXT_DIM,
+    "axes_dims_rope": (8, 4, 4),
+}
+_QWEN_IMAGE21_CALLS = (3 + 1, 3, 3, 3, 0)
 _QWEN_IMAGE_CALLS = (3 * 2 + 1, 3 * 2, 3 * 2, 0, 3)
 _WAN = {
     "patch_size": (1, 2, 2),
@@ -246,6 +276,14 @@ MODELS = {
         _qwen_image([(1, 4, 4)], controlnet_cond=lambda g, b, tokens, dtype: torch.randn(b, tokens, 20, generator=g).to(dtype)),
         (3 * 2, 3 * 2, 3 * 2, 0, 3),
     ),
+    "qwen-image-2.1": Tiny("QwenImage21Transformer2DModel", _QWEN_IMAGE21, _qwen_image21([(1, 4, 4)]), _QWEN_IMAGE21_CALLS),
+    # The pictures to edit stand between the words.
+    "qwen-image-2.1-edit": Tiny(
+        "QwenImage21Transformer2DModel", _QWEN_IMAGE21, _qwen_image21([(1, 2, 2), (1, 4, 2), (1, 4, 4)]), _QWEN_IMAGE21_CALLS
+    ),
+    "qwen-image-2.1-without-causal-condition": Tiny(
+        "QwenImage21Transformer2DModel", _QWEN_IMAGE21 | {"causal_condition": False}, _qwen_image21([(1, 4, 4)]), _QWEN_IMAGE21_CALLS
+    ),
     "wan-t2v": Tiny("WanTransformer3DModel", _WAN, _wan, _WAN_CALLS),
     "wan-i2v": Tiny("WanTransformer3DModel", _WAN_IMAGE, _wan_image, _WAN_CALLS),
     "wan-ti2v": Tiny("WanTransformer3DModel", _WAN, _wan_per_token, _WAN_CALLS),
@@ -293,3 +331,4 @@ MODELS = {
         "HunyuanImageTransformer2DModel", _HUNYUAN | {"num_single_layers": 2, "rope_axes_dim": (8, 4)}, _hunyuan_image, _HUNYUAN_CALLS
     ),
 }
+MODELS = {name: model for name, model in MODELS.items() if hasattr(diffusers, model.cls)}  # some came after the oldest release

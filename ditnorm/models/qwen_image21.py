@@ -1,0 +1,153 @@
+"""Qwen-Image 2.1, text-to-image and Edit: one stream of text and pictures, one modulation for all blocks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import qk_norm_rope, scale_residual
+from ..generated import origin_of
+from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from .attention import FusedAttention, weight_of
+from .base import FusedBlock
+from .fingerprint import fingerprint
+
+SELECT_MODULATION_ROWS = "8dced6670ad1"
+"""``_select_modulation_rows`` of diffusers 0.42.0 and 0.42.1."""
+
+
+class _Prepared:
+    """The attention module as its processor sees it when query and key are normed and rotated already."""
+
+    def __init__(self, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.heads, self.inner_dim, self.to_out = attention.heads, attention.inner_dim, attention.to_out
+        self._projections = query.flatten(2), key.flatten(2), value
+
+    def to_q(self, hidden_states: Tensor) -> Tensor:
+        return self._projections[0]
+
+    def to_k(self, hidden_states: Tensor) -> Tensor:
+        return self._projections[1]
+
+    def to_v(self, hidden_states: Tensor) -> Tensor:
+        return self._projections[2]
+
+    def norm_q(self, query: Tensor) -> Tensor:
+        return query
+
+    def norm_k(self, key: Tensor) -> Tensor:
+        return key
+
+
+class QwenImage21Attention(FusedAttention):
+    """diffusers' ``QwenImage21Attention`` with either of its processors, which find query and key prepared and do all the rest."""
+
+    family = "Qwen-Image"
+    names = frozenset({"QwenImage21Attention"})
+    fingerprints = {"forward": frozenset({"3d142c56e8fb"})}  # 0.42.0, 0.42.1, as the next
+    processors = {"QwenImage21AttnProcessor": {"e1f4ac0b10ba": None}, "QwenImage21FlexAttnProcessor": {"e1935639de02": None}}
+    helpers = {"_qwenimage21_prepare_qkv": frozenset({"d3d25a535655"}), "apply_rotary_emb_qwen": frozenset({"4da6116279ad"})}
+    norm = "diffusers_rms"
+    rotary = "complex"
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        rotary_emb = kwargs.get("rotary_emb")
+        aligned = rotary_emb is None or rotary_emb.shape[0] == hidden_states.shape[1]
+        if not self.fuses() or not self.fits("qk_norm_rope", aligned):
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        query, key = qk_norm_rope(
+            query,
+            key,
+            weight_of(self.norm_q),
+            weight_of(self.norm_k),
+            rotary_emb,
+            head_dim=self.inner_dim // self.heads,
+            norm="diffusers_rms",
+            eps=self.eps(),
+            rounding=self.rounding,
+        )
+        return self.processor(_Prepared(self, query, key, value), hidden_states, **kwargs | {"rotary_emb": None})
+
+
+class _SelectsRows:
+    """What bodies that inline ``_select_modulation_rows`` check besides."""
+
+    @classmethod
+    def unsupported(cls, module: nn.Module) -> str | None:
+        upstream: Any = origin_of(type(module)) or type(module)
+        if fingerprint(upstream.forward.__globals__.get("_select_modulation_rows")) != SELECT_MODULATION_ROWS:
+            return "this version of _select_modulation_rows is unknown"
+        return super().unsupported(module)  # type: ignore[misc]
+
+
+def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:
+    """With a mask [B + 1, N] -> [B, 2, N]: the rows that the mask selects from, that of timestep 0 (the last one) and the sample's own."""
+    if target_token_mask is None:
+        return modulation
+    return torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1)
+
+
+def _no_shift(scale: Tensor) -> Tensor:
+    """Adding it changes no bit, not even of -0. Scale and shift together are what the fast kernels take."""
+    return torch.full_like(scale, -0.0)
+
+
+class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
+    """diffusers' ``QwenImage21TransformerBlock``: ``hidden_states`` [B, S, D]; ``modulation`` [B, 4 * D].
+
+    With ``target_token_mask`` [S] ``modulation`` is [B + 1, 4 * D], and tokens where it is False take the last row.
+    """
+
+    family = "Qwen-Image"
+    names = frozenset({"QwenImage21TransformerBlock"})
+    fingerprints = {"forward": frozenset({"5da14fbe1fdd"}), "_modulate": frozenset({"f369c76c2619"})}  # 0.42.0, 0.42.1
+    sites = {"img_norm1": LayerNormScaleShift, "img_norm2": ScaleResidualNormScaleShift, "attn": QwenImage21Attention}
+    site_count = 3
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        rotary_emb: Tensor | None = None,
+        attention_mask: Any | None = None,
+        target_token_mask: Tensor | None = None,
+        layer_cache: Any | None = None,
+        kv_cache_mode: str | None = None,
+        cache_write_slice: slice | None = None,
+        segments: list[tuple[int, int, bool]] | None = None,
+        key_valid: Tensor | None = None,
+    ) -> Tensor:
+        scale1, gate1, scale2, gate2 = _rows(modulation, target_token_mask).chunk(4, dim=-1)
+        gate1, gate2, no_shift = gate1.tanh(), gate2.tanh(), _no_shift(scale1)
+
+        attn_output = self.attn(
+            hidden_states=self.img_norm1(hidden_states, scale=scale1, shift=no_shift, index=target_token_mask),
+            attention_mask=attention_mask,
+            rotary_emb=rotary_emb,
+            layer_cache=layer_cache,
+            kv_cache_mode=kv_cache_mode,
+            cache_write_slice=cache_write_slice,
+            segments=segments,
+            key_valid=key_valid,
+        )
+        img_modulated, hidden_states = self.img_norm2(
+            hidden_states, attn_output, gate=gate1, scale=scale2, shift=no_shift, index=target_token_mask
+        )
+        hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), gate2, index=target_token_mask, rounding=self.rounding)
+        return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
+
+
+class QwenImage21AdaLayerNormContinuous(_SelectsRows, FusedBlock):
+    """diffusers' ``QwenImage21AdaLayerNormContinuous``, the output norm: ``conditioning_embedding`` [B, D], with a mask [B + 1, D]."""
+
+    family = "Qwen-Image"
+    names = frozenset({"QwenImage21AdaLayerNormContinuous"})
+    fingerprints = {"forward": frozenset({"264465afb9c3"})}  # 0.42.0, 0.42.1
+    sites = {"norm": LayerNormScaleShift}
+    block = False
+    site_count = 1
+
+    def forward(self, hidden_states: Tensor, conditioning_embedding: Tensor, target_token_mask: Tensor | None = None) -> Tensor:
+        scale = _rows(self.linear(self.silu(conditioning_embedding).to(hidden_states.dtype)), target_token_mask)
+        return self.norm(hidden_states, scale=scale, shift=_no_shift(scale), index=target_token_mask)
