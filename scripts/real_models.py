@@ -1,11 +1,11 @@
 """The configurations of published models, and inputs of the size that their pipelines give them by default: data, no weights.
 
-Configurations: of Qwen-Image and HunyuanVideo, the defaults of diffusers' classes; of Wan2.1-1.3B, A14B and HunyuanVideo-1.5, diffusers'
-``scripts/convert_*_to_diffusers.py``; of TI2V-5B, ``wan/configs/wan_ti2v_5B.py`` of Wan's own repository.
+Configurations: of Qwen-Image, Qwen-Image 2.1 and HunyuanVideo, the defaults of diffusers' classes; of Wan2.1-1.3B, A14B and
+HunyuanVideo-1.5, diffusers' ``scripts/convert_*_to_diffusers.py``; of TI2V-5B, ``wan/configs/wan_ti2v_5B.py`` of Wan's own repository.
 ``source`` names the checkpoint that a configuration stands for.
 
 Token counts: a latent frame every 4 frames (the first alone), latent pixels of 8 x 8 (16 x 16 for TI2V-5B and HunyuanVideo-1.5),
-2 x 2 of them a token (1 for HunyuanVideo-1.5).
+2 x 2 of them a token (1 for HunyuanVideo-1.5). Qwen-Image 2.1: latent pixels of 16 x 16, each a token.
 """
 
 import functools
@@ -95,6 +95,19 @@ def _qwen_image(model: RealModel, latents: Tensor, timestep: Tensor) -> dict[str
     }
 
 
+def _qwen_image21(model: RealModel, latents: Tensor, timestep: Tensor) -> dict[str, Any]:
+    side = int(model.tokens**0.5)
+    words, slots = (torch.full((1, n), value, device=latents.device) for n, value in ((128, False), (model.tokens // 4, True)))
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": _random(latents, 1, 128, model.config["context_in_dim"]),
+        "encoder_hidden_states_mask": ~words,
+        "timestep": timestep.to(latents.dtype).view(1) / 1000,
+        "img_shapes": [[(1, side, side)]],
+        "img_mask": torch.cat([words, slots], dim=1),
+    }
+
+
 def _wan(model: RealModel, latents: Tensor, timestep: Tensor) -> dict[str, Any]:
     return {
         "hidden_states": latents,
@@ -132,6 +145,7 @@ def _hunyuan_video15(model: RealModel, latents: Tensor, timestep: Tensor) -> dic
 
 
 _QWEN_IMAGE = {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584}
+_QWEN_IMAGE21 = {"num_layers": 32, "num_attention_heads": 32, "attention_head_dim": 128, "context_in_dim": 4096}
 _WAN = {"attention_head_dim": 128, "text_dim": 4096}
 _WAN_1_3B = _WAN | {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
 _WAN_5B = _WAN | {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
@@ -165,6 +179,15 @@ MODELS = {
         {"num_layers": 60},
         (1, 4096, 64),
         _qwen_image,
+    ),
+    "qwen-image-2.1": RealModel(
+        "Qwen-Image 2.1 1024x1024",
+        "Qwen/Qwen-Image-2.1",
+        "QwenImage21Transformer2DModel",
+        _QWEN_IMAGE21,
+        {"num_layers": 32},
+        (1, 4096, 64),
+        _qwen_image21,
     ),
     "wan2.1-1.3b": RealModel(
         "Wan2.1-1.3B 832x480x81",

@@ -6,6 +6,7 @@ from typing import Any
 _SMALL: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 _TEXT = {
     "joint_attention_dim": 16,
+    "context_in_dim": 16,
     "text_dim": 16,
     "text_embed_dim": 16,
     "pooled_projection_dim": 16,
@@ -14,6 +15,7 @@ _TEXT = {
 }
 _ROPE = {
     "QwenImageTransformer2DModel": "axes_dims_rope",
+    "QwenImage21Transformer2DModel": "axes_dims_rope",
     "HunyuanVideoTransformer3DModel": "rope_axes_dim",
     "HunyuanVideo15Transformer3DModel": "rope_axes_dim",
 }

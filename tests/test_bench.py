@@ -115,6 +115,7 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
     ("name", "tokens", "width"),
     [
         ("qwen-image", 4096, 3072),
+        ("qwen-image-2.1", 4096, 4096),
         ("wan2.1-1.3b", 32760, 1536),
         ("wan2.2-ti2v-5b", 27280, 3072),
         ("wan2.2-a14b", 75600, 5120),

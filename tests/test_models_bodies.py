@@ -16,7 +16,7 @@ from ditnorm import models
 from ditnorm.models import adaln, hunyuan_video, qwen_image, qwen_image21, wan
 from ditnorm.models.base import FusedBlock
 
-_QWEN_IMAGE21 = pytest.mark.skipif(not hasattr(diffusers, "QwenImage21Transformer2DModel"), reason="comes with diffusers 0.42.0")
+_QWEN_IMAGE21 = pytest.mark.skipif(not hasattr(diffusers, "QwenImage21Transformer2DModel"), reason="comes with diffusers 0.41.0")
 UPSTREAM = [
     ("transformers.transformer_qwenimage.QwenImageTransformerBlock", qwen_image.QwenImageTransformerBlock),
     ("transformers.transformer_wan.WanTransformerBlock", wan.WanTransformerBlock),

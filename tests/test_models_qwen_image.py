@@ -73,7 +73,7 @@ def test_a_changed_modulate_helper_is_not_recognised():
     assert body_for(Changed) is None
 
 
-@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.42.0")
+@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.41.0")
 def test_a_cached_prefix_holds_what_it_holds_unpatched():
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
@@ -89,7 +89,7 @@ def test_a_cached_prefix_holds_what_it_holds_unpatched():
     assert all(map(torch.equal, steps(patch_model(model, strict=True)), expected))
 
 
-@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.42.0")
+@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.41.0")
 def test_the_flex_processor_gets_what_it_gets_unpatched():
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
 
@@ -102,7 +102,26 @@ def test_the_flex_processor_gets_what_it_gets_unpatched():
     assert torch.equal(tiny.run(model, arguments), expected)
 
 
-@pytest.mark.skipif("qwen-image-2.1" not in tiny.MODELS, reason="comes with diffusers 0.42.0")
+@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.41.0")
+def test_blocks_compile_to_one_graph_each_with_fewer_calls_than_unpatched():
+    name, dtype = "qwen-image-2.1-edit", torch.bfloat16
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)
+    expected, calls = tiny.run(model, arguments), []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert torch.equal(tiny.run(model, arguments), expected)
+        stats = torch._dynamo.utils.counters["stats"]
+        assert stats["unique_graphs"] == 1
+        calls.append(stats["calls_captured"])
+        for block in model.transformer_blocks:
+            block._compiled_call_impl = None
+        patch_model(model, strict=True)
+    assert calls[1] < calls[0]
+
+
+@pytest.mark.skipif("qwen-image-2.1" not in tiny.MODELS, reason="comes with diffusers 0.41.0")
 def test_a_changed_selection_of_rows_is_refused(monkeypatch):
     from diffusers.models.transformers import transformer_qwenimage21
 

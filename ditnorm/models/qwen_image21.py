@@ -13,7 +13,7 @@ from .base import FusedBlock
 from .fingerprint import fingerprint
 
 SELECT_MODULATION_ROWS = "8dced6670ad1"
-"""``_select_modulation_rows`` of diffusers 0.42.0 and 0.42.1."""
+"""``_select_modulation_rows`` of diffusers 0.41.0 to 0.42.1."""
 
 
 class _Prepared:
@@ -44,9 +44,12 @@ class QwenImage21Attention(FusedAttention):
 
     family = "Qwen-Image"
     names = frozenset({"QwenImage21Attention"})
-    fingerprints = {"forward": frozenset({"3d142c56e8fb"})}  # 0.42.0, 0.42.1, as the next
+    fingerprints = {"forward": frozenset({"3d142c56e8fb"})}  # 0.41.0 to 0.42.1, as the next
     processors = {"QwenImage21AttnProcessor": {"e1f4ac0b10ba": None}, "QwenImage21FlexAttnProcessor": {"e1935639de02": None}}
-    helpers = {"_qwenimage21_prepare_qkv": frozenset({"d3d25a535655"}), "apply_rotary_emb_qwen": frozenset({"4da6116279ad"})}
+    helpers = {
+        "_qwenimage21_prepare_qkv": frozenset({"3489071219d6", "d3d25a535655"}),
+        "apply_rotary_emb_qwen": frozenset({"4da6116279ad"}),
+    }
     norm = "diffusers_rms"
     rotary = "complex"
 
@@ -101,7 +104,7 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
 
     family = "Qwen-Image"
     names = frozenset({"QwenImage21TransformerBlock"})
-    fingerprints = {"forward": frozenset({"5da14fbe1fdd"}), "_modulate": frozenset({"f369c76c2619"})}  # 0.42.0, 0.42.1
+    fingerprints = {"forward": frozenset({"5da14fbe1fdd"}), "_modulate": frozenset({"f369c76c2619"})}  # 0.41.0 to 0.42.1
     sites = {"img_norm1": LayerNormScaleShift, "img_norm2": ScaleResidualNormScaleShift, "attn": QwenImage21Attention}
     site_count = 3
 
@@ -143,7 +146,7 @@ class QwenImage21AdaLayerNormContinuous(_SelectsRows, FusedBlock):
 
     family = "Qwen-Image"
     names = frozenset({"QwenImage21AdaLayerNormContinuous"})
-    fingerprints = {"forward": frozenset({"264465afb9c3"})}  # 0.42.0, 0.42.1
+    fingerprints = {"forward": frozenset({"264465afb9c3"})}  # 0.41.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
     block = False
     site_count = 1
