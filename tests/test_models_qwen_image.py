@@ -103,6 +103,25 @@ def test_the_flex_processor_gets_what_it_gets_unpatched():
 
 
 @pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.41.0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_query_and_key_in_another_dtype_round_as_unpatched(dtype):
+    name = "qwen-image-2.1-edit"
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 2, dtype)
+    for block in model.transformer_blocks:
+        block.attn.norm_q.float(), block.attn.norm_k.float()
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float32_model_under_autocast_rounds_as_unpatched(name):
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tiny.run(model, arguments)
+        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.skipif("qwen-image-2.1-edit" not in tiny.MODELS, reason="comes with diffusers 0.41.0")
 def test_blocks_compile_to_one_graph_each_with_fewer_calls_than_unpatched():
     name, dtype = "qwen-image-2.1-edit", torch.bfloat16
     model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)

@@ -16,12 +16,13 @@ SELECT_MODULATION_ROWS = "8dced6670ad1"
 """``_select_modulation_rows`` of diffusers 0.41.0 to 0.42.1."""
 
 
-class _Prepared:
-    """The attention module as its processor sees it when query and key are normed and rotated already."""
+class _Projected:
+    """The attention module as its processor sees it once its projections are computed; by default, query and key are also normed."""
 
-    def __init__(self, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def __init__(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, *norms: Any) -> None:
         self.heads, self.inner_dim, self.to_out = attention.heads, attention.inner_dim, attention.to_out
-        self._projections = query.flatten(2), key.flatten(2), value
+        self.norm_q, self.norm_k = norms or (_unchanged, _unchanged)
+        self._projections = query, key, value
 
     def to_q(self, hidden_states: Tensor) -> Tensor:
         return self._projections[0]
@@ -32,11 +33,9 @@ class _Prepared:
     def to_v(self, hidden_states: Tensor) -> Tensor:
         return self._projections[2]
 
-    def norm_q(self, query: Tensor) -> Tensor:
-        return query
 
-    def norm_k(self, key: Tensor) -> Tensor:
-        return key
+def _unchanged(normed: Tensor) -> Tensor:
+    return normed
 
 
 class QwenImage21Attention(FusedAttention):
@@ -59,18 +58,23 @@ class QwenImage21Attention(FusedAttention):
         if not self.fuses() or not self.fits("qk_norm_rope", aligned):
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
         query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        weights = weight_of(self.norm_q), weight_of(self.norm_k)
+        # Upstream rounds a norm in another dtype before it rotates, which the op doesn't do.
+        one_dtype = len({t.dtype for t in (query, key, value, *weights) if t is not None}) == 1
+        if not self.fits("qk_norm_rope", one_dtype or self.rounding == "single"):
+            return self.processor(_Projected(self, query, key, value, self.norm_q, self.norm_k), hidden_states, **kwargs)
         query, key = qk_norm_rope(
             query,
             key,
-            weight_of(self.norm_q),
-            weight_of(self.norm_k),
+            *weights,
             rotary_emb,
             head_dim=self.inner_dim // self.heads,
             norm="diffusers_rms",
             eps=self.eps(),
             rounding=self.rounding,
         )
-        return self.processor(_Prepared(self, query, key, value), hidden_states, **kwargs | {"rotary_emb": None})
+        projected = _Projected(self, query.flatten(2), key.flatten(2), value)
+        return self.processor(projected, hidden_states, **kwargs | {"rotary_emb": None})
 
 
 class _SelectsRows:

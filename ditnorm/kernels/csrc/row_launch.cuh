@@ -22,7 +22,7 @@ int launch_row_kernel(const Problem& p, void* stream) {
   const int64_t tiles = (p.width + kTile - 1) / kTile;
   const bool few_rows = p.batch * p.tokens <= kFewRows;
   const Extras wanted = extras(p);
-  int error = 0;
+  int error = cudaErrorInvalidValue;  // stands where none of these kernels serves the problem
   const auto serve = [&](auto items) {
     if (tiles <= full_tiles(items) || tiles > items) return;
     constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
