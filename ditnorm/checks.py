@@ -113,7 +113,7 @@ def _check(
     if index is not None and rows is None:
         raise ValueError("index: given without a modulation to select rows of")
     _devices(x, {"residual": residual, "index": index, **affine}, modulations)
-    if rounding == "eager" and not torch.is_autocast_enabled(x.device.type):  # autocast chooses the dtypes itself
+    if rounding == "eager" and not autocasts(x):  # autocast chooses the dtypes itself
         fused_dtypes(x, residual, modulations, norm)
 
 
@@ -132,6 +132,11 @@ def index_range(index: Tensor, *modulations: Tensor | None) -> None:
     rows = next(m.shape[-2] for m in modulations if m is not None)
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
         raise IndexError(f"index: values from {int(index.min())} to {int(index.max())}, but the modulation has {rows} rows")
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where ``tensor`` is. Of the meta device, which has none, PyTorch mustn't be asked."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def same_bits(got: Any, expected: Any) -> bool:

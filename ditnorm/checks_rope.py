@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, ROUNDINGS, UnfusedDtypesError, _option, _shape, _tensor
+from .checks import FLOATS, ROUNDINGS, UnfusedDtypesError, _option, _shape, _tensor, autocasts
 from .reference_rope import token_count
 
 NORMS = ("rms", "diffusers_rms")
@@ -29,7 +29,7 @@ def qk_norm_rope(
     _options(head_dim, norm, eps, rounding)
     _stream("", {"query": query, "key": key}, {"query": query_weight, "key": key_weight}, cos, sin, head_dim, query)
     _dtypes(rounding, query, {"key": key}, cos)
-    if rounding == "eager" and not torch.is_autocast_enabled(query.device.type):
+    if rounding == "eager" and not autocasts(query):
         fused_dtypes(query, key, query_weight, key_weight, cos)
 
 
@@ -70,7 +70,7 @@ def joint_qk_norm_rope(
                 )
     _dtypes(rounding, query, {"key": key, "value": value}, cos)
     _dtypes(rounding, query, {f"encoder_{name}": x for name, x in encoder.items()}, encoder_cos)
-    if rounding == "eager" and not torch.is_autocast_enabled(query.device.type):
+    if rounding == "eager" and not autocasts(query):
         fused_dtypes(query, key, query_weight, key_weight, cos, value)
         fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, encoder_query, encoder_value)
 

@@ -263,7 +263,7 @@ def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
     """Whether autograd needs a graph of this call, or autocast must choose the dtypes of upstream's expression."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return rounding == "eager" and any(t is not None and torch.is_autocast_enabled(t.device.type) for t in tensors)
+    return rounding == "eager" and any(t is not None and checks.autocasts(t) for t in tensors)
 
 
 def _mixed(x: Tensor, *others: Tensor | None) -> bool:

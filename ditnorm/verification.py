@@ -129,6 +129,8 @@ def stream_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site | HeadSite]:
     norms: list[Any] = [swap.module for swap in unit.swaps if hasattr(swap.module, "normalized_shape")]
+    if not norms:
+        return  # a part that has no op of ours
     width = norms[0].normalized_shape[-1]
     for swap in unit.swaps:
         if swap.body in (QKNorm, InPlaceGELU):

@@ -21,6 +21,8 @@ UPSTREAM = [
     ("transformers.transformer_wan_animate.WanTransformerBlock", wan.WanTransformerBlock),
     ("transformers.transformer_chronoedit.WanTransformerBlock", wan.WanTransformerBlock),
     ("transformers.transformer_wan_vace.WanVACETransformerBlock", wan.WanVACETransformerBlock),
+    ("transformers.transformer_wan.WanTimeTextImageEmbedding", wan.WanTimeTextImageEmbedding),
+    ("transformers.transformer_chronoedit.WanTimeTextImageEmbedding", wan.WanTimeTextImageEmbedding),
     ("transformers.transformer_hunyuan_video.HunyuanVideoTransformerBlock", hunyuan_video.HunyuanVideoTransformerBlock),
     ("transformers.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock", hunyuan_video.HunyuanVideoSingleTransformerBlock),
     (
@@ -62,7 +64,7 @@ def test_every_supported_class_finds_its_body(path, body):
         pytest.skip("comes with diffusers 0.41.0")
     upstream = _upstream(path)
     assert models.body_for(upstream) is body
-    assert models.near_miss(upstream) is body
+    assert models.near_miss(upstream) is (body if body.names else None)
     assert list(inspect.signature(body.forward).parameters) == list(inspect.signature(upstream.forward).parameters)
 
 

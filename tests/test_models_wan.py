@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from packaging.version import Version
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import kernels, layers
@@ -102,6 +103,54 @@ def test_the_per_token_modulation_is_never_made_in_float32():
         tiny.run(model, arguments)
     assert unpatched.numel == all_modulations
     assert patched.numel < all_modulations
+
+
+def _modulations(model, arguments):
+    return model_checks.first_input(model, "blocks.0", arguments, argument=2)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+def test_tokens_of_one_timestep_share_one_row_of_modulations(device):
+    # Otherwise TI2V-5B keeps 1 GB of equal rows through a forward pass, and every block reads them.
+    model, arguments = tiny.load("wan-ti2v-text", torch.bfloat16).to(device), tiny.inputs("wan-ti2v-text", 2, torch.bfloat16)
+    arguments = {name: value.to(device) for name, value in arguments.items()}
+    every_token = _modulations(model, arguments)
+    patch_model(model, strict=True)
+    one_row = _modulations(model, arguments)
+    assert one_row.shape == (2, 1, 6, 24)
+    assert one_row.untyped_storage().nbytes() == one_row.nbytes
+    assert torch.equal(one_row.expand_as(every_token), every_token)
+
+
+@pytest.mark.parametrize("token", [0, 13, 31])
+def test_one_token_of_another_timestep_keeps_the_rows_of_all(token):
+    model, arguments = tiny.load("wan-ti2v-text", torch.bfloat16), tiny.inputs("wan-ti2v-text", 2, torch.bfloat16)
+    arguments["timestep"][1, token] -= 1
+    expected, every_token = tiny.run(model, arguments), _modulations(model, arguments)
+    patch_model(model, strict=True)
+    assert torch.equal(_modulations(model, arguments), every_token)
+    assert torch.equal(tiny.run(model, arguments), expected)
+
+
+def test_training_keeps_the_rows_of_all_tokens():
+    # The gradient of one row would be a sum over tokens, in another order than upstream's.
+    model, arguments = tiny.load("wan-ti2v-text", torch.float32), tiny.inputs("wan-ti2v-text", 2, torch.float32)
+    patch_model(model, strict=True)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[2].shape))
+    model(**arguments)
+    assert seen == [(2, 32, 6, 24)]
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta")])
+def test_a_model_runs_on_tensors_without_values(mode):
+    # Tools that count operations or memory do that, and there are no rows to compare.
+    model, arguments = tiny.load("wan-ti2v-text", torch.float32), tiny.inputs("wan-ti2v-text", 2, torch.float32)
+    if isinstance(mode, torch.device):
+        model, arguments = model.to(mode), {name: value.to(mode) for name, value in arguments.items()}
+    patch_model(model, strict=True)
+    with mode:
+        assert tiny.run(model, arguments).shape == (2, 4, 2, 8, 8)
 
 
 def test_a_block_without_cross_attn_norm_has_a_fused_residual_there():

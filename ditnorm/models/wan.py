@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
@@ -84,7 +85,7 @@ _SITES = {
 
 
 class WanTransformerBlock(FusedBlock):
-    """diffusers' ``WanTransformerBlock``: ``hidden_states`` [B, S, D], ``temb`` [B, 6, D] or per token [B, S, 6, D]."""
+    """diffusers' ``WanTransformerBlock``: ``hidden_states`` [B, S, D], ``temb`` [B, 6, D] or per token [B, S or 1, 6, D]."""
 
     family = "Wan"
     names = frozenset({"WanTransformerBlock"})
@@ -137,6 +138,51 @@ class WanVACETransformerBlock(FusedBlock):
 
         conditioning_states = None if self.proj_out is None else self.proj_out(control_hidden_states)
         return conditioning_states, control_hidden_states
+
+
+class WanTimeTextImageEmbedding(FusedBlock):
+    """diffusers' ``WanTimeTextImageEmbedding``, of whose per-token modulations one row stays where all tokens of a sample have the same.
+
+    TI2V-5B gives each token a timestep of its own, also in text-to-video, where all are equal: ``temb`` [B, S, D] and ``timestep_proj``
+    [B, S, 6 D], gigabytes that live through the whole forward pass and are read in every block. Here they are [B, 1, D] and [B, 1, 6 D],
+    which upstream's code broadcasts. Whether rows are equal is asked of the bits that upstream computed, which waits for the GPU, once
+    in a forward pass.
+    """
+
+    family = "Wan"
+    names = frozenset()  # WanAnimate's class of this name has no timesteps per token; nothing is lost with it
+    fingerprints = {"forward": frozenset({"cad5ec5dcd1f"})}  # 0.37.0 to 0.42.1, in Wan and ChronoEdit
+    sites = {}
+    block = False
+    site_count = 0
+
+    def forward(
+        self,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        timestep_seq_len: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        temb, timestep_proj, text, image = super().forward(  # type: ignore[misc]
+            timestep, encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len
+        )
+        # A part at a time: the comparison makes a byte of each value.
+        if timestep_seq_len is not None and all(map(_rows_are_equal, (temb, *timestep_proj.chunk(6, dim=-1)))):
+            temb, timestep_proj = temb[:, :1].clone(), timestep_proj[:, :1].clone()
+        return temb, timestep_proj, text, image
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _rows_are_equal(rows: Tensor) -> bool:
+    """Whether the rows [B, S, D] of each sample are the same bits. False where that can't be asked, or where gradients would tell."""
+    if torch.compiler.is_compiling() or rows.requires_grad or type(rows) is not Tensor or rows.device.type == "meta":
+        return False
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    bits = rows.view(_BITS[rows.element_size()])
+    return torch.equal(bits, bits[:, :1].expand_as(bits))
 
 
 def _modulation(temb: Tensor, table: Tensor) -> tuple[dict[str, Tensor], ...]:
