@@ -15,30 +15,45 @@ struct Angles {
   __device__ __forceinline__ float sin_of(int j) const { return sin[PER_ELEMENT ? j : j / 2]; }
 };
 
-// One table's row of one token, in any layout that fast_rotary accepts. `column`: the first element, of its head.
+// One table's row of one token as it lies in memory, in any layout that fast_rotary accepts: a value for each element, for each pair (in
+// the lower half), or for each pair with something else beside it. `column`: the first element, of its head.
+template <int N>
+__device__ __forceinline__ Pack<float, N> load_table(const Rotary& r, const float* row, int column) {
+  if (r.per_element || r.step == 2) {  // an aligned access that starts inside an allocation doesn't leave it
+    return load_pack<float, N>(reinterpret_cast<const float*>(reinterpret_cast<uintptr_t>(row) & ~uintptr_t{15}) + column);
+  }
+  Pack<float, N> table;
+  const auto pairs = load_pack<float, N / 2>(row + column / 2);
+#pragma unroll
+  for (int j = 0; j < N / 2; ++j) table.v[j] = pairs.v[j];
+  return table;
+}
+
 template <int N, int VALUES>
-__device__ __forceinline__ void load_angles(float (&out)[VALUES], const Rotary& r, const float* row, int column) {
+__device__ __forceinline__ void select_angles(float (&out)[VALUES], const Rotary& r, const float* row, const Pack<float, N>& table) {
   constexpr int kOfElement = N / VALUES;
   if (VALUES == N && r.per_element) {
-    to_floats(out, load_pack<float, VALUES>(row + column));
+#pragma unroll
+    for (int j = 0; j < VALUES; ++j) out[j] = table.v[j];
   } else if (r.step == 1) {
-    const auto pairs = load_pack<float, N / 2>(row + column / 2);
 #pragma unroll
-    for (int j = 0; j < VALUES; ++j) out[j] = pairs.v[j * kOfElement / 2];
-  } else {  // every second value of a dense table; an aligned access that starts inside an allocation doesn't leave it
+    for (int j = 0; j < VALUES; ++j) out[j] = table.v[j * kOfElement / 2];
+  } else {
     const bool odd = reinterpret_cast<uintptr_t>(row) % 16 != 0;
-    const auto both = load_pack<float, N>(row - odd + column);
 #pragma unroll
-    for (int j = 0; j < VALUES; ++j) out[j] = odd ? both.v[j * kOfElement | 1] : both.v[j * kOfElement & ~1];
+    for (int j = 0; j < VALUES; ++j) out[j] = odd ? table.v[j * kOfElement | 1] : table.v[j * kOfElement & ~1];
   }
 }
 
 template <int N, bool PER_ELEMENT = true>
 __device__ __forceinline__ Angles<N, PER_ELEMENT> load_angles(const Rotary& r, int64_t batch, int64_t token, int column) {
   const int64_t offset = batch * r.batch_stride + token * r.token_stride;
+  const float *const cos = r.cos + offset, *const sin = r.sin + offset;
+  // Values are chosen when both tables have been asked for: choosing waits for the memory.
+  const auto cos_table = load_table<N>(r, cos, column), sin_table = load_table<N>(r, sin, column);
   Angles<N, PER_ELEMENT> angles;
-  load_angles<N>(angles.cos, r, r.cos + offset, column);
-  load_angles<N>(angles.sin, r, r.sin + offset, column);
+  select_angles<N>(angles.cos, r, cos, cos_table);
+  select_angles<N>(angles.sin, r, sin, sin_table);
   return angles;
 }
 

@@ -54,8 +54,11 @@ constexpr int64_t kFewRows = 512;  // not even four a multiprocessor of an H200:
 // them. float16 with "single" rounding, most of which is conversions, was slower with that.
 constexpr int half_ahead(bool fp16, Extras extras, bool round) { return fp16 && extras == Extras::none && !round ? kWithRow : kAfterRow; }
 
-// Half-precision modulations with tables, which take twice the registers, next to the residual.
-constexpr int tables_ahead(int items) { return narrow(items) ? 2 : 5; }
+// With an affine, many wide rows of shared modulations: these come from L1, and all of them at once would take too many registers.
+constexpr int kSharedAhead = 2;
+
+// Half-precision modulations with tables, which take twice the registers. Without the residual only few rows have kernels for them.
+constexpr int tables_ahead(bool residual, int items) { return !residual ? kAfterRow : narrow(items) ? 2 : 5; }
 
 struct Ahead {
   int few_rows, many_rows;
@@ -66,8 +69,8 @@ constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual
   if (element_size == 4) return {1, 1};                               // no registers for more
   if (modulation_size == 2 && residual) return {kWithRow, kWithRow};  // next to the two rows' registers these don't matter
   if (residual) return {kWithRow, 2};
-  if (narrow(items)) return {kWithRow, 0};
-  return {kWithRow, 1};
+  const int many_rows = narrow(items) ? 0 : 1;
+  return {modulation_size == 2 ? many_rows : kWithRow, many_rows};
 }
 
 // For __launch_bounds__. Left alone (0), ptxas spills a register or two in these kernels to reach an occupancy that it likes.
