@@ -78,6 +78,20 @@ def synchronize() -> None:
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """While it lasts, no float32 product on the GPU is rounded to TF32, as those of convolutions are by default."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    allowed = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, before in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = before
+
+
+@contextmanager
 def wrapped(owner: object, name: str, around: Callable[..., Any]) -> Iterator[None]:
     """While it lasts, ``owner.name(...)`` calls ``around(function, ...)``."""
     method = getattr(owner, name)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from digit_pipelines import FOLDER, STEPS
-from generation import Generation, compile_blocks, denoisers, forget_compiled, generate
+from generation import Generation, compile_blocks, denoisers, forget_compiled, full_float32, generate
 from loading import CannotRun, call_arguments, load, pipeline_class, place
 from pictures import Row, comparison_row, save_moving, sheet
 from PIL import Image
@@ -166,12 +166,8 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.pipe = self._load(torch.float32)
-        allowed = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
+        with full_float32():
             return self.generate(like)
-        finally:
-            torch.backends.cudnn.allow_tf32 = allowed
 
 
 @dataclass(frozen=True)
