@@ -24,7 +24,7 @@ class Generation:
     latents: tuple[Tensor, ...]
     """After each step."""
     frames: Tensor
-    """Decoded, ``[B, F, 3, H, W]``, 0 to 1, float32; a picture has F = 1."""
+    """Decoded, ``[B, F, C, H, W]``, 0 to 1, float32; a picture has F = 1. C = 3, or 4 with alpha, which Qwen-Image 2.1 draws."""
     seconds: float
 
 

@@ -102,10 +102,13 @@ def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.Argume
     )
     tiny = FOLDER / subject.tiny
     parser.add_argument(
-        "--model", default=str(tiny), help="folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny one)"
+        "--model",
+        default=str(tiny),
+        help="folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny one); "
+        f"its pipeline is one of {', '.join(subject.pipelines)}",
     )
     parser.add_argument("--prompt", help="for the tiny model: the digits to draw")
-    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit")
+    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit, for pipelines that take one")
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default: %(default)s)")
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
