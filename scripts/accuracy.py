@@ -28,13 +28,17 @@ class Error:
     """``|output - float32| / |float32|`` in the Euclidean norm."""
     psnr: float
     """dB; the peak is the largest magnitude of float32."""
+    chance: float
+    """Standard error of ``relative`` divided by that of eager, near which two ways that are equally far come out by chance."""
 
 
-def error(output: Tensor, exact: Tensor) -> Error:
-    """``output`` measured against ``exact``, in float64."""
+def error(output: Tensor, eager: Tensor, exact: Tensor) -> Error:
+    """``output`` measured against ``exact``, in float64. ``chance`` takes the values' errors for independent."""
     exact = exact.double()
-    rms = (output.double() - exact).square().mean().sqrt()
-    return Error(relative_error(output, exact), 20 * (exact.abs().max() / rms).log10().item())
+    squares, squares_eager = ((t.double() - exact).square() for t in (output, eager))
+    psnr = 10 * (exact.square().max() / squares.mean()).log10()
+    chance = (squares - squares_eager).square().sum().sqrt() / (2 * squares_eager.sum())  # sqrt(1 + x) is 1 + x / 2
+    return Error(relative_error(output, exact), psnr.item(), chance.item())
 
 
 def forward(model: nn.Module, real: RealModel, device: torch.device, *, upcast: bool = False) -> Tensor:
@@ -67,7 +71,7 @@ def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, *,
     return {
         "layers": layers,
         "identical": torch.equal(outputs["eager"], outputs["patched"]),
-        "errors": {name: asdict(error(output, exact)) for name, output in outputs.items()},
+        "errors": {name: asdict(error(output, outputs["eager"], exact)) for name, output in outputs.items()},
     }
 
 
@@ -91,7 +95,7 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
                     blocks(found) if first else "",
                     RUNS[name],
                     f"{measured['relative']:.3e}",
-                    "" if first else f"{measured['relative'] / eager - 1:+.1%}",
+                    "" if first else f"{measured['relative'] / eager - 1:+.2%} ± {measured['chance']:.2%}",
                     f"{measured['psnr']:.1f}",
                     ("equal" if found["identical"] else "differ") if name == "patched" else "",
                 ]

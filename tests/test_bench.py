@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import tempfile
 from dataclasses import replace
 
@@ -90,7 +91,7 @@ def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monke
         assert errors["patched"] == errors["compiled"] == errors["eager"]  # the compiler's "eager" backend keeps the bits
         assert 0 < errors["single"]["relative"] < errors["eager"]["relative"]
         assert f"{errors['single']['relative']:.3e}" in output
-        assert f"{errors['single']['relative']:.3e} ({errors['single']['psnr']:.1f} dB)" in page
+        assert f"{errors['single']['relative']:.3e} ({errors['single']['psnr']:.1f} dB, -" in page
 
 
 def test_without_accuracy_the_page_has_no_section_of_it(bench):
@@ -142,9 +143,23 @@ def same(a, b):
 
 def test_error_against_float32():
     exact = torch.tensor([3.0, -4.0])
-    found = accuracy.error(torch.tensor([3.0, -3.5], dtype=torch.bfloat16), exact)
+    eager, output = (torch.tensor([3.0, value], dtype=torch.bfloat16) for value in (-5.0, -3.5))
+    found = accuracy.error(output, eager, exact)
     assert found.relative == pytest.approx(0.5 / 5)
     assert found.psnr == pytest.approx(20 * math.log10(4 / (0.5 / math.sqrt(2))))
+    assert found.chance == pytest.approx((1 - 0.25) / 2)
+
+
+def test_chance_is_how_much_equally_accurate_ways_differ():
+    exact = torch.zeros(1000)
+    ratios, chances = [], []
+    for _ in range(100):
+        output, eager = torch.randn(2, 1000)
+        found = accuracy.error(output, eager, exact)
+        ratios.append((output.norm() / eager.norm()).item())
+        chances.append(found.chance)
+    # Of 100 samples a standard deviation is known to 1 / sqrt(200), 7 %; five times that.
+    assert statistics.stdev(ratios) == pytest.approx(statistics.mean(chances), rel=0.35)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +167,7 @@ def test_error_against_float32():
     [(True, 0.9, True), (True, 1.0, True), (True, 1.1, False), (False, 0.9, False), (True, math.nan, False)],
 )
 def test_single_rounding_further_from_float32_than_eager_is_a_failure(bench, monkeypatch, identical, single, holds):
-    errors = {name: {"relative": single if name == "single" else 1.0, "psnr": 40.0} for name in accuracy.RUNS}
+    errors = {name: {"relative": single if name == "single" else 1.0, "psnr": 40.0, "chance": 0.0} for name in accuracy.RUNS}
     found = {"layers": {"num_layers": 2}, "identical": identical, "errors": errors}
     monkeypatch.setattr(accuracy, "measure", lambda *args, **kwargs: found)
     status, _ = bench("--quick", "--accuracy", "--models", "qwen-image")
