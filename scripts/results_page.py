@@ -73,7 +73,7 @@ def accuracy_section(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 The relative error of what the model makes of noise at the first step, in the Euclidean norm, and the PSNR, whose peak is the largest value.
 float32: the unpatched model with the same weights and inputs, without TF32. As that is slow, of every model a few blocks, at full size.
-Percentages: change of the error from eager's, ± its standard error: a change within about twice that is chance.
+Percentages: change of the error from eager's, ± its standard error if values err independently: a change of a few times that is chance.
 
 {table}
 
