@@ -1,10 +1,11 @@
 """Times whole denoising steps of real models with random weights: eager, patched, compiled, and patched + compiled.
 
-    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile] [--out DIR]
+    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile] [--accuracy] [--out DIR]
 
 Everything runs in one process with the same weights and inputs. Also compared: the latents after each of the first steps, patched against
-eager, which must be bit-identical. Writes DIR/transformers.json and DIR/transformers.png. The exit status is 1 if a model failed or
-latents differ. Real sizes need a GPU: 45 GB of its memory for all models.
+eager, which must be bit-identical. With --accuracy, also the error of one step against float32, at which rounding="single" must be no
+larger than eager. Writes DIR/transformers.json and DIR/transformers.png. The exit status is 1 if a model failed, latents differ or
+rounding="single" has the larger error. Real sizes need a GPU: 45 GB of its memory for all models.
 """
 
 import argparse
@@ -25,11 +26,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import matplotlib
 import torch
 from generation import compile_blocks, forget_compiled, synchronize
 from kernel_shares import Shares, costs, measure, shares
-from real_models import DTYPE, MODELS, RealModel
+from real_models import MODELS, RealModel
 from tables import environment, environment_line, text_table
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -81,8 +83,7 @@ class Measured:
 
 def denoise(model: nn.Module, real: RealModel, device: torch.device) -> Iterator[Tensor]:
     """Euler steps from noise, without end; yields the latents after each. The velocity is scaled down so that latents stay finite."""
-    generator = torch.Generator(device).manual_seed(0)
-    latents = torch.randn(real.latents, generator=generator, device=device).to(DTYPE)
+    latents = real.noise(device)
     for index in range(1000):
         timestep = torch.tensor(1000.0 - index, device=device)
         with torch.inference_mode():
@@ -153,8 +154,12 @@ def empty_cache() -> Iterator[None]:
         yield
 
 
-def result(real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str], *, profile: bool) -> dict[str, Any]:
-    """Measures one model; an error becomes part of the result. With ``profile`` the costs of the kernels do, too."""
+def result(
+    real: RealModel, layers: Mapping[str, int], device: torch.device, names: Sequence[str], *, profile: bool, accurate: bool
+) -> dict[str, Any]:
+    """Measures one model; an error becomes part of the result. With ``profile`` the costs of the kernels do, too, and with ``accurate``
+    what :func:`accuracy.measure` finds.
+    """
     entry: dict[str, Any] = {
         "title": real.title,
         "source": real.source,
@@ -172,20 +177,30 @@ def result(real: RealModel, layers: Mapping[str, int], device: torch.device, nam
         }
         if profile:
             entry["costs"] = {name: found.columns[name].costs for name in COLUMNS[:2]}
+        if accurate:
+            free(device)
+            entry["accuracy"] = accuracy.measure(real, layers, device, compiled="compiled" in names)
     except torch.OutOfMemoryError as error:
         entry["error"] = f"out of GPU memory ({str(error).splitlines()[0]}); fewer layers: --layers N"
     except Exception as error:  # the other models are still worth measuring
         traceback.print_exc()
         entry["error"] = f"{type(error).__name__}: {error}"
-    torch.compiler.reset()  # what was compiled holds on to the model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(device)
     return entry
 
 
+def free(device: torch.device) -> None:
+    """Gives back the memory of models that are no longer in use."""
+    torch.compiler.reset()  # what was compiled holds on to its model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def failed(entry: Mapping[str, Any]) -> bool:
-    return "error" in entry or entry["steps_identical"] < entry["steps_compared"]
+    if "error" in entry or entry["steps_identical"] < entry["steps_compared"]:
+        return True
+    return "accuracy" in entry and not accuracy.holds(entry["accuracy"])
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -285,7 +300,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
     """The arguments that make a difference to what is measured."""
     models = [] if options.models == list(MODELS) else ["--models", *options.models]
     layers = [] if options.layers is None else ["--layers", str(options.layers)]
-    return models + layers + (["--quick"] if options.quick else []) + (["--profile"] if options.profile else [])
+    return models + layers + [f"--{name}" for name in ("quick", "profile", "accuracy") if getattr(options, name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, metavar="N", help="so many blocks of each kind (default: what fits; the table says how many)")
     parser.add_argument("--quick", action="store_true", help="eager and patched only: nothing is compiled")
     parser.add_argument("--profile", action="store_true", help="list the kernels outside matmul and attention, eager and patched")
+    parser.add_argument("--accuracy", action="store_true", help='measure how far one step is from float32, rounding="single" too')
     parser.add_argument("--out", type=Path, default=Path("bench-output"), metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     if options.layers is not None and options.layers < 1:
@@ -311,13 +327,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.models:
         real = MODELS[name]
         start = time.perf_counter()
-        entries[name] = result(real, real.layers(options.layers), device, names, profile=options.profile)
+        layers = real.layers(options.layers)
+        entries[name] = result(real, layers, device, names, profile=options.profile, accurate=options.accuracy)
         (options.out / "transformers.json").write_text(json.dumps(report, indent=1) + "\n")  # a run cut short keeps what it has
         print(f"{real.title}: {entries[name].get('error') or bits(entries[name])} ({time.perf_counter() - start:.0f} s)", flush=True)
     print(f"\n{environment_line(device)}\n\n{table(entries)}\n\n{NOTES}")
     for entry in entries.values():
         if "costs" in entry:
             print(f"\n{entry['title']}\n{profile_table(entry)}")
+    if accurate := {name: entry for name, entry in entries.items() if "accuracy" in entry}:
+        print(f"\n{accuracy.table(accurate)}")
     if any("error" not in entry for entry in entries.values()):
         chart(entries, options.out / "transformers.png", environment_line(device))
     print(f"\nwritten to {options.out}")

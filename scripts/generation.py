@@ -24,7 +24,7 @@ class Generation:
     latents: tuple[Tensor, ...]
     """After each step."""
     frames: Tensor
-    """Decoded, ``[B, F, 3, H, W]``, 0 to 1, float32; a picture has F = 1."""
+    """Decoded, ``[B, F, C, H, W]``, 0 to 1, float32; a picture has F = 1. C = 3, or 4 with alpha, which Qwen-Image 2.1 draws."""
     seconds: float
 
 
@@ -75,6 +75,20 @@ def synchronize() -> None:
     """Waits for the GPU, if there is one in use."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """While it lasts, no float32 product on the GPU is rounded to TF32, as those of convolutions are by default."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    allowed = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, before in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = before
 
 
 @contextmanager

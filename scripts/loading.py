@@ -10,6 +10,9 @@ from diffusers import DiffusionPipeline
 from digit_pipelines import FAMILIES, PROMPTS, Family
 from PIL import Image
 
+PICTURE_OPTIONAL = {"QwenImage21Pipeline"}
+"""Pipelines that need no picture but take one. Signatures don't tell: Edit's has a default for it, with which its call fails."""
+
 
 class CannotRun(Exception):
     """What the user asked for can't be run; the message says why and what would."""
@@ -37,7 +40,7 @@ def load(model: str, dtype: torch.dtype, *, image: bool = False) -> DiffusionPip
     absent: dict[str, Any] = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
     try:
         pipe = cls.from_pretrained(model, torch_dtype=dtype, **absent)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise CannotRun(f"{model}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -83,12 +86,12 @@ def call_arguments(
         arguments |= family.call_arguments([int(digit) for digit in digits], pipe, Path(model))
     else:
         arguments["prompt"] = default_prompt if prompt is None else prompt
-    if "image" in taken:
-        if image is None:
-            raise CannotRun(f"{model} is a {type(pipe).__name__}: it needs --image PATH")
+    if image is not None:
+        if "image" not in taken:
+            raise CannotRun(f"{model} is a {type(pipe).__name__}, which takes no --image")
         arguments["image"] = Image.open(image).convert("RGB")
-    elif image is not None:
-        raise CannotRun(f"{model} is a {type(pipe).__name__}, which takes no --image")
+    elif "image" in taken and type(pipe).__name__ not in PICTURE_OPTIONAL:
+        raise CannotRun(f"{model} is a {type(pipe).__name__}: it needs --image PATH")
     given = {"width": size and size[0], "height": size and size[1], "num_frames": frames}
     for name, value in given.items():
         if value is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from digit_pipelines import FOLDER, STEPS
-from generation import Generation, compile_blocks, denoisers, forget_compiled, generate
+from generation import Generation, compile_blocks, denoisers, forget_compiled, full_float32, generate
 from loading import CannotRun, call_arguments, load, pipeline_class, place
 from pictures import Row, comparison_row, save_moving, sheet
 from PIL import Image
@@ -102,10 +102,13 @@ def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.Argume
     )
     tiny = FOLDER / subject.tiny
     parser.add_argument(
-        "--model", default=str(tiny), help="folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny one)"
+        "--model",
+        default=str(tiny),
+        help="folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny one); "
+        f"its pipeline is one of {', '.join(subject.pipelines)}",
     )
     parser.add_argument("--prompt", help="for the tiny model: the digits to draw")
-    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit")
+    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit, for pipelines that take one")
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default: %(default)s)")
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
@@ -166,12 +169,8 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.pipe = self._load(torch.float32)
-        allowed = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
+        with full_float32():
             return self.generate(like)
-        finally:
-            torch.backends.cudnn.allow_tf32 = allowed
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
     python scripts/parity_qwen_image.py                                    the tiny model of this repository
     python scripts/parity_qwen_image.py --model Qwen/Qwen-Image
+    python scripts/parity_qwen_image.py --model Qwen/Qwen-Image-Edit-2511 --image cat.png --prompt "Give the cat a hat"
+    python scripts/parity_qwen_image.py --model Qwen/Qwen-Image-2.1         with --image it edits
 
+Edit and 2.1 read prompts with a processor of transformers that needs torchvision.
 Prints a table, writes a side-by-side picture and a JSON. ``--help`` lists the options.
 """
 
@@ -13,7 +16,7 @@ from parity import Subject, main
 SUBJECT = Subject(
     title="Qwen-Image",
     tiny="qwen-image",
-    pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+    pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImage21Pipeline"),
     prompt="A coffee shop entrance with a chalkboard sign that reads: Qwen Coffee",
 )
 

@@ -18,18 +18,18 @@ Row = Sequence[tuple[str, Image.Image]]
 
 
 def tiled(pictures: Tensor, columns: int) -> Image.Image:
-    """``[N, 3, H, W]``, 0 to 1, as one picture, row by row."""
+    """``[N, C, H, W]``, RGB or RGBA, 0 to 1, as one picture, row by row, without alpha."""
     n, _, height, width = pictures.shape
     rows = -(-n // columns)
     canvas = torch.full((3, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), 0.25)
     for index, picture in enumerate(pictures):
         y, x = index // columns * (height + GAP), index % columns * (width + GAP)
-        canvas[:, y : y + height, x : x + width] = picture
+        canvas[:, y : y + height, x : x + width] = picture[:3]
     return Image.fromarray(canvas.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy())
 
 
 def comparison_row(title: str, before: Tensor, after: Tensor, columns: int) -> list[tuple[str, Image.Image]]:
-    """Unpatched, patched and their amplified difference; pictures ``[N, 3, H, W]``, 0 to 1."""
+    """Unpatched, patched and their amplified difference; pictures ``[N, C, H, W]``, RGB or RGBA, 0 to 1."""
     return [
         (f"{title}, unpatched", tiled(before, columns)),
         ("patched", tiled(after, columns)),

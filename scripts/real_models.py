@@ -51,6 +51,11 @@ class RealModel:
         """The layers to build: ``each`` of every kind, or those to measure."""
         return dict(self.measured) if each is None else {kind: min(each, self.config[kind]) for kind in self.measured}
 
+    def noise(self, device: torch.device) -> Tensor:
+        """The latents that denoising starts from, the same every time."""
+        generator = torch.Generator(device).manual_seed(0)
+        return torch.randn(self.latents, generator=generator, device=device).to(DTYPE)
+
     def build(self, layers: Mapping[str, int], device: torch.device) -> nn.Module:
         """The model with random weights, in the dtypes that ``from_pretrained(torch_dtype=torch.bfloat16)`` gives its parameters."""
         cls = getattr(diffusers, self.cls)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import accuracy
 from bench_transformers import NOTES, bits, layer_counts
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -57,6 +58,37 @@ def full_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def accuracy_section(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The errors against float32, one line a model, with a heading; nothing where none was measured."""
+    measured = [entry for entry in entries.values() if "accuracy" in entry]
+    if not measured:
+        return ""
+    lines = [f"| Model | blocks | {' | '.join(accuracy.RUNS.values())} |", f"|---|---:|{'---:|' * len(accuracy.RUNS)}"]
+    for entry in measured:
+        errors = entry["accuracy"]["errors"]
+        cells = [accuracy_cell(name, errors) for name in accuracy.RUNS]
+        lines.append(f"| {entry['title']} | {accuracy.blocks(entry['accuracy'])} | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return f"""## Error of one step against float32
+
+The relative error of what the model makes of noise at the first step, in the Euclidean norm, and the PSNR, whose peak is the largest value.
+float32: the unpatched model with the same weights and inputs, without TF32. As that is slow, of every model a few blocks, at full size.
+Percentages: change of the error from eager's, ± its standard error if values err independently: a change of a few times that is chance.
+
+{table}
+
+"""
+
+
+def accuracy_cell(name: str, errors: Mapping[str, Mapping[str, float]]) -> str:
+    """One way's error; the more accurate rounding's also as a change from eager's."""
+    if name not in errors:
+        return ""
+    found = errors[name]
+    change = f", {found['relative'] / errors['eager']['relative'] - 1:+.2%} ± {found['chance']:.2%}" if name == "single" else ""
+    return f"{found['relative']:.3e} ({found['psnr']:.1f} dB{change})"
+
+
 def page(report: Mapping[str, Any]) -> str:
     """The whole page."""
     versions = "; ".join(f"{key} {value}" for key, value in report["environment"].items())
@@ -83,7 +115,7 @@ python scripts/results_page.py bench-output/transformers.json
 
 {NOTES}
 
-## Configurations
+{accuracy_section(report["models"])}## Configurations
 
 {sources}
 """

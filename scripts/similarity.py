@@ -37,19 +37,20 @@ def relative_error(a: Tensor, exact: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each frame of ``[N, 3, H, W]``, 0 to 1."""
+    """Peak signal-to-noise ratio in dB of each frame of ``[N, C, H, W]``, 0 to 1."""
     return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each frame of ``[N, 3, H, W]``, 0 to 1, with the usual Gaussian window of 11 x 11 pixels."""
+    """Structural similarity of each frame of ``[N, C, H, W]``, 0 to 1, with the usual Gaussian window of 11 x 11 pixels."""
     offsets = torch.arange(_WINDOW, dtype=torch.double, device=a.device) - _WINDOW // 2
     line = (-offsets.square() / (2 * _SIGMA**2)).exp()
     line = line / line.sum()
-    kernel = torch.outer(line, line).expand(3, 1, -1, -1)
+    channels = a.shape[1]
+    kernel = torch.outer(line, line).expand(channels, 1, -1, -1)
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, groups=3)
+        return F.conv2d(x, kernel, groups=channels)
 
     a, b = a.double(), b.double()
     mean_a, mean_b = mean(a), mean(b)
@@ -61,7 +62,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def frame_difference(a: Tensor, b: Tensor) -> FrameDifference:
-    """Compares frames ``[N, 3, H, W]``, 0 to 1, one by one."""
+    """Compares frames ``[N, C, H, W]``, 0 to 1, one by one: RGB, or RGBA, of which LPIPS leaves out alpha."""
     pairs = [(x[None], y[None]) for x, y in zip(a, b, strict=True)]
     ratios = torch.cat([psnr(*pair) for pair in pairs])
     similarities = torch.cat([ssim(*pair) for pair in pairs])
@@ -71,7 +72,7 @@ def frame_difference(a: Tensor, b: Tensor) -> FrameDifference:
         int(ratios.argmin()),
         similarities.mean().item(),
         similarities.min().item(),
-        _lpips(a, b),
+        _lpips(a[:, :3], b[:, :3]),
     )
 
 

@@ -1,10 +1,13 @@
 """The benchmarks of whole models and pipelines run, at a small size, and report what they measured."""
 
 import json
+import math
 import re
+import statistics
 import tempfile
 from dataclasses import replace
 
+import accuracy
 import bench_pipeline
 import bench_transformers
 import diffusers
@@ -66,6 +69,109 @@ def test_full_run_has_four_columns_and_makes_a_page(bench, tmp_path, monkeypatch
     assert entry["title"] in page
     assert f"{entry['columns']['patched']['step_ms']:,.1f} ms" in page
     assert (docs / "transformers.png").exists()
+
+
+def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monkeypatch, capsys):
+    for module in (bench_transformers, accuracy):
+        monkeypatch.setattr(module, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
+    status, report = bench("--accuracy", "--models", "qwen-image", "hunyuan-video-480p")
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert report["command"].endswith(" --accuracy")
+    assert [entry["accuracy"]["layers"] for entry in report["models"].values()] == [
+        {"num_layers": 2},
+        {"num_layers": 1, "num_single_layers": 1},
+    ]
+    page = results_page.page(report)
+    for entry in report["models"].values():
+        found = entry["accuracy"]
+        errors = found["errors"]
+        assert found["identical"] is True
+        assert list(errors) == list(accuracy.RUNS)
+        assert errors["patched"] == errors["compiled"] == errors["eager"]  # the compiler's "eager" backend keeps the bits
+        assert 0 < errors["single"]["relative"] < errors["eager"]["relative"]
+        assert f"{errors['single']['relative']:.3e}" in output
+        assert f"{errors['single']['relative']:.3e} ({errors['single']['psnr']:.1f} dB, -" in page
+
+
+def test_without_accuracy_the_page_has_no_section_of_it(bench):
+    _, report = bench("--quick", "--accuracy", "--models", "qwen-image")
+    assert list(report["models"]["qwen-image"]["accuracy"]["errors"]) == ["eager", "patched", "single"]
+    assert "## Error of one step" in results_page.page(report)
+    del report["models"]["qwen-image"]["accuracy"]
+    assert "## Error of one step" not in results_page.page(report)
+
+
+@pytest.mark.parametrize("name", ["wan2.2-ti2v-5b", "qwen-image-2.1", "hunyuan-video-1.5"])
+def test_the_float32_run_is_upstream_with_the_weights_and_inputs_of_bf16(name, monkeypatch):
+    real = SMALL[name]
+    layers = real.layers(None)
+    weights = real.build(layers, CPU).state_dict()
+    inputs = {k: v for k, v in real.arguments(real, real.noise(CPU), torch.tensor(1000.0)).items() if isinstance(v, torch.Tensor)}
+    runs = []
+
+    def forward(model, *args, **kwargs):
+        def keep(module, args, arguments):
+            fused = any(type(part).__module__.startswith("ditnorm") for part in module.modules())
+            tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+            runs.append((fused, tf32, {k: t.clone() for k, t in module.state_dict().items()}, arguments))
+
+        with model.register_forward_pre_hook(keep, with_kwargs=True):
+            return measured(model, *args, **kwargs)
+
+    measured = accuracy.forward
+    monkeypatch.setattr(accuracy, "forward", forward)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    accuracy.measure(real, layers, CPU, compiled=False)
+    assert torch.backends.cudnn.allow_tf32
+
+    assert [fused for fused, *_ in runs] == [False, True, True, False]
+    for _, tf32, state, arguments in runs[:-1]:
+        assert tf32
+        assert all(same(state[key], value) for key, value in weights.items())
+        assert all(same(arguments[key], value) for key, value in inputs.items())
+    _, tf32, state, arguments = runs[-1]
+    assert not tf32
+    assert all(same(state[key], value.float()) for key, value in weights.items())
+    assert all(same(arguments[key], value.float() if value.is_floating_point() else value) for key, value in inputs.items())
+
+
+def same(a, b):
+    """One dtype and the same values."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_error_against_float32():
+    exact = torch.tensor([3.0, -4.0])
+    eager, output = (torch.tensor([3.0, value], dtype=torch.bfloat16) for value in (-5.0, -3.5))
+    found = accuracy.error(output, eager, exact)
+    assert found.relative == pytest.approx(0.5 / 5)
+    assert found.psnr == pytest.approx(20 * math.log10(4 / (0.5 / math.sqrt(2))))
+    assert found.chance == pytest.approx((1 - 0.25) / 2)
+
+
+def test_chance_is_how_much_equally_accurate_ways_differ():
+    exact = torch.zeros(1000)
+    ratios, chances = [], []
+    for _ in range(100):
+        output, eager = torch.randn(2, 1000)
+        found = accuracy.error(output, eager, exact)
+        ratios.append((output.norm() / eager.norm()).item())
+        chances.append(found.chance)
+    # Of 100 samples a standard deviation is known to 1 / sqrt(200), 7 %; five times that.
+    assert statistics.stdev(ratios) == pytest.approx(statistics.mean(chances), rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("identical", "single", "holds"),
+    [(True, 0.9, True), (True, 1.0, True), (True, 1.1, False), (False, 0.9, False), (True, math.nan, False)],
+)
+def test_single_rounding_further_from_float32_than_eager_is_a_failure(bench, monkeypatch, identical, single, holds):
+    errors = {name: {"relative": single if name == "single" else 1.0, "psnr": 40.0, "chance": 0.0} for name in accuracy.RUNS}
+    found = {"layers": {"num_layers": 2}, "identical": identical, "errors": errors}
+    monkeypatch.setattr(accuracy, "measure", lambda *args, **kwargs: found)
+    status, _ = bench("--quick", "--accuracy", "--models", "qwen-image")
+    assert status == int(not holds)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import generation
 import parity
 import pictures
 import pytest
+import qwen_image21_checkpoint
 import tiny
 import tokenizers
 import torch
@@ -91,6 +92,20 @@ def test_a_checkpoint_that_animates_a_picture_keeps_every_bit(tmp_path):
     status, report = run("wan", tmp_path / "out", "--model", model, "--image", str(picture), "--size", "64x64", "--frames", "5")
     assert status == 0
     assert report["pipeline"] == "WanImageToVideoPipeline"
+    assert report["comparisons"]["patched : unpatched"]["steps_identical"] == 2
+    assert 0 < report["comparisons"]["unpatched : float32"]["relative_error_of_latents"][-1] < 0.1
+
+
+@pytest.mark.parametrize("edits", [False, True], ids=["draws", "edits"])
+def test_qwen_image21_keeps_every_bit_with_a_picture_and_without(edits, tmp_path):
+    picture = tmp_path / "cat.png"
+    Image.radial_gradient("L").convert("RGB").save(picture)
+    model = qwen_image21_checkpoint.save(tmp_path / "model")
+    options = ["--image", str(picture)] if edits else []
+    status, report = run("qwen_image", tmp_path / "out", "--model", model, "--prompt", "a cat", "--size", "64x64", *options)
+    assert status == 0
+    assert report["pipeline"] == "QwenImage21Pipeline"
+    assert report["notes"] == []
     assert report["comparisons"]["patched : unpatched"]["steps_identical"] == 2
     assert 0 < report["comparisons"]["unpatched : float32"]["relative_error_of_latents"][-1] < 0.1
 

@@ -1,0 +1,108 @@
+"""How far one denoising step of a real model is from float32: upstream's, patched with either rounding, and compiled.
+
+float32 is upstream's own forward with the same bf16 weights and inputs, upcast, and without TF32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from generation import compile_blocks, forget_compiled, full_float32
+from real_models import RealModel
+from similarity import relative_error
+from tables import text_table
+from torch import Tensor, nn
+
+import ditnorm
+
+RUNS = {"eager": "eager", "patched": "patched", "single": 'patched, rounding="single"', "compiled": "compiled"}
+BLOCKS = 2  # of a model: float32 attention is 4 * S^2 * D operations a block, at 118,800 tokens 5 s with 40 TFLOP/s
+
+
+@dataclass(frozen=True)
+class Error:
+    """What the model makes in bf16, against float32."""
+
+    relative: float
+    """``|output - float32| / |float32|`` in the Euclidean norm."""
+    psnr: float
+    """dB; the peak is the largest magnitude of float32."""
+    chance: float
+    """Standard error of ``relative`` divided by that of eager, near which two ways that are equally far come out by chance."""
+
+
+def error(output: Tensor, eager: Tensor, exact: Tensor) -> Error:
+    """``output`` measured against ``exact``, in float64. ``chance`` takes the values' errors for independent."""
+    exact = exact.double()
+    squares, squares_eager = ((t.double() - exact).square() for t in (output, eager))
+    psnr = 10 * (exact.square().max() / squares.mean()).log10()
+    chance = (squares - squares_eager).square().sum().sqrt() / (2 * squares_eager.sum())  # sqrt(1 + x) is 1 + x / 2
+    return Error(relative_error(output, exact), psnr.item(), chance.item())
+
+
+def forward(model: nn.Module, real: RealModel, device: torch.device, *, upcast: bool = False) -> Tensor:
+    """The model's velocity at the first step, on the CPU. ``upcast``: from inputs in float32, with the values of those in bf16."""
+    arguments = real.arguments(real, real.noise(device), torch.tensor(1000.0, device=device))
+    if upcast:
+        arguments = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    with torch.inference_mode():
+        return model(**arguments, return_dict=False)[0].cpu()
+
+
+def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, *, compiled: bool) -> dict[str, Any]:
+    """Runs one model in every way, ``compiled`` or not among them, with at most :data:`BLOCKS` of its ``layers``.
+
+    Returns, for a JSON: ``layers`` that were run, ``errors`` of each way, and ``identical``, whether patched has the bits of eager.
+    """
+    layers = {kind: min(n, BLOCKS // len(layers)) for kind, n in layers.items()}
+    model = real.build(layers, device)
+    outputs = {"eager": forward(model, real, device)}
+    for name, rounding in (("patched", "eager"), ("single", "single")):
+        ditnorm.patch_model(model, strict=True, rounding=rounding)
+        outputs[name] = forward(model, real, device)
+        ditnorm.unpatch_model(model)
+    if compiled:
+        compile_blocks(model)
+        outputs["compiled"] = forward(model, real, device)
+        forget_compiled(model)
+    with full_float32():  # in place: one model at a time in memory
+        exact = forward(model.float(), real, device, upcast=True)
+    return {
+        "layers": layers,
+        "identical": torch.equal(outputs["eager"], outputs["patched"]),
+        "errors": {name: asdict(error(output, outputs["eager"], exact)) for name, output in outputs.items()},
+    }
+
+
+def holds(found: Mapping[str, Any]) -> bool:
+    """Whether, of what :func:`measure` found, patched has the bits of eager, and single rounding is no further from float32 than eager."""
+    errors = found["errors"]
+    return found["identical"] and errors["single"]["relative"] <= errors["eager"]["relative"]  # not if either is NaN
+
+
+def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was found, by model, as text."""
+    rows = [["error of one step against float32", "blocks", "", "relative", "vs eager", "PSNR dB", "bits"]]
+    for entry in entries.values():
+        found = entry["accuracy"]
+        eager = found["errors"]["eager"]["relative"]
+        for name, measured in found["errors"].items():
+            first = name == "eager"
+            rows.append(
+                [
+                    entry["title"] if first else "",
+                    blocks(found) if first else "",
+                    RUNS[name],
+                    f"{measured['relative']:.3e}",
+                    "" if first else f"{measured['relative'] / eager - 1:+.2%} ± {measured['chance']:.2%}",
+                    f"{measured['psnr']:.1f}",
+                    ("equal" if found["identical"] else "differ") if name == "patched" else "",
+                ]
+            )
+    return text_table(rows)
+
+
+def blocks(found: Mapping[str, Any]) -> str:
+    """How many of each kind were run."""
+    return " + ".join(map(str, found["layers"].values()))
