@@ -76,9 +76,12 @@ def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, *,
 
 
 def holds(found: Mapping[str, Any]) -> bool:
-    """Whether, of what :func:`measure` found, patched has the bits of eager, and single rounding is no further from float32 than eager."""
-    errors = found["errors"]
-    return found["identical"] and errors["single"]["relative"] <= errors["eager"]["relative"]  # not if either is NaN
+    """Whether, of what :func:`measure` found, patched has the bits of eager, and single rounding is no further from float32 than eager.
+
+    Wan rounds once with either, so that chance decides which is nearer: three standard errors are allowed.
+    """
+    eager, single = found["errors"]["eager"], found["errors"]["single"]
+    return found["identical"] and single["relative"] <= eager["relative"] * (1 + 3 * single["chance"])  # not if any is NaN
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:

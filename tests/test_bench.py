@@ -163,11 +163,18 @@ def test_chance_is_how_much_equally_accurate_ways_differ():
 
 
 @pytest.mark.parametrize(
-    ("identical", "single", "holds"),
-    [(True, 0.9, True), (True, 1.0, True), (True, 1.1, False), (False, 0.9, False), (True, math.nan, False)],
+    ("identical", "single", "chance", "holds"),
+    [
+        (True, 0.9, 0.0, True),
+        (True, 1.0, 0.0, True),
+        (True, 1.02, 0.01, True),
+        (True, 1.04, 0.01, False),
+        (False, 0.9, 0.0, False),
+        (True, math.nan, 0.0, False),
+    ],
 )
-def test_single_rounding_further_from_float32_than_eager_is_a_failure(bench, monkeypatch, identical, single, holds):
-    errors = {name: {"relative": single if name == "single" else 1.0, "psnr": 40.0, "chance": 0.0} for name in accuracy.RUNS}
+def test_single_rounding_further_from_float32_than_eager_is_a_failure(bench, monkeypatch, identical, single, chance, holds):
+    errors = {name: {"relative": single if name == "single" else 1.0, "psnr": 40.0, "chance": chance} for name in accuracy.RUNS}
     found = {"layers": {"num_layers": 2}, "identical": identical, "errors": errors}
     monkeypatch.setattr(accuracy, "measure", lambda *args, **kwargs: found)
     status, _ = bench("--quick", "--accuracy", "--models", "qwen-image")
