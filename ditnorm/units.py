@@ -12,7 +12,7 @@ from .models import body_for, near_miss
 from .models.attention import FusedAttention, QKNorm
 from .models.base import FusedBlock, matches
 from .models.fingerprint import fingerprint
-from .models.gelu import InPlaceGELU
+from .models.gelu import FusedGELU
 
 # Wrappers that shard or replicate the parameters of the modules inside (DDP, FSDP).
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
@@ -178,12 +178,12 @@ def _untouchable(module: nn.Module) -> str | None:
 
 
 def _gelus(unit: Unit) -> list[Swap]:
-    """The activations inside that can work in place. That only saves memory: what can't is left alone, and nobody is told."""
+    """The activations inside that are known. What isn't is left alone and nobody is told: no op of ours is missing there."""
     found = [(path, module, upstream_of(type(module))) for path, module in unit.module.named_modules()]
     return [
-        Swap(_join(unit.name, path), module, upstream, InPlaceGELU)
+        Swap(_join(unit.name, path), module, upstream, FusedGELU)
         for path, module, upstream in found
-        if matches(InPlaceGELU, upstream) and _untouchable(module) is None
+        if matches(FusedGELU, upstream) and _untouchable(module) is None
     ]
 
 

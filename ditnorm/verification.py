@@ -13,7 +13,7 @@ from . import checks, functional, generated, head_verification, kernels, layers,
 from .head_verification import HeadSite
 from .models.attention import FusedAttention, QKNorm
 from .models.base import FusedBlock
-from .models.gelu import InPlaceGELU
+from .models.gelu import FusedGELU
 from .targets import modules_of, targets
 from .units import Swap, Unit
 
@@ -133,7 +133,7 @@ def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site | HeadSite]:
         return  # a part that has no op of ours
     width = norms[0].normalized_shape[-1]
     for swap in unit.swaps:
-        if swap.body in (QKNorm, InPlaceGELU):
+        if swap.body in (QKNorm, FusedGELU):
             continue  # a part of its attention's call; no op of ours
         if issubclass(swap.body, FusedAttention):
             yield from head_verification.sites(swap.module, swap.body, dtype)

@@ -18,7 +18,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])]
 
 def bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> None:
     """The default rounding gives the bits of the unpatched model, in the expected number of fused calls."""
-    model, arguments = tiny.load(name, dtype).to(device), _to(tiny.inputs(name, batch, dtype), device)
+    model, arguments = tiny.load(name, dtype).to(device), moved(tiny.inputs(name, batch, dtype), device)
     expected = tiny.run(model, arguments)
 
     patch_model(model, strict=True)
@@ -40,13 +40,13 @@ def no_less_accurate(name: str, dtype: torch.dtype, device: str) -> None:
     of two such estimates, of normal and independent errors of equal size, is 1 with a standard deviation of 1 / sqrt(N); four are allowed.
     """
     model = tiny.load(name, dtype).to(device)
-    samples = [_to(tiny.inputs(name, 2, dtype, seed), device) for seed in range(4)]
+    samples = [moved(tiny.inputs(name, 2, dtype, seed), device) for seed in range(4)]
     unpatched = [tiny.run(model, sample) for sample in samples]
     patch_model(model, strict=True, rounding="single")
     patched = [tiny.run(model, sample) for sample in samples]
     unpatch_model(model)
     model.float()
-    exact = [tiny.run(model, _to(sample, torch.float32)) for sample in samples]
+    exact = [tiny.run(model, moved(sample, torch.float32)) for sample in samples]
 
     values = sum(y.numel() for y in exact)
     assert _rms_error(patched, exact) <= _rms_error(unpatched, exact) * (1 + 4 / math.sqrt(values))
@@ -110,10 +110,10 @@ def _rms_error(outputs: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     return errors.square().mean().sqrt().item()
 
 
-def _to(value: Any, target: str | torch.dtype) -> Any:
+def moved(value: Any, target: str | torch.dtype) -> Any:
     """Every tensor moved to a device, or every floating-point tensor to a dtype."""
     if isinstance(value, Tensor):
         return value.to(target) if isinstance(target, str) or value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: _to(item, target) for key, item in value.items()}
-    return [_to(item, target) for item in value] if isinstance(value, list) else value
+        return {key: moved(item, target) for key, item in value.items()}
+    return [moved(item, target) for item in value] if isinstance(value, list) else value

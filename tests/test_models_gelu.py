@@ -1,4 +1,4 @@
-"""GELUs in place: where nobody can tell they are, and the memory that this saves."""
+"""GELUs in place: where nobody can tell they are, and the memory that this saves; and with "single" rounding in the product's kernel."""
 
 import copy
 import pickle
@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import model_checks
 import peft
 import pytest
 import tiny
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import generated, patch_model, unpatch_model
 from ditnorm.models.base import matches
-from ditnorm.models.gelu import InPlaceGELU
+from ditnorm.models.gelu import FusedGELU, linear_gelu
 
 DTYPE = torch.bfloat16
 IN_PLACE = {"wan-t2v": 3, "wan-vace": 5, "qwen-image": 6, "hunyuan-video": 6, "hunyuan-video-token-replace": 6, "hunyuan-video-1.5": 4}
@@ -47,7 +48,7 @@ def run(model: nn.Module, name: str) -> Tensor:
 
 def test_the_gelu_of_diffusers_is_known() -> None:
     # Fails on a diffusers that has changed it: then compare, and add the fingerprint.
-    assert matches(InPlaceGELU, GELU)
+    assert matches(FusedGELU, GELU)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -161,6 +162,59 @@ def test_the_compiler_sees_upstreams_code() -> None:
     with torch.no_grad():
         assert torch.equal(torch.compile(ffn, backend=backend, fullgraph=True)(x), ffn(x))
     assert nn.functional.gelu in functions
+
+
+def in_epilogue(model: nn.Module, arguments: dict[str, Any]) -> int:
+    with Gelus() as gelus:
+        tiny.run(model, arguments)
+    return gelus.calls["_addmm_activation"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_single_rounding_computes_every_gelu_in_the_kernel_of_its_product(name: str) -> None:
+    model, arguments = tiny.load(name, DTYPE).cuda(), model_checks.moved(tiny.inputs(name, 1, DTYPE), "cuda")
+    assert in_epilogue(patch_model(model, rounding="single"), arguments) == IN_PLACE[name]
+    assert in_epilogue(patch_model(model, rounding="eager"), arguments) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+@pytest.mark.parametrize("change", ["hook", "float32", "autocast", "gradient", "adapter", "exact gelu", "without bias"])
+def test_the_kernel_of_the_product_is_left_alone_where_somebody_could_tell(change: str) -> None:
+    gelu = GELU(24, 48, approximate="none" if change == "exact gelu" else "tanh", bias=change != "without bias").cuda().to(DTYPE)
+    x = torch.randn(2, 5, 24, device="cuda", dtype=DTYPE)
+    upstream = copy.deepcopy(gelu)
+    gelu.__class__ = generated.subclass(FusedGELU, GELU, "single")
+    if change == "hook":
+        gelu.proj.register_forward_hook(lambda module, args, output: None)
+    elif change == "float32":
+        gelu, upstream, x = gelu.float(), upstream.float(), x.float()
+    elif change == "adapter":
+        for module in (gelu, upstream):
+            torch.manual_seed(0)
+            module.proj = peft.tuners.lora.Linear(module.proj, "default", peft.LoraConfig(), r=2, lora_alpha=2)
+    with torch.set_grad_enabled(change == "gradient"), torch.autocast("cuda", DTYPE, enabled=change == "autocast"), Gelus() as gelus:
+        output, expected = gelu(x), upstream(x)
+    assert gelus.calls["_addmm_activation"] == 0
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 5, 24), (2, 0, 24)])
+def test_the_gelu_of_the_products_kernel_is_no_less_accurate(device: str, shape: tuple[int, ...]) -> None:
+    linear, x = nn.Linear(24, 64).to(device, DTYPE), 2 * torch.randn(shape, device=device, dtype=DTYPE)
+    with torch.no_grad():
+        product = nn.functional.linear(x, linear.weight, linear.bias)
+        exact = nn.functional.linear(*(t.double() for t in (x, linear.weight, linear.bias)))
+        unfused, exact = (nn.functional.gelu(t, approximate="tanh") for t in (product, exact))
+        fused = linear_gelu(linear, x)
+    assert fused.shape == unfused.shape
+    assert fused.dtype is DTYPE
+    # The product's rounding, where it has one, moves a GELU by at most 1.13 of that; then its own; a GPU's tanh is right to 2 ** -11.
+    bound = (exact.abs() + 1.13 * product.double().abs()) * 2**-8 + product.double().abs() * 2**-12
+    assert ((fused.double() - exact).abs() <= bound).all()
 
 
 class AnotherGELU(GELU):

@@ -1,13 +1,17 @@
-"""The GELU behind a linear, in place: at the peak of an MLP's memory its input and its output would both be alive."""
+"""The GELU behind a linear: in place, since at the peak of an MLP's memory its input and its output would both be alive; or, with
+``rounding="single"``, before the product's rounding, in the kernel of the matrix product.
+"""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..checks import autocasts
 
-class InPlaceGELU:
+
+class FusedGELU:
     """diffusers' ``GELU``, a linear with its activation: hidden_states [..., D] -> [..., inner dim]."""
 
     fingerprints = {"forward": frozenset({"04d27066e288"}), "gelu": frozenset({"5436b9b39a2e"})}  # 0.37.0 to 0.42.1
@@ -15,27 +19,60 @@ class InPlaceGELU:
     proj: nn.Module
     approximate: str
     gelu: Any
+    rounding: str
+    """The law; set on the generated class."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.rounding == "single" and _fits_epilogue(self.proj, hidden_states, self.approximate):
+            return linear_gelu(self.proj, hidden_states)
         hidden_states = self.proj(hidden_states)
-        if _overwritable(hidden_states, self.proj):
+        if _overwritable(self.proj, hidden_states):
             return torch.ops.aten.gelu_(hidden_states, approximate=self.approximate)
         return self.gelu(hidden_states)
 
 
-def activated(activation: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+def activated(activation: nn.Module, linear: nn.Module, x: Tensor, rounding: str) -> Tensor:
     """``activation(linear(x))`` for a block that calls the two apart."""
+    known = type(activation) is nn.GELU and "forward" not in activation.__dict__ and not _hooks(activation)
+    if known and rounding == "single" and _fits_epilogue(linear, x, activation.approximate):
+        return linear_gelu(linear, x)
     x = linear(x)
-    if not _overwritable(x, linear) or type(activation) is not nn.GELU or "forward" in activation.__dict__ or _hooks(activation):
+    if not known or not _overwritable(linear, x):
         return activation(x)
     return torch.ops.aten.gelu_(x, approximate=activation.approximate)
 
 
-def _overwritable(x: Tensor, linear: nn.Module) -> bool:
-    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no hook or wrapper, no adapter."""
+def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """GELU (tanh) of ``linear(x)``, rounded once where cuBLASLt has the GELU as an epilogue: x [..., D] -> [..., inner dim]."""
+    rows = torch._addmm_activation(linear.bias, x.reshape(-1, linear.in_features), linear.weight.t(), use_gelu=True)
+    return rows.view(*x.shape[:-1], linear.out_features)
+
+
+def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuard[nn.Linear]:
+    """Whether :func:`linear_gelu` may stand for both: a plain linear in half precision on a GPU, and no backward pass."""
     return (
-        not torch.compiler.is_compiling()  # it reuses memory by itself
-        and not x.requires_grad
+        approximate == "tanh"
+        and x.is_cuda
+        and _plain(linear, x)
+        and type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is not None
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype == linear.weight.dtype == linear.bias.dtype
+        and not (torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad or linear.bias.requires_grad))
+        and not autocasts(x)
+    )
+
+
+def _overwritable(linear: nn.Module, x: Tensor) -> bool:
+    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no hook or wrapper, no adapter."""
+    return not x.requires_grad and _plain(linear, x)
+
+
+def _plain(linear: nn.Module, x: Tensor) -> bool:
+    """Whether ``linear`` is what PyTorch makes it, and the compiler, which does all this by itself, doesn't look."""
+    return (
+        not torch.compiler.is_compiling()
         and type(x) is Tensor
         and isinstance(linear, nn.Linear)
         and "forward" not in linear.__dict__

@@ -184,7 +184,7 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
     ) -> tuple[Tensor, Tensor]:
         text_seq_length = encoder_hidden_states.shape[1]
         x, gate = self.norm(torch.cat([hidden_states, encoder_hidden_states], dim=1), emb=temb)
-        mlp = activated(self.act_mlp, self.proj_mlp, x)
+        mlp = activated(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = torch.cat([x, mlp], dim=2)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
@@ -303,7 +303,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens)
-        mlp = activated(self.act_mlp, self.proj_mlp, x)
+        mlp = activated(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = torch.cat([x, mlp], dim=2)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs

@@ -20,8 +20,9 @@ template <class T, class M, bool RESIDUAL, bool ROUND>
 int launch_row_kernel(const Problem& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
   const int64_t tiles = (p.width + kTile - 1) / kTile;
-  const bool few_rows = p.batch * p.tokens <= kFewRows;
-  const bool shared = p.index.data == nullptr && p.scale.row_stride == 0 && p.shift.row_stride == 0;  // modulations of a sample
+  const int64_t rows = p.batch * p.tokens;
+  const bool few_rows = rows <= kFewRows;
+  const bool shared = p.index.data == nullptr && p.scale.row_stride == 0 && p.shift.row_stride == 0 && rows > kManyRows;
   const Extras wanted = extras(p);
   int error = cudaErrorInvalidValue;  // stands where none of these kernels serves the problem
   const auto serve = [&](auto items) {
@@ -34,14 +35,13 @@ int launch_row_kernel(const Problem& p, void* stream) {
     if constexpr (sizeof(T) == 2 && std::is_same_v<T, M>) {
       const auto go_half = [&](auto extras) { go(extras, Shape<kLanesOfThread, half_ahead(std::is_same_v<T, __half>, extras, ROUND)>{}); };
       if (wanted == Extras::none) return go_half(Chosen<Extras::none>{});
-      if constexpr (!RESIDUAL && !narrow(items)) {
-        if (wanted == Extras::affine && shared && !few_rows) return go(Chosen<Extras::affine>{}, Shape<kLanesOfThread, kSharedAhead>{});
+      if constexpr (shared_pays(RESIDUAL, items)) {
+        if (wanted == Extras::affine && shared) return go(Chosen<Extras::affine>{}, Shape<kLanesOfThread, kSharedAhead>{});
       }
       if (wanted == Extras::affine) return go_half(Chosen<Extras::affine>{});
       if constexpr (!ROUND) {
-        constexpr int kLanesWithTables = RESIDUAL ? 1 : kLanesOfThread;
         if (wanted == Extras::tables && (RESIDUAL || few_rows)) {
-          return go(Chosen<Extras::tables>{}, Shape<kLanesWithTables, tables_ahead(RESIDUAL, items)>{});
+          return go(Chosen<Extras::tables>{}, Shape<1, tables_ahead(RESIDUAL, items)>{});
         }
       }
     }

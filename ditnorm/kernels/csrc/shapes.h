@@ -54,8 +54,11 @@ constexpr int64_t kFewRows = 512;  // not even four a multiprocessor of an H200:
 // them. float16 with "single" rounding, most of which is conversions, was slower with that.
 constexpr int half_ahead(bool fp16, Extras extras, bool round) { return fp16 && extras == Extras::none && !round ? kWithRow : kAfterRow; }
 
-// With an affine, many wide rows of shared modulations: these come from L1, and all of them at once would take too many registers.
-constexpr int kSharedAhead = 2;
+// Beside an affine without the residual, where many rows share their modulations: these come from L1, and all at once they take registers
+// that more rows under way are worth. Rows of 2 tiles are too short to gain.
+constexpr int64_t kManyRows = 2048;
+constexpr bool shared_pays(bool residual, int items) { return !residual && items > 2; }
+constexpr int kSharedAhead = 1;
 
 // Half-precision modulations with tables, which take twice the registers. Without the residual only few rows have kernels for them.
 constexpr int tables_ahead(bool residual, int items) { return !residual ? kAfterRow : narrow(items) ? 2 : 5; }
@@ -76,7 +79,7 @@ constexpr Ahead ahead(size_t element_size, size_t modulation_size, bool residual
 // For __launch_bounds__. Left alone (0), ptxas spills a register or two in these kernels to reach an occupancy that it likes.
 constexpr int min_blocks(size_t element_size, size_t modulation_size, Extras extras, bool residual, int items, int ahead) {
   const bool half_modulations = modulation_size == 2;
-  if (extras == Extras::tables) return items == 8 ? 3 : 0;
+  if (extras == Extras::tables) return ahead == kAfterRow ? 2 : items == 8 ? 3 : 0;
   if (extras == Extras::none && residual && items == 12 && ahead == kAfterRow) return 4;
   if (extras != Extras::any || residual || ahead > 1) return 0;
   if (element_size == 2 && items == 10) return half_modulations ? 8 : 7;
