@@ -85,9 +85,7 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
     const auto serve_head = [&](auto head) {
       if (p.head_dim != head) return;
-      if (blocks * p.batch <= kFewRows) {
-        serve(&head_kernel<T, ROUND, 1, head>, kHeadThreads, chunks(1));
-      } else if (chunks(3) * 3 <= chunks(2) * 2) {
+      if (chunks(3) * 3 <= chunks(2) * 2) {
         serve(&head_kernel<T, ROUND, 3, head>, kHeadThreads, chunks(3));
       } else {
         serve(&head_kernel<T, ROUND, 2, head>, kHeadThreads, chunks(2));
