@@ -49,9 +49,19 @@ template <int N, bool PER_ELEMENT = true>
 __device__ __forceinline__ Angles<N, PER_ELEMENT> load_angles(const Rotary& r, int64_t batch, int64_t token, int column) {
   const int64_t offset = batch * r.batch_stride + token * r.token_stride;
   const float *const cos = r.cos + offset, *const sin = r.sin + offset;
+  Angles<N, PER_ELEMENT> angles;
+  if (r.step == 2 && r.sin == r.cos + 1) {  // complex numbers: one access has both
+    constexpr int kOfElement = N / Angles<N, PER_ELEMENT>::kValues;
+    const auto both = load_pack<float, N>(cos + column);
+#pragma unroll
+    for (int j = 0; j < angles.kValues; ++j) {
+      angles.cos[j] = both.v[j * kOfElement & ~1];
+      angles.sin[j] = both.v[j * kOfElement | 1];
+    }
+    return angles;
+  }
   // Values are chosen when both tables have been asked for: choosing waits for the memory.
   const auto cos_table = load_table<N>(r, cos, column), sin_table = load_table<N>(r, sin, column);
-  Angles<N, PER_ELEMENT> angles;
   select_angles<N>(angles.cos, r, cos, cos_table);
   select_angles<N>(angles.sin, r, sin, sin_table);
   return angles;
