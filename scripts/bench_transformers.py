@@ -87,8 +87,7 @@ def denoise(model: nn.Module, real: RealModel, device: torch.device) -> Iterator
     for index in range(1000):
         timestep = torch.tensor(1000.0 - index, device=device)
         with torch.inference_mode():
-            velocity = model(**real.arguments(real, latents, timestep), return_dict=False)[0]
-            latents = latents - 0.05 * velocity
+            latents = latents - 0.05 * real.velocity(model, real.arguments(real, latents, timestep))
         yield latents
 
 

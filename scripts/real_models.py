@@ -56,6 +56,11 @@ class RealModel:
         generator = torch.Generator(device).manual_seed(0)
         return torch.randn(self.latents, generator=generator, device=device).to(DTYPE)
 
+    def velocity(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        """What ``model`` makes of the latents. Qwen-Image 2.1 returns those of the text before them."""
+        output: Tensor = model(**arguments, return_dict=False)[0]
+        return output[:, -self.tokens :] if len(self.latents) == 3 else output
+
     def build(self, layers: Mapping[str, int], device: torch.device) -> nn.Module:
         """The model with random weights, in the dtypes that ``from_pretrained(torch_dtype=torch.bfloat16)`` gives its parameters."""
         cls = getattr(diffusers, self.cls)
