@@ -176,7 +176,9 @@ def test_geometric_means_are_over_per_sample_cells(run):
     for result in run.results:
         if not result.cell.per_sample:
             result.entries["sglang"].us = 1e-3
-    assert bars.geometric_mean(run.results, "sglang")[0] == pytest.approx(1.2)
+    assert bars.geometric_mean(run.results, "sglang", lambda result: result.us(contestants.SINGLE))[0] == pytest.approx(1.2)
+    twice = bars.geometric_mean(run.results, "sglang", lambda result: result.us("sglang") / 2)
+    assert twice == (pytest.approx(2), sum(result.cell.group == "anchors" and result.cell.per_sample for result in run.results))
     assert not bar(run, "faster than sglang").misses
     for result in run.results:
         result.entries[contestants.COMPILED].us /= 1.1
