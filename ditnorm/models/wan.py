@@ -145,8 +145,8 @@ class WanTimeTextImageEmbedding(FusedBlock):
 
     TI2V-5B gives each token a timestep of its own, also in text-to-video, where all are equal: ``temb`` [B, S, D] and ``timestep_proj``
     [B, S, 6 D], gigabytes that live through the whole forward pass and are read in every block. Here they are [B, 1, D] and [B, 1, 6 D],
-    which upstream's code broadcasts. Whether rows are equal is asked of the bits that upstream computed, which waits for the GPU, once
-    in a forward pass.
+    which upstream's code broadcasts. Whether rows are equal is asked of the bits that upstream computed, for which the host waits at the
+    beginning of a forward pass.
     """
 
     family = "Wan"
