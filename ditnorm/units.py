@@ -112,6 +112,8 @@ def _unit(name: str, module: nn.Module, wrapper: str | None) -> Unit | None:
         return None if body is None else Unit(name, module, body, refusal=_unknown(upstream, body))
     unit = Unit(name, module, body)
     unit.refusal = f"it is inside {wrapper}" if wrapper else _refusal(unit)
+    if unit.refusal is not None and not body.site_count:
+        return None  # no op of ours is missing there, and nobody is told
     if unit.refusal is None:
         unit.swaps += _gelus(unit)
     return unit

@@ -1,5 +1,7 @@
 """Wan, patched: 2.1 and 2.2, per-token modulation (TI2V-5B), WanAnimate, VACE, ChronoEdit."""
 
+import warnings
+
 import diffusers
 import model_checks
 import pytest
@@ -9,7 +11,7 @@ from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditnorm import kernels, layers
+from ditnorm import kernels, layers, report
 from ditnorm.patching import patch_model
 
 # Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix product depend on the layout of its operands.
@@ -151,6 +153,20 @@ def test_a_model_runs_on_tensors_without_values(mode):
     patch_model(model, strict=True)
     with mode:
         assert tiny.run(model, arguments).shape == (2, 4, 2, 8, 8)
+
+
+def test_an_embedding_that_somebody_has_wrapped_is_left_alone_in_silence():
+    # It only saves memory: no reason for a warning, or for an error under strict.
+    model, arguments = tiny.load("wan-ti2v-text", torch.bfloat16), tiny.inputs("wan-ti2v-text", 2, torch.bfloat16)
+    forward = model.condition_embedder.forward
+    model.condition_embedder.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    expected, every_token = tiny.run(model, arguments), _modulations(model, arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(model, strict=True)
+    assert torch.equal(_modulations(model, arguments), every_token)
+    assert torch.equal(tiny.run(model, arguments), expected)
+    assert not report(model).transformers[0].refused
 
 
 def test_a_block_without_cross_attn_norm_has_a_fused_residual_there():

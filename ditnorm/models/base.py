@@ -37,7 +37,7 @@ class FusedBlock:
     block: ClassVar[bool] = True
     """False for a part that also occurs outside of blocks."""
     site_count: ClassVar[int]
-    """Fused calls of one forward, without those of the bodies among ``sites``."""
+    """Fused calls of one forward, without those of the bodies among ``sites``; 0 for a body that only saves memory."""
 
     rounding: str
     """The law; set on the generated class."""
