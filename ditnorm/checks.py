@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .reference import Modulation, law_dtype
 
@@ -137,6 +138,17 @@ def index_range(index: Tensor, *modulations: Tensor | None) -> None:
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on where ``tensor`` is. Of the meta device, which has none, PyTorch mustn't be asked."""
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
+def transformed() -> bool:
+    """Whether other code than eager PyTorch's stands behind a call: a compiler, a tracer, a function transform, forward-mode gradients."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def same_bits(got: Any, expected: Any) -> bool:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, checks_rope, kernels, reference, reference_rope
 from .autograd import Recompute
@@ -260,8 +261,8 @@ def joint_qk_norm_rope(
 
 
 def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
-    """Whether autograd needs a graph of this call, or autocast must choose the dtypes of upstream's expression."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes of upstream's expression."""
+    if torch.is_grad_enabled() and (forward_ad._current_level >= 0 or any(t is not None and t.requires_grad for t in tensors)):
         return True
     return rounding == "eager" and any(t is not None and checks.autocasts(t) for t in tensors)
 

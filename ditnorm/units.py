@@ -1,5 +1,6 @@
 """Finds what can be fused in a model: units, each swapped as a whole or refused as a whole with a reason. Changes nothing."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,7 +73,9 @@ class Unit:
 
 def find_units(model: nn.Module) -> list[Unit]:
     """The topmost modules of ``model`` with a fused body, or that look as if they had one, in the model's order."""
-    return list(_walk("", model, None, set()))
+    units = list(_walk("", model, None, None, set()))
+    blocks = any(unit.body.block and unit.refusal is None for unit in units)
+    return [unit for unit in units if blocks or not unit.body.holders]
 
 
 def upstream_of(cls: type) -> type:
@@ -85,18 +88,18 @@ def _made_from_ours(cls: type) -> bool:
     return upstream_of(cls) is not cls
 
 
-def _walk(name: str, module: nn.Module, wrapper: str | None, seen: set[int]) -> Iterator[Unit]:
+def _walk(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str | None, seen: set[int]) -> Iterator[Unit]:
     if id(module) in seen:
         return
     seen.add(id(module))
-    unit = _unit(name, module, wrapper)
+    unit = _unit(name, module, holder, wrapper)
     if unit is not None:
         yield unit
         return
     if type(module).__module__.startswith(_PARALLEL):
         wrapper = type(module).__name__
     for child_name, child in module.named_children():
-        yield from _walk(_join(name, child_name), child, wrapper, seen)
+        yield from _walk(_join(name, child_name), child, module, wrapper, seen)
 
 
 def _join(name: str, child: str) -> str:
@@ -104,7 +107,7 @@ def _join(name: str, child: str) -> str:
     return name if child == "_orig_mod" else f"{name}.{child}".removeprefix(".")
 
 
-def _unit(name: str, module: nn.Module, wrapper: str | None) -> Unit | None:
+def _unit(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str | None) -> Unit | None:
     upstream = upstream_of(type(module))
     body = body_for(upstream)
     if body is None:
@@ -112,11 +115,20 @@ def _unit(name: str, module: nn.Module, wrapper: str | None) -> Unit | None:
         return None if body is None else Unit(name, module, body, refusal=_unknown(upstream, body))
     unit = Unit(name, module, body)
     unit.refusal = f"it is inside {wrapper}" if wrapper else _refusal(unit)
-    if unit.refusal is not None and not body.site_count:
+    if body.holders and (unit.refusal is not None or not _suits(body, holder)):
         return None  # no op of ours is missing there, and nobody is told
     if unit.refusal is None:
         unit.swaps += _gelus(unit)
     return unit
+
+
+def _suits(body: type[FusedBlock], holder: nn.Module | None) -> bool:
+    """Whether the model and its blocks are known to take what ``body`` returns."""
+    if holder is None:
+        return False
+    forward = inspect.unwrap(upstream_of(type(holder)).forward)  # type: ignore[attr-defined]
+    blocks = [block for child in holder.children() if isinstance(child, nn.ModuleList) for block in child]
+    return fingerprint(forward) in body.holders and all(body_for(upstream_of(type(block))) is not None for block in blocks)
 
 
 def _unknown(upstream: type, body: type[FusedBlock]) -> str:

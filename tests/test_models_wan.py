@@ -1,5 +1,6 @@
 """Wan, patched: 2.1 and 2.2, per-token modulation (TI2V-5B), WanAnimate, VACE, ChronoEdit."""
 
+import functools
 import warnings
 
 import diffusers
@@ -9,6 +10,7 @@ import tiny
 import torch
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import kernels, layers, report
@@ -134,14 +136,38 @@ def test_one_token_of_another_timestep_keeps_the_rows_of_all(token):
     assert torch.equal(tiny.run(model, arguments), expected)
 
 
-def test_training_keeps_the_rows_of_all_tokens():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_keeps_the_rows_of_all_tokens(frozen):
     # The gradient of one row would be a sum over tokens, in another order than upstream's.
     model, arguments = tiny.load("wan-ti2v-text", torch.float32), tiny.inputs("wan-ti2v-text", 2, torch.float32)
+    model.condition_embedder.requires_grad_(not frozen)
     patch_model(model, strict=True)
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[2].shape))
     model(**arguments)
     assert seen == [(2, 32, 6, 24)]
+
+
+@pytest.mark.parametrize("transform", ["vmap", "trace", "make_fx"])
+def test_transforms_and_tracers_see_upstreams_embedding(transform):
+    # They have no values to compare, or would keep the outcome of the comparison for all inputs.
+    model, arguments = tiny.load("wan-ti2v-text", torch.float32), tiny.inputs("wan-ti2v-text", 2, torch.float32)
+    expected = tiny.run(model, arguments)
+    patch_model(model.requires_grad_(False), strict=True)
+
+    def forward(*inputs):
+        return model(*inputs, return_dict=False)[0]
+
+    inputs = tuple(arguments[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracers warn of each shape that they keep
+        if transform == "vmap":
+            output = torch.func.vmap(lambda *sample: forward(*(value[None] for value in sample))[0])(*inputs)
+        elif transform == "trace":
+            output = torch.jit.trace(forward, inputs, check_trace=False)(*inputs)
+        else:
+            output = make_fx(forward)(*inputs)(*inputs)
+    torch.testing.assert_close(output, expected)
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta")])
@@ -153,6 +179,38 @@ def test_a_model_runs_on_tensors_without_values(mode):
     patch_model(model, strict=True)
     with mode:
         assert tiny.run(model, arguments).shape == (2, 4, 2, 8, 8)
+
+
+class _PerToken(diffusers.WanTransformer3DModel):
+    """A model that looks at the rows of its tokens."""
+
+    def forward(self, *args, **kwargs):
+        rows = []
+        with self.condition_embedder.register_forward_hook(lambda module, args, output: rows.append(output[1].shape[1])):
+            super().forward(*args, **kwargs)
+        return rows
+
+
+def test_a_model_that_is_not_known_gets_the_rows_of_all_tokens():
+    model, arguments = tiny.load("wan-ti2v-text", torch.bfloat16), tiny.inputs("wan-ti2v-text", 2, torch.bfloat16)
+    model.__class__ = _PerToken
+    patch_model(model, strict=True)
+    with torch.no_grad():
+        assert model(**arguments) == [32]
+
+
+def test_a_model_with_blocks_that_are_not_known_gets_the_rows_of_all_tokens():
+    model, arguments = tiny.load("wan-ti2v-text", torch.bfloat16), tiny.inputs("wan-ti2v-text", 2, torch.bfloat16)
+
+    class Another(type(model.blocks[1])):
+        def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
+            assert temb.shape[1] == 32
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+    model.blocks[1].__class__ = Another
+    expected = tiny.run(model, arguments)
+    patch_model(model)
+    assert torch.equal(tiny.run(model, arguments), expected)
 
 
 def test_an_embedding_that_somebody_has_wrapped_is_left_alone_in_silence():
@@ -167,6 +225,16 @@ def test_an_embedding_that_somebody_has_wrapped_is_left_alone_in_silence():
     assert torch.equal(_modulations(model, arguments), every_token)
     assert torch.equal(tiny.run(model, arguments), expected)
     assert not report(model).transformers[0].refused
+
+
+def test_an_embedding_whose_blocks_are_all_left_alone_is_left_alone_too():
+    model, arguments = tiny.load("wan-ti2v-text", torch.bfloat16), tiny.inputs("wan-ti2v-text", 2, torch.bfloat16)
+    for block in model.blocks:
+        block.forward = functools.partial(type(block).forward, block)
+    every_token = _modulations(model, arguments)
+    with pytest.warns(UserWarning, match="not fused"):
+        patch_model(model)
+    assert torch.equal(_modulations(model, arguments), every_token)
 
 
 def test_a_block_without_cross_attn_norm_has_a_fused_residual_there():

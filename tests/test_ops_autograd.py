@@ -182,3 +182,14 @@ def test_a_call_that_runs_unfused_for_its_gradients_is_counted_as_one(op: str) -
     before = kernels.counts()
     OPS[op](**({"x": x} if op == "norm_scale_shift" else {"residual": x, "x": x}), rounding="eager")
     assert {key: n - before[key] for key, n in kernels.counts().items() if n != before[key]} == {(op, "reference"): 1}
+
+
+def test_forward_mode_gradients_are_those_of_the_unfused_expression_or_an_error() -> None:
+    # The kernels know no tangents, and an op without a formula would return zeros.
+    x, tangent, scale, shift = torch.randn(4, 2, 5, 8, device=DEVICE)
+    modulations = {"scale": scale, "shift": shift}
+    expected = torch.func.jvp(lambda x: torch.nn.functional.layer_norm(x, (8,)) * (1 + scale) + shift, (x,), (tangent,))[1]
+    output = torch.func.jvp(lambda x: norm_scale_shift(x, **modulations, eps=1e-5, rounding="eager"), (x,), (tangent,))[1]
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda x: norm_scale_shift(x, **modulations, rounding="single"), (x,), (tangent,))

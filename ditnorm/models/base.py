@@ -36,8 +36,10 @@ class FusedBlock:
     """The Parameter whose rows are added to the modulation in float32, if there is one."""
     block: ClassVar[bool] = True
     """False for a part that also occurs outside of blocks."""
+    holders: ClassVar[frozenset[str]] = frozenset()
+    """Where what it returns suits only some models: fingerprints of their ``forward``. Their blocks must all have a body."""
     site_count: ClassVar[int]
-    """Fused calls of one forward, without those of the bodies among ``sites``; 0 for a body that only saves memory."""
+    """Fused calls of one forward, without those of the bodies among ``sites``."""
 
     rounding: str
     """The law; set on the generated class."""

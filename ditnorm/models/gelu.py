@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..checks import autocasts
+from ..checks import autocasts, transformed
 
 
 class FusedGELU:
@@ -70,9 +70,9 @@ def _overwritable(linear: nn.Module, x: Tensor) -> bool:
 
 
 def _plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether ``linear`` is what PyTorch makes it, and the compiler, which does all this by itself, doesn't look."""
+    """Whether ``linear`` is what PyTorch makes it, and nobody but eager PyTorch is to see the call."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and type(x) is Tensor
         and isinstance(linear, nn.Linear)
         and "forward" not in linear.__dict__

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import transformed
 from ..functional import qk_norm_rope, scale_residual
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from .attention import FusedAttention, weight_of
@@ -152,6 +153,7 @@ class WanTimeTextImageEmbedding(FusedBlock):
     family = "Wan"
     names = frozenset()  # WanAnimate's class of this name has no timesteps per token; nothing is lost with it
     fingerprints = {"forward": frozenset({"cad5ec5dcd1f"})}  # 0.37.0 to 0.42.1, in Wan and ChronoEdit
+    holders = frozenset({"c9bb19925b53", "1b954adb29e2"})  # the same, and Wan from 0.40.0 on
     sites = {}
     block = False
     site_count = 0
@@ -166,8 +168,7 @@ class WanTimeTextImageEmbedding(FusedBlock):
         temb, timestep_proj, text, image = super().forward(  # type: ignore[misc]
             timestep, encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len
         )
-        # A part at a time: the comparison makes a byte of each value.
-        if timestep_seq_len is not None and all(map(_rows_are_equal, (temb, *timestep_proj.chunk(6, dim=-1)))):
+        if timestep_seq_len is not None and _rows_are_equal(temb) and _rows_are_equal(timestep_proj):
             temb, timestep_proj = temb[:, :1].clone(), timestep_proj[:, :1].clone()
         return temb, timestep_proj, text, image
 
@@ -176,13 +177,16 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _rows_are_equal(rows: Tensor) -> bool:
-    """Whether the rows [B, S, D] of each sample are the same bits. False where that can't be asked, or where gradients would tell."""
-    if torch.compiler.is_compiling() or rows.requires_grad or type(rows) is not Tensor or rows.device.type == "meta":
+    """Whether the rows [B, S, D] of each sample are the same bits. False where there are none to look at, and for gradients, which would be
+    sums over the tokens.
+    """
+    if torch.is_grad_enabled() or transformed() or type(rows) is not Tensor or rows.device.type == "meta":
         return False
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    bits = rows.view(_BITS[rows.element_size()])
-    return torch.equal(bits, bits[:, :1].expand_as(bits))
+    # A part at a time: a comparison makes a byte of each value.
+    parts = rows.view(_BITS[rows.element_size()]).chunk(6, dim=-1)
+    return bool(torch.stack([(part == part[:, :1]).all() for part in parts]).all())
 
 
 def _modulation(temb: Tensor, table: Tensor) -> tuple[dict[str, Tensor], ...]:
