@@ -54,8 +54,8 @@ def _batch(family: str, batch: int) -> dict[str, Any]:
 def no_less_accurate(output: Tensor, expected: Tensor, family: str) -> None:
     """As near to a float32 run of the same weights as the unpatched eager model is.
 
-    Inductor leaves out roundings inside the graphs between the fused ops and adds none, so the argument of
-    ``model_checks.no_less_accurate`` holds: the ratio of two such errors, estimated from N values, exceeds 1 by at most 4 / sqrt(N).
+    Inductor leaves out roundings inside the graphs between the fused ops and adds none. The ratio of two equal errors, each estimated from
+    N values that err independently, is 1 with a standard deviation of 1 / sqrt(N): four are allowed.
     """
     eager = load(family)
     plain = forward(eager, family)
