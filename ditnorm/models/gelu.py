@@ -53,6 +53,7 @@ def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGua
     return (
         approximate == "tanh"
         and x.is_cuda
+        and not transformed()
         and _plain(linear, x)
         and type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter
@@ -66,18 +67,13 @@ def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGua
 
 def _overwritable(linear: nn.Module, x: Tensor) -> bool:
     """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no hook or wrapper, no adapter."""
-    return not x.requires_grad and _plain(linear, x)
+    # The compiler reuses memory by itself.
+    return not torch.compiler.is_compiling() and not x.requires_grad and _plain(linear, x)
 
 
 def _plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether ``linear`` is what PyTorch makes it, and nobody but eager PyTorch is to see the call."""
-    return (
-        not transformed()
-        and type(x) is Tensor
-        and isinstance(linear, nn.Linear)
-        and "forward" not in linear.__dict__
-        and not _hooks(linear)
-    )
+    """Whether nothing but a linear's own code sees its input and output, with ``x`` being one of them."""
+    return type(x) is Tensor and isinstance(linear, nn.Linear) and "forward" not in linear.__dict__ and not _hooks(linear)
 
 
 def _hooks(module: nn.Module) -> bool:
