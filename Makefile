@@ -37,9 +37,10 @@ test: lint types test-build test-sanitized test-host test-suite  ## everything t
 test-all: SELECTED = slow or not slow
 test-all: test  ## the same with the tests that take longer
 
-lint: .venv/test  ## ruff and clang-format
+lint: .venv/test  ## ruff, clang-format, and the imports between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror ditnorm/kernels/csrc/* scripts/bench/*.cu
 
 format: .venv/test  ## format Python and C++

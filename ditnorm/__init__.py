@@ -2,9 +2,7 @@
 
 from .functional import joint_qk_norm_rope, norm_scale_shift, qk_norm_rope, scale_residual, scale_residual_norm_scale_shift
 from .layers import LayerNormScaleShift, RMSNormScaleShift, ScaleResidualNormScaleShift
-from .patching import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
-from .report import report
-from .verification import verify
+from .patching import patch_model, patch_pipeline, report, unpatch_model, unpatch_pipeline, verify
 
 __all__ = [
     "LayerNormScaleShift",

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, checks_rope, kernels, reference, reference_rope
-from .autograd import Recompute
+from . import kernels
+from .ops import checks, checks_qk, reference, reference_qk
+from .ops.autograd import Recompute
 
 _NORM = {name: code for code, name in enumerate(checks.NORMS)}
-_QK_NORM = {name: code for code, name in enumerate(checks_rope.NORMS)}
+_QK_NORM = {name: code for code, name in enumerate(checks_qk.NORMS)}
 _ROUNDING = {name: code for code, name in enumerate(checks.ROUNDINGS)}
 _REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad arguments raise on the way to the kernel
 
@@ -189,22 +190,22 @@ def qk_norm_rope(
 
     Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
     """
-    cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_rope.tables(rotary)
+    cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_qk.tables(rotary)
     tensors = (query, key, query_weight, key_weight, cos, sin)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, _ROUNDING[rounding])
         if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             options = (head_dim, norm, eps, rounding)
-            checks_rope.qk_norm_rope(*tensors, *options)
-            return _differentiable(_qk_norm_rope, codes, reference_rope.qk_norm_rope, options, tensors)
+            checks_qk.qk_norm_rope(*tensors, *options)
+            return _differentiable(_qk_norm_rope, codes, reference_qk.qk_norm_rope, options, tensors)
         if _traced_by_dynamo() and rounding == "eager":
-            checks_rope.fused_dtypes(query, key, query_weight, key_weight, cos)
+            checks_qk.fused_dtypes(query, key, query_weight, key_weight, cos)
         return _qk_norm_rope(*tensors, *codes)
     except _REJECTED:
         try:
-            checks_rope.qk_norm_rope(*tensors, head_dim, norm, eps, rounding)
+            checks_qk.qk_norm_rope(*tensors, head_dim, norm, eps, rounding)
         except checks.UnfusedDtypesError:
-            return _unfused(reference_rope.qk_norm_rope, (head_dim, norm, eps, rounding), tensors)
+            return _unfused(reference_qk.qk_norm_rope, (head_dim, norm, eps, rounding), tensors)
         raise
 
 
@@ -235,9 +236,9 @@ def joint_qk_norm_rope(
 
     Source: ``QwenDoubleStreamAttnProcessor2_0``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
     """
-    cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_rope.tables(rotary)
+    cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_qk.tables(rotary)
     encoder_cos, encoder_sin = (
-        (encoder_rotary, None) if encoder_rotary is None or isinstance(encoder_rotary, Tensor) else checks_rope.tables(encoder_rotary)
+        (encoder_rotary, None) if encoder_rotary is None or isinstance(encoder_rotary, Tensor) else checks_qk.tables(encoder_rotary)
     )
     encoder = (encoder_query, encoder_key, encoder_value, encoder_query_weight, encoder_key_weight, encoder_cos, encoder_sin)
     tensors = (query, key, value, query_weight, key_weight, cos, sin, *encoder)
@@ -245,18 +246,18 @@ def joint_qk_norm_rope(
         codes = (head_dim, _QK_NORM[norm], eps, encoder_first, _ROUNDING[rounding])
         if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
             options = (head_dim, norm, eps, encoder_first, rounding)
-            checks_rope.joint_qk_norm_rope(*tensors, *options)
-            return _differentiable(_joint_qk_norm_rope, codes, reference_rope.joint_qk_norm_rope, options, tensors)
+            checks_qk.joint_qk_norm_rope(*tensors, *options)
+            return _differentiable(_joint_qk_norm_rope, codes, reference_qk.joint_qk_norm_rope, options, tensors)
         if _traced_by_dynamo() and rounding == "eager":
-            checks_rope.fused_dtypes(query, key, query_weight, key_weight, cos, value)
+            checks_qk.fused_dtypes(query, key, query_weight, key_weight, cos, value)
             others = (encoder_query, encoder_value)
-            checks_rope.fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, *others)
+            checks_qk.fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, *others)
         return _joint_qk_norm_rope(*tensors, *codes)
     except _REJECTED:
         try:
-            checks_rope.joint_qk_norm_rope(*tensors, head_dim, norm, eps, encoder_first, rounding)
+            checks_qk.joint_qk_norm_rope(*tensors, head_dim, norm, eps, encoder_first, rounding)
         except checks.UnfusedDtypesError:
-            return _unfused(reference_rope.joint_qk_norm_rope, (head_dim, norm, eps, encoder_first, rounding), tensors)
+            return _unfused(reference_qk.joint_qk_norm_rope, (head_dim, norm, eps, encoder_first, rounding), tensors)
         raise
 
 

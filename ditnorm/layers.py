@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, reference
 from .functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from .ops import checks, reference
 
 L = TypeVar("L", bound="_Norm")
 

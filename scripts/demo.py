@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm
 from ditnorm import kernels
-from ditnorm.report import Report
+from ditnorm.patching.report import Report
 
 COLUMNS = 5
 KEY_FRAME = 2 / 3  # of a video: the third of four latent frames, which decoding doesn't interpolate

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny  # type: ignore[import-not-found]
 
-from ditnorm.models.fingerprint import fingerprint
-from ditnorm.units import find_units
+from ditnorm.patching.units import find_units
+from ditnorm.swapping.fingerprint import fingerprint
 
 
 def found() -> dict[str, str]:

@@ -23,7 +23,7 @@ from tables import environment, environment_line, text_table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm
-from ditnorm import checks
+from ditnorm.ops import checks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SINGLE_PSNR = 40.0  # dB that ``--rounding single`` must reach in bfloat16

@@ -1,6 +1,6 @@
 """Random arguments for the ops, the exact result in float64, and the bounds on the error of ``rounding="single"``.
 
-The exact result lays modulations out by itself (``dense``), so it shares no code with ``ditnorm.reference``.
+The exact result lays modulations out by itself (``dense``), so it shares no code with ``ditnorm.ops.reference``.
 """
 
 import os

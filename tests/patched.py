@@ -9,7 +9,8 @@ from diffusers import WanPipeline
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
-from ditnorm import generated, kernels
+from ditnorm import kernels
+from ditnorm.swapping import generated
 
 DTYPE = torch.bfloat16
 

@@ -9,7 +9,7 @@ import torch
 from bench import rope_peers
 from bench_rope import RopeCell
 
-from ditnorm import reference_rope
+from ditnorm.ops import reference_qk
 
 CPU = torch.device("cpu")
 CELLS = [
@@ -52,8 +52,8 @@ def test_peers_tables_rotate_as_the_op(cell, inputs):
     x = torch.randn(1, cell.tokens, cell.heads, cell.head_dim, device=CPU)
     expected = x.clone()
     tables = made["rotary"] if isinstance(made["rotary"], tuple) else (made["rotary"], None)
-    rotated = reference_rope.token_count(tables[0])
-    expected[:, :rotated] = reference_rope.rotate(x[:, :rotated], *tables)
+    rotated = reference_qk.token_count(tables[0])
+    expected[:, :rotated] = reference_qk.rotate(x[:, :rotated], *tables)
 
     cos, sin = rope_peers.halves(made["rotary"], cell.tokens, cell.head_dim, CPU)
     assert cos.shape == sin.shape == (cell.tokens, cell.head_dim // 2)

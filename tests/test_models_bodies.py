@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ditnorm import models
-from ditnorm.models import adaln, hunyuan_video, qwen_image, qwen_image21, wan
-from ditnorm.models.base import FusedBlock
+from ditnorm.fused import adaln
+from ditnorm.fused.module import FusedBlock
+from ditnorm.models import hunyuan_video, qwen_image, qwen_image21, wan
 
 UPSTREAM = [
     ("transformers.transformer_qwenimage.QwenImageTransformerBlock", qwen_image.QwenImageTransformerBlock),

@@ -16,9 +16,10 @@ from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditnorm import generated, patch_model, unpatch_model
-from ditnorm.models.base import matches
-from ditnorm.models.gelu import FusedGELU, linear_gelu
+from ditnorm import patch_model, unpatch_model
+from ditnorm.fused.gelu import FusedGELU, linear_gelu
+from ditnorm.fused.module import matches
+from ditnorm.swapping import generated
 
 DTYPE = torch.bfloat16
 IN_PLACE = {"wan-t2v": 3, "wan-vace": 5, "qwen-image": 6, "hunyuan-video": 6, "hunyuan-video-token-replace": 6, "hunyuan-video-1.5": 4}

@@ -12,9 +12,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from torch import Tensor, nn
 
 from ditnorm import patch_model
+from ditnorm.fused import pairwise_mask as pairwise_mask_module
+from ditnorm.fused.pairwise_mask import BOOL, MaskForm, mask_form, pairwise_mask
 from ditnorm.models import hunyuan_video
-from ditnorm.models import pairwise_mask as pairwise_mask_module
-from ditnorm.models.pairwise_mask import BOOL, MaskForm, mask_form, pairwise_mask
 
 TEXT = 5
 TEXT_MASKS = {

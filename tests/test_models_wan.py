@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditnorm import kernels, layers, report
-from ditnorm.patching import patch_model
+from ditnorm import kernels, layers
+from ditnorm.patching import patch_model, report
 
 # Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix product depend on the layout of its operands.
 _STRIDED = pytest.mark.skipif(

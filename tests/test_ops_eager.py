@@ -7,8 +7,8 @@ import torch
 from cases import DEVICE, EPS, FLOATS, MODE, Shape, activation, random_call, run
 from torch import Tensor
 
-from ditnorm import reference
 from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from ditnorm.ops import reference
 
 WIDTHS = (20, 48, 64, 1024, 1152, 1536, 1920, 2432, 3072, 4096, 5120, 6144)
 HALVES = (torch.bfloat16, torch.float16)

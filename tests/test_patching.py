@@ -16,10 +16,10 @@ import torch
 from patched import DTYPE, classes, fused_calls, is_patched, pipeline, run
 from torch import nn
 
-from ditnorm import generated, kernels
+from ditnorm import kernels
 from ditnorm.layers import LayerNormScaleShift
-from ditnorm.patching import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
-from ditnorm.report import report
+from ditnorm.patching import patch_model, patch_pipeline, report, unpatch_model, unpatch_pipeline
+from ditnorm.swapping import generated
 
 FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video"]
 

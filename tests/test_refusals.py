@@ -13,8 +13,9 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from patched import DTYPE, WanTransformerBlock, classes, is_patched, pipeline
 from torch import nn
 
-from ditnorm import generated, models
 from ditnorm.patching import patch_model, patch_pipeline, unpatch_model
+from ditnorm.swapping import generated
+from ditnorm.swapping.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -98,9 +99,9 @@ def test_an_unknown_version_of_a_block_is_left_alone_with_one_warning(model: nn.
         warnings.simplefilter("always")
         patch_model(model)
     (warning,) = caught
-    fingerprint = models.fingerprint.fingerprint(WanTransformerBlock.forward)
+    known_as = fingerprint(WanTransformerBlock.forward)
     assert "blocks.0, blocks.1, blocks.2 not fused: patched.WanTransformerBlock is not a version that ditnorm knows" in str(warning.message)
-    assert f"forward {fingerprint}" in str(warning.message)
+    assert f"forward {known_as}" in str(warning.message)
     assert not is_patched(model)
 
 

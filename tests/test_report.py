@@ -15,11 +15,10 @@ from diffusers.hooks import apply_group_offloading
 from patched import DTYPE, WanTransformerBlock, is_patched, pipeline, run
 from torch import Tensor, nn
 
-from ditnorm import functional, head_verification, kernels, verification
-from ditnorm.head_verification import HeadSite
-from ditnorm.patching import patch_model, patch_pipeline, unpatch_model
-from ditnorm.report import report
-from ditnorm.verification import Site, execution_device, stream_dtype, verify
+from ditnorm import functional, kernels
+from ditnorm.patching import patch_model, patch_pipeline, qk_verification, report, unpatch_model, verification
+from ditnorm.patching.qk_verification import HeadSite
+from ditnorm.patching.verification import Site, execution_device, stream_dtype, verify
 
 TORCH = torch.__version__
 
@@ -258,7 +257,7 @@ def off_by_one_bit(op: Any) -> Any:
 def test_a_site_is_compared_once_a_process(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     verify(model)
     monkeypatch.setattr(verification, "_compare", None)
-    monkeypatch.setattr(head_verification, "compare", None)
+    monkeypatch.setattr(qk_verification, "compare", None)
     assert str(verify(patch_model(model))["model"]) == f"bit-identical: verified on CPU, torch {TORCH}"
 
 

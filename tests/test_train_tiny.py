@@ -8,7 +8,7 @@ import train_tiny
 from generation import generate
 from safetensors.torch import load_file
 
-from ditnorm.units import upstream_of
+from ditnorm.patching.units import upstream_of
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

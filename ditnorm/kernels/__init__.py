@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, checks_rope, reference, reference_rope
-from ..checks import NORMS, ROUNDINGS
+from ..ops import checks, checks_qk, reference, reference_qk
+from ..ops.checks import NORMS, ROUNDINGS
 
 _lib = torch.library.Library("ditnorm", "DEF")
 _lib.define(
@@ -125,20 +125,20 @@ def _qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     if _compiled_serves(query):
         return ops.qk_norm_rope.default(query, *arguments)
     *others, head_dim, norm, eps, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, ROUNDINGS[rounding])
-    checks_rope.qk_norm_rope(query, *others, *options)
+    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, ROUNDINGS[rounding])
+    checks_qk.qk_norm_rope(query, *others, *options)
     count_reference("qk_norm_rope")
-    return reference_rope.qk_norm_rope(query, *others, *options)
+    return reference_qk.qk_norm_rope(query, *others, *options)
 
 
 def _joint_qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _compiled_serves(query):
         return ops.joint_qk_norm_rope.default(query, *arguments)
     *others, head_dim, norm, eps, encoder_first, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
-    checks_rope.joint_qk_norm_rope(query, *others, *options)
+    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
+    checks_qk.joint_qk_norm_rope(query, *others, *options)
     count_reference("joint_qk_norm_rope")
-    return reference_rope.joint_qk_norm_rope(query, *others, *options)
+    return reference_qk.joint_qk_norm_rope(query, *others, *options)
 
 
 def _count(op: str, x: Tensor, index: Tensor | None, *modulations: Tensor | None) -> None:
@@ -174,16 +174,16 @@ def _fake_scale_residual(
 
 def _fake_qk_norm_rope(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *others, head_dim, norm, eps, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, ROUNDINGS[rounding])
-    checks_rope.qk_norm_rope(query, key, *others, *options)
+    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, ROUNDINGS[rounding])
+    checks_qk.qk_norm_rope(query, key, *others, *options)
     query, key = (t.unflatten(-1, (-1, head_dim)) for t in (query, key))
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
 def _fake_joint_qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *others, head_dim, norm, eps, encoder_first, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_rope.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
-    checks_rope.joint_qk_norm_rope(query, *others, *options)
+    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
+    checks_qk.joint_qk_norm_rope(query, *others, *options)
     encoder_query = others[6]
     batch, tokens, width = query.shape
     q, k, v = (query.new_empty(batch, tokens + encoder_query.shape[1], width // head_dim, head_dim) for _ in range(3))

@@ -3,12 +3,13 @@
 import importlib
 import pkgutil
 
-from .attention import FusedAttention
-from .base import FusedBlock, matches
+from ..fused import adaln
+from ..fused.attention import FusedAttention
+from ..fused.module import FusedBlock, matches
 
 
 def _bodies() -> tuple[type[FusedBlock], ...]:
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    modules = [adaln, *(importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))]
     return tuple(
         body
         for module in modules

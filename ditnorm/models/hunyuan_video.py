@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
+from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
+from ..fused.attention import FusedAttention, weight_of
+from ..fused.gelu import activated
+from ..fused.module import FusedBlock
+from ..fused.pairwise_mask import mask_form, pairwise_mask
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from .adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
-from .attention import FusedAttention, weight_of
-from .base import FusedBlock
-from .gelu import activated
-from .pairwise_mask import mask_form, pairwise_mask
 
 
 class HunyuanVideoAttention(FusedAttention):

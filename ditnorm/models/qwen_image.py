@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, scale_residual
+from ..fused.attention import FusedAttention, weight_of
+from ..fused.module import FusedBlock
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from .attention import FusedAttention, weight_of
-from .base import FusedBlock
 
 
 class QwenImageAttention(FusedAttention):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import qk_norm_rope, scale_residual
-from ..generated import origin_of
+from ..fused.attention import FusedAttention, weight_of
+from ..fused.module import FusedBlock
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from .attention import FusedAttention, weight_of
-from .base import FusedBlock
-from .fingerprint import fingerprint
+from ..swapping.fingerprint import fingerprint
+from ..swapping.generated import origin_of
 
 SELECT_MODULATION_ROWS = "8dced6670ad1"
 """``_select_modulation_rows`` of diffusers 0.41.0 to 0.42.1."""

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import transformed
 from ..functional import qk_norm_rope, scale_residual
+from ..fused.attention import FusedAttention, weight_of
+from ..fused.module import FusedBlock
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from .attention import FusedAttention, weight_of
-from .base import FusedBlock
+from ..ops.checks import transformed
 
 
 class WanAttention(FusedAttention):

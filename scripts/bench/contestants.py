@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditnorm import functional, reference
+from ditnorm import functional
+from ditnorm.ops import reference
 
 from . import peers
 from .cells import EPS, MODULATIONS, NSS, SR, SRNSS, Cell, Inputs

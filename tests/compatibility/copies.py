@@ -11,7 +11,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ditnorm import generated, patch_model
+from ditnorm import patch_model
+from ditnorm.swapping import generated
 
 from .feature import DEVICE, Feature, arguments_of, forward, its_output, load, weights_at_rest
 from .offload import blocks_of

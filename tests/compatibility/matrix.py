@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditnorm import generated, kernels
+from ditnorm import kernels
 from ditnorm.patching import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
+from ditnorm.swapping import generated
 
 from . import (
     attention,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditnorm import generated, patch_model
+from ditnorm import patch_model
+from ditnorm.swapping import generated
 
 from .feature import DEVICE, DTYPE, Feature, its_output, weights_at_rest
 from .offload import blocks_of

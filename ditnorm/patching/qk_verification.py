@@ -1,4 +1,4 @@
-"""Compares the fused call of an attention module with the unfused expression: for :mod:`ditnorm.verification`."""
+"""Compares the fused call of an attention module with the unfused expression: for :mod:`ditnorm.patching.verification`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, reference_rope
-from .layers import _DEFAULT_EPS
-from .models.attention import FusedAttention
+from .. import functional
+from ..fused.attention import FusedAttention
+from ..layers import _DEFAULT_EPS
+from ..ops import checks, reference_qk
 
 _TOKENS, _ENCODER_TOKENS = 512, 24  # times a model's heads: rows enough to show a wrong order of reduction, which changes about 1 %
 
@@ -64,7 +65,7 @@ def compare(site: HeadSite, device: torch.device) -> bool:
         return [None if site.weight is None else (1 + random(width if site.across else site.head_dim)).to(site.weight) for _ in range(2)]
 
     fused: Any = functional.joint_qk_norm_rope if site.joint else functional.qk_norm_rope
-    unfused: Any = reference_rope.joint_qk_norm_rope if site.joint else reference_rope.qk_norm_rope
+    unfused: Any = reference_qk.joint_qk_norm_rope if site.joint else reference_qk.qk_norm_rope
     options: dict[str, Any] = {"head_dim": site.head_dim, "norm": site.norm, "eps": site.eps, "rounding": "eager"}
     if site.joint:
         own, encoder = streams(_TOKENS, 3), streams(_ENCODER_TOKENS, 3)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, generated, head_verification, kernels, layers, reference
-from .head_verification import HeadSite
-from .models.attention import FusedAttention, QKNorm
-from .models.base import FusedBlock
-from .models.gelu import FusedGELU
+from .. import functional, kernels, layers
+from ..fused.attention import FusedAttention, QKNorm
+from ..fused.gelu import FusedGELU
+from ..fused.module import FusedBlock
+from ..ops import checks, reference
+from ..swapping import generated
+from . import qk_verification
+from .qk_verification import HeadSite
 from .targets import modules_of, targets
 from .units import Swap, Unit
 
@@ -136,7 +139,7 @@ def _sites(unit: Unit, dtype: torch.dtype) -> Iterable[Site | HeadSite]:
         if swap.body in (QKNorm, FusedGELU):
             continue  # a part of its attention's call; no op of ours
         if issubclass(swap.body, FusedAttention):
-            yield from head_verification.sites(swap.module, swap.body, dtype)
+            yield from qk_verification.sites(swap.module, swap.body, dtype)
         elif swap.body is layers.ScaleResidualIdentity:
             yield Site("scale_residual", width, dtype, table=_dtype(swap.table))
         elif not issubclass(swap.body, FusedBlock):
@@ -170,7 +173,7 @@ def _compare_counted(site: Site | HeadSite, device: torch.device) -> bool:
     before = Counter(kernels.counts())
     try:
         with torch.inference_mode():
-            return head_verification.compare(site, device) if isinstance(site, HeadSite) else _compare(site, device)
+            return qk_verification.compare(site, device) if isinstance(site, HeadSite) else _compare(site, device)
     finally:
         _own_calls.update(Counter(kernels.counts()) - before)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..checks import autocasts, transformed
+from ..ops.checks import autocasts, transformed
 
 
 class FusedGELU:

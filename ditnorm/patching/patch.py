@@ -10,8 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from . import checks, generated, kernels, verification
-from .hook_chains import Untraceable, captured, set_class
+from .. import kernels
+from ..ops import checks
+from ..swapping import generated
+from ..swapping.hook_chains import Untraceable, captured, set_class
+from . import verification
 from .targets import Targets, components, listed, single, targets
 from .units import Unit, generated_by_others, upstream_of
 

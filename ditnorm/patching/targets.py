@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .models import families
+from ..models import families
 from .units import Unit, find_units
 
 Targets = dict[str, tuple[nn.Module, list[Unit]]]

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import generated, layers
-from .hook_chains import Untraceable, captured
-from .models import body_for, near_miss
-from .models.attention import FusedAttention, QKNorm
-from .models.base import FusedBlock, matches
-from .models.fingerprint import fingerprint
-from .models.gelu import FusedGELU
+from .. import layers
+from ..fused.attention import FusedAttention, QKNorm
+from ..fused.gelu import FusedGELU
+from ..fused.module import FusedBlock, matches
+from ..models import body_for, near_miss
+from ..swapping import generated
+from ..swapping.fingerprint import fingerprint
+from ..swapping.hook_chains import Untraceable, captured
 
 # Wrappers that shard or replicate the parameters of the modules inside (DDP, FSDP).
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")

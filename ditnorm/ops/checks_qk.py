@@ -1,4 +1,4 @@
-"""The contract of the arguments of QK normalisation with rotary embedding, as named errors. When it runs: see :mod:`ditnorm.checks`."""
+"""The contract of the arguments of QK normalisation with rotary embedding, as named errors. When it runs: see :mod:`ditnorm.ops.checks`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, ROUNDINGS, UnfusedDtypesError, _option, _shape, _tensor, autocasts
-from .reference_rope import token_count
+from .reference_qk import token_count
 
 NORMS = ("rms", "diffusers_rms")
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import kernels, patching, verification
-from .models.attention import FusedAttention, QKNorm
-from .models.base import FusedBlock
+from .. import kernels
+from ..fused.attention import FusedAttention, QKNorm
+from ..fused.module import FusedBlock
+from . import patch, verification
 from .targets import listed, modules_of, targets
 from .units import Unit
 from .verification import Verification
@@ -97,7 +98,7 @@ def report(target: object) -> Report:
     found = targets(modules_of(target))
     transformers = tuple(_transformer(name, model, units) for name, (model, units) in found.items())
     patched = [model for model, units in found.values() if any(unit.fused for unit in units)]
-    before = [patching.calls_before.get(model, Counter()) for model in patched]
+    before = [patch.calls_before.get(model, Counter()) for model in patched]
     calls = verification.calls() - min(before, key=Counter.total) if before else None
     return Report(type(target).__name__, transformers, calls)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerNormScaleShift
-from .base import FusedBlock
+from .module import FusedBlock
 
 
 class AdaLayerNormZero(FusedBlock):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
-from ..generated import origin_of
-from ..hook_chains import set_class
-from .fingerprint import fingerprint
+from ..swapping.fingerprint import fingerprint
+from ..swapping.generated import origin_of
+from ..swapping.hook_chains import set_class
 
 FP32_LAYER_NORM = "918561380066"
 """``FP32LayerNorm.forward`` of diffusers 0.37.0 to 0.42.1."""
@@ -17,7 +17,7 @@ FP32_LAYER_NORM = "918561380066"
 class FusedBlock:
     """A ``forward`` that computes what the upstream one does, with the norm sites fused.
 
-    A body is a plain mixin: :func:`ditnorm.generated.subclass` puts it in front of an upstream class, and modules change to the
+    A body is a plain mixin: :func:`ditnorm.swapping.generated.subclass` puts it in front of an upstream class, and modules change to the
     resulting class in place. It has upstream's parameter names and return value, keeps no state, and calls every sub-module as a module
     (hooks of offloading, LoRA and quantisation sit there). A new model is one file in this package with such bodies.
     """

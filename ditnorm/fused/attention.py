@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..generated import origin_of
 from ..layers import _DEFAULT_EPS
-from .base import FusedBlock
-from .fingerprint import fingerprint
+from ..swapping.fingerprint import fingerprint
+from ..swapping.generated import origin_of
+from .module import FusedBlock
 
 DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})
 """``RMSNorm.forward`` of diffusers 0.37.0 to 0.40.0, and to 0.42.1."""

@@ -1,0 +1,1 @@
+"""What model families share: fused modules and blocks, attention, adaLN, activations."""

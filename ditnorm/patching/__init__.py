@@ -1,0 +1,14 @@
+"""From a pipeline to swapped modules and back; knows no model.
+
+* ``targets``: what users pass -> the models that can be fused
+* ``units``: a model -> what can be swapped in it, or why not
+* ``patch``: swaps, and undoes it
+* ``verification``, ``qk_verification``: the fused ops against the unfused expression, on the user's device
+* ``report``: what runs fused, what doesn't and why
+"""
+
+from .patch import patch_model, patch_pipeline, unpatch_model, unpatch_pipeline
+from .report import report
+from .verification import verify
+
+__all__ = ["patch_model", "patch_pipeline", "report", "unpatch_model", "unpatch_pipeline", "verify"]
