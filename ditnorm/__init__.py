@@ -1,5 +1,8 @@
 """Diffusion transformers made faster without changing what they draw: see :func:`patch_pipeline`."""
 
+import importlib
+from typing import Any
+
 from .functional import joint_qk_norm_rope, norm_scale_shift, qk_norm_rope, scale_residual, scale_residual_norm_scale_shift
 from .layers import LayerNormScaleShift, RMSNormScaleShift, ScaleResidualNormScaleShift
 from .patching import patch_model, patch_pipeline, report, unpatch_model, unpatch_pipeline, verify
@@ -20,3 +23,12 @@ __all__ = [
     "unpatch_pipeline",
     "verify",
 ]
+
+_MOVED = {"generated": ".swapping.generated", "verification": ".patching.verification"}
+"""Modules by the names that they had before they moved into a room."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        return importlib.import_module(_MOVED[name], __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
