@@ -2,7 +2,7 @@
 
 The venvs see this Python's packages but for diffusers. Prints a table; the exit status is 1 where a release fails. A run of all releases
 leaves what it found, with the fingerprints of the functions that ditnorm replaces, in docs/diffusers.json, of which
-scripts/compatibility_table.py makes tables.
+tests/compatibility_table.py makes tables.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def check(version: Version, folder: Path) -> tuple[str, dict[str, str]]:
     (site / "packages_of_the_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
     _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", f"diffusers=={version}"], check=True)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the workers take every core
-    listed = _run([str(python), "scripts/fingerprints.py"], env=environment).stdout
+    listed = _run([str(python), "tests/fingerprints.py"], env=environment).stdout
     pytest = [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--numprocesses", "auto"]
     done = _run([*pytest, *TESTS], env=environment)
     lines = (done.stdout + done.stderr).strip().splitlines()

@@ -10,9 +10,9 @@ import datetime
 import sys
 from pathlib import Path
 
-import aten_replay
-import expressions as diffusers
 import torch
+from support import aten_replay
+from support import expressions as diffusers
 from torch import Tensor
 
 CANDIDATES = 256

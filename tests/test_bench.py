@@ -16,7 +16,7 @@ import pytest
 import real_models
 import results_page
 import torch
-from real_sizes import shrunk
+from support.real_sizes import shrunk
 
 PUBLISHED = dict(real_models.MODELS)
 SMALL = shrunk(PUBLISHED)

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import aten_replay
 import pytest
 import torch
-from cases import DEVICE, compiled_only
+from support import aten_replay
+from support.cases import DEVICE, compiled_only
 from torch import Tensor
 
 from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import OPS, Shape, activation, exact, modulation, rounded_once
+from support.cases import OPS, Shape, activation, exact, modulation, rounded_once
 from torch import Tensor
 
 from ditnorm import kernels

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, compiled_only, torch_norms
+from support.cases import DEVICE, compiled_only, torch_norms
 from torch import Tensor, nn
 
 from ditnorm import functional, layers

@@ -1,9 +1,9 @@
 """Peak memory of a forward pass: what patching keeps alive at the same time."""
 
 import pytest
-import tiny
 import torch
-from live_bytes import LiveBytes
+from support import tiny
+from support.live_bytes import LiveBytes
 from torch.utils._pytree import tree_leaves
 
 from ditnorm import patch_model

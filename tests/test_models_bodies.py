@@ -7,8 +7,8 @@ import sys
 
 import diffusers
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 
 from ditnorm import models

@@ -6,13 +6,12 @@ import warnings
 from collections import Counter
 from typing import Any
 
-import model_checks
 import peft
 import pytest
-import tiny
 import torch
 from diffusers.models.activations import GELU
-from live_bytes import LiveBytes
+from support import model_checks, tiny
+from support.live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

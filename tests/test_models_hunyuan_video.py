@@ -1,9 +1,8 @@
 """HunyuanVideo, patched: text-to-video, token replacement, Framepack, HunyuanVideo-1.5, HunyuanImage."""
 
-import model_checks
 import pytest
-import tiny
 import torch
+from support import model_checks, tiny
 
 NAMES = [name for name in tiny.MODELS if name.startswith("hunyuan-")]
 

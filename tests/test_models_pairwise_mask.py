@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from support import tiny
 from torch import Tensor, nn
 
 from ditnorm import patch_model

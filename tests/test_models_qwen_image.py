@@ -1,9 +1,8 @@
 """Qwen-Image, patched: text-to-image, Edit, Edit-Plus, Layered, Inpaint, ControlNet, 2.1."""
 
-import model_checks
 import pytest
-import tiny
 import torch
+from support import model_checks, tiny
 
 from ditnorm.models import body_for, qwen_image, qwen_image21
 from ditnorm.patching import patch_model

@@ -4,11 +4,10 @@ import functools
 import warnings
 
 import diffusers
-import model_checks
 import pytest
-import tiny
 import torch
 from packaging.version import Version
+from support import model_checks, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode

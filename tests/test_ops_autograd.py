@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import expressions as diffusers
 import pytest
 import torch
-from cases import DEVICE, EPS, LAYOUTS, MODULATIONS, OPS, ROWS, VIEWS, Shape, dense, modulation, reference_only
+from support import expressions as diffusers
+from support.cases import DEVICE, EPS, LAYOUTS, MODULATIONS, OPS, ROWS, VIEWS, Shape, dense, modulation, reference_only
 from torch import Tensor
 
 from ditnorm import kernels

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, MODE, MODULATIONS, OPS, Shape, activation, modulation, selection
+from support.cases import DEVICE, MODE, MODULATIONS, OPS, Shape, activation, modulation, selection
 from torch import Tensor, nn
 
 from ditnorm import kernels

@@ -1,10 +1,10 @@
 """``rounding="eager"`` equals diffusers' own expressions bit for bit."""
 
-import aten_replay
-import expressions as diffusers
 import pytest
 import torch
-from cases import DEVICE, EPS, FLOATS, MODE, Shape, activation, random_call, run
+from support import aten_replay
+from support import expressions as diffusers
+from support.cases import DEVICE, EPS, FLOATS, MODE, Shape, activation, random_call, run
 from torch import Tensor
 
 from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, MODE, MODULATIONS, OPS, compiled_only, reference_only
+from support.cases import DEVICE, MODE, MODULATIONS, OPS, compiled_only, reference_only
 from torch import Tensor
 
 from ditnorm import kernels

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from support.cases import (
     DEVICE,
     EPS,
     FLOATS,

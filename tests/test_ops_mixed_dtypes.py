@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, torch_norms
+from support.cases import DEVICE, torch_norms
 from torch import Tensor
 
 from ditnorm import kernels

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, FLOATS, MODE, UNIT, compiled_only, half_ulp, poison, reference_only
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-from rope_expressions import diffusers_rms_norm, hunyuan_rotary, qwen_rotary, torch_rms_norm, wan_rotary
+from support.cases import DEVICE, FLOATS, MODE, UNIT, compiled_only, half_ulp, poison, reference_only
+from support.qk_expressions import diffusers_rms_norm, hunyuan_rotary, qwen_rotary, torch_rms_norm, wan_rotary
 from torch import Tensor
 
 from ditnorm import kernels

@@ -9,8 +9,6 @@ import generation
 import parity
 import pictures
 import pytest
-import qwen_image21_checkpoint
-import tiny
 import tokenizers
 import torch
 from diffusers import (
@@ -21,6 +19,7 @@ from diffusers import (
     WanPipeline,
 )
 from PIL import Image
+from support import qwen_image21_checkpoint, tiny
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 import ditnorm

@@ -11,9 +11,9 @@ import weakref
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from patched import DTYPE, classes, fused_calls, is_patched, pipeline, run
+from support import tiny
+from support.patched import DTYPE, classes, fused_calls, is_patched, pipeline, run
 from torch import nn
 
 from ditnorm import kernels

@@ -8,12 +8,12 @@ from typing import Any
 import accelerate
 import accelerate.hooks
 import pytest
-import tiny
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from patched import DTYPE, fused_calls, is_patched, run
+from support import tiny
+from support.patched import DTYPE, fused_calls, is_patched, run
 from torch import Tensor, nn
 
 from ditnorm.patching import patch_model, unpatch_model

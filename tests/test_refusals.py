@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from patched import DTYPE, WanTransformerBlock, classes, is_patched, pipeline
+from support import tiny
+from support.patched import DTYPE, WanTransformerBlock, classes, is_patched, pipeline
 from torch import nn
 
 from ditnorm.patching import patch_model, patch_pipeline, unpatch_model
@@ -100,7 +100,8 @@ def test_an_unknown_version_of_a_block_is_left_alone_with_one_warning(model: nn.
         patch_model(model)
     (warning,) = caught
     known_as = fingerprint(WanTransformerBlock.forward)
-    assert "blocks.0, blocks.1, blocks.2 not fused: patched.WanTransformerBlock is not a version that ditnorm knows" in str(warning.message)
+    unknown = "support.patched.WanTransformerBlock is not a version that ditnorm knows"
+    assert f"blocks.0, blocks.1, blocks.2 not fused: {unknown}" in str(warning.message)
     assert f"forward {known_as}" in str(warning.message)
     assert not is_patched(model)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import accelerate
 import pytest
-import tiny
 import torch
 from diffusers.hooks import apply_group_offloading
-from patched import DTYPE, WanTransformerBlock, is_patched, pipeline, run
+from support import tiny
+from support.patched import DTYPE, WanTransformerBlock, is_patched, pipeline, run
 from torch import Tensor, nn
 
 from ditnorm import functional, kernels

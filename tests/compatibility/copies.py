@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 from ditnorm import patch_model

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 FAMILIES = {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"}

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 from .feature import DEVICE, DTYPE, Feature, its_output, unchanged

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from peft import LoraConfig
 from peft.utils.other import ModulesToSaveWrapper
+from support import tiny
 from torch import nn
 
 from .feature import FAMILIES, Feature, calls_of, its_output, linears_called, load

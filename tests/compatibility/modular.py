@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModularPipeline
 from diffusers.guiders import (
@@ -19,6 +18,7 @@ from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_5 import HunyuanVideo15CoreDenoiseStep
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
+from support import tiny
 from torch import Tensor, nn
 
 from . import pipelines

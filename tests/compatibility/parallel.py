@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import tiny
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, TensorParallelConfig
 from diffusers.hooks import tensor_parallel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from support import tiny
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import tiny
 import tokenizers
 import torch
 from transformers import (
@@ -15,6 +14,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
+
+from . import tiny
 
 _MARKS = ["<|im_start|>", "<|im_end|>", "<image1>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 _WORDS = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "system", "user", "assistant", "a", "cat", *_MARKS])}

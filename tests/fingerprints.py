@@ -1,15 +1,10 @@
 """Prints, as JSON, the functions of the installed diffusers that ditnorm replaces in the tiny models, with their fingerprints."""
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-import tiny  # type: ignore[import-not-found]
+from support import tiny
 
 from ditnorm.patching.units import find_units
 from ditnorm.swapping.fingerprint import fingerprint

@@ -3,14 +3,15 @@
 With the host build of the CUDA kernels the norms have the bits that they have on CUDA (``aten_replay``), and so has the complex product.
 """
 
-import aten_replay
 import torch
 import torch.nn.functional as F
-from cases import MODE
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor
+
+from . import aten_replay
+from .cases import MODE
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

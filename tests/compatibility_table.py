@@ -6,19 +6,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from compatibility import matrix, parallel
+from compatibility.feature import FAMILIES, ORDERS, Feature
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from compatibility import matrix, parallel  # noqa: E402
-from compatibility.feature import FAMILIES, ORDERS, Feature  # noqa: E402
-
 PAGE = ROOT / "docs" / "compatibility.md"
 RELEASES = ROOT / "docs" / "diffusers.json"
 
 INTRODUCTION = """\
 # Compatibility
 
-What else people do to a pipeline, and what ditnorm does then. This page is written by `scripts/compatibility_table.py` from the data of
+What else people do to a pipeline, and what ditnorm does then. This page is written by `tests/compatibility_table.py` from the data of
 the tests in `tests/compatibility`: every cell below is a test.
 
 A cell names what holds in all four orders:
@@ -131,7 +129,7 @@ def main() -> int:
         return 0
     if PAGE.read_text() == page():
         return 0
-    print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/compatibility_table.py")
+    print(f"{PAGE.relative_to(ROOT)} is out of date: run python tests/compatibility_table.py")
     return 1
 
 

@@ -3,11 +3,12 @@
 ``layer_norm`` and ``rms_norm`` are torch's own, and with the host build of the CUDA kernels their bits on CUDA (``aten_replay``).
 """
 
-import aten_replay
 import torch
 import torch.nn.functional as F
-from cases import MODE
 from torch import Tensor
+
+from . import aten_replay
+from .cases import MODE
 
 layer_norm = aten_replay.layer_norm if MODE == "cpu_sim" else F.layer_norm
 rms_norm = aten_replay.rms_norm if MODE == "cpu_sim" else F.rms_norm

@@ -5,12 +5,13 @@ import statistics
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 from ditnorm import kernels
 from ditnorm.patching import patch_model, unpatch_model
+
+from . import tiny
 
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])]

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import tiny
 import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers import transformer_wan
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from ditnorm import kernels
 from ditnorm.swapping import generated
+
+from . import tiny
 
 DTYPE = torch.bfloat16
 
