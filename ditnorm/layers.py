@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
 from .ops import checks, reference
+from .swapping.norm_kinds import norm_kind, unknown_norm
 
 L = TypeVar("L", bound="_Norm")
 
@@ -312,19 +313,16 @@ class ScaleResidualIdentity(nn.Identity):
         return r, r
 
 
-def _kind(module: nn.Module) -> tuple[str, tuple[int, ...]]:
-    cls = type(module)
-    name = f"{cls.__module__}.{cls.__name__}"
-    if cls is nn.LayerNorm:
-        return "layer", module.normalized_shape  # type: ignore[return-value]
-    if cls is nn.RMSNorm:
-        return "rms", module.normalized_shape  # type: ignore[return-value]
-    if name == "diffusers.models.normalization.FP32LayerNorm":
-        return "fp32_layer", module.normalized_shape  # type: ignore[return-value]
-    if name == "diffusers.models.normalization.RMSNorm":
+def _kind(module: Any) -> tuple[str, tuple[int, ...]]:
+    kind = norm_kind(type(module))
+    if kind == "diffusers_rms":
         if module.weight is not None and module.weight.dtype is not torch.float32:
             raise TypeError(
                 f"from_norm: diffusers' RMSNorm with a {module.weight.dtype} weight rounds before it multiplies; no layer here does"
             )
-        return "rms", tuple(module.dim)  # type: ignore[arg-type]
-    raise TypeError(f"from_norm: expected nn.LayerNorm, nn.RMSNorm, or diffusers' FP32LayerNorm or RMSNorm, got {name}")
+        return "rms", tuple(module.dim)
+    if kind in ("layer", "rms", "fp32_layer"):
+        return kind, module.normalized_shape
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    reason = "" if kind is not None else f" ({unknown_norm(type(module))})"
+    raise TypeError(f"from_norm: expected nn.LayerNorm, nn.RMSNorm, or diffusers' FP32LayerNorm or RMSNorm, got {name}{reason}")

@@ -13,8 +13,10 @@ from torch import nn
 
 from ditnorm import models
 from ditnorm.fused import adaln
-from ditnorm.fused.module import FusedBlock
+from ditnorm.fused.block import FusedUnit
+from ditnorm.fused.module import FusedModule
 from ditnorm.models import hunyuan_video, qwen_image, qwen_image21, wan
+from ditnorm.patching.units import find_units
 
 UPSTREAM = [
     ("transformers.transformer_qwenimage.QwenImageTransformerBlock", qwen_image.QwenImageTransformerBlock),
@@ -96,7 +98,11 @@ def test_a_forward_replaced_later_is_no_longer_matched(monkeypatch):
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_facts_of_a_body_hide_no_attribute_of_its_module(name):
     # nn.Module looks up its children only where the class has no attribute of that name.
-    facts = {*FusedBlock.__annotations__, "unsupported", "origin"}
+    facts = {name for name in dir(FusedUnit) if not name.startswith("__")} | {
+        *FusedUnit.__annotations__,
+        *FusedModule.__annotations__,
+        "origin",
+    }
     for module in tiny.load(name, torch.float32).modules():
         if models.body_for(type(module)) is not None:
             assert facts.isdisjoint({*dict(module.named_children()), *dict(module.named_parameters()), *module.__dict__})
@@ -104,16 +110,16 @@ def test_facts_of_a_body_hide_no_attribute_of_its_module(name):
 
 def test_a_norm_over_two_dims_is_refused():
     block = tiny.load("qwen-image", torch.float32).transformer_blocks[0]
-    assert qwen_image.QwenImageTransformerBlock.unsupported(block) is None
+    assert find_units(block)[0].refusal is None
     block.img_norm2 = nn.LayerNorm((16, 48))
-    assert qwen_image.QwenImageTransformerBlock.unsupported(block) == "img_norm2: it norms over more than the last dim"
+    assert find_units(block)[0].refusal == "img_norm2: it norms over more than the last dim"
 
 
 def test_a_changed_fp32_layer_norm_is_refused(monkeypatch):
     block = tiny.load("wan-t2v", torch.float32).blocks[0]
-    assert wan.WanTransformerBlock.unsupported(block) is None
+    assert find_units(block)[0].refusal is None
     monkeypatch.setattr(type(block.norm1), "forward", lambda self, inputs: inputs)
-    assert wan.WanTransformerBlock.unsupported(block) == "norm1: this version of FP32LayerNorm is unknown"
+    assert find_units(block)[0].refusal == "norm1: this version of FP32LayerNorm is unknown"
 
 
 def test_families_are_named_as_users_know_them():

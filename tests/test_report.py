@@ -16,9 +16,10 @@ from support.patched import DTYPE, WanTransformerBlock, is_patched, pipeline, ru
 from torch import Tensor, nn
 
 from ditnorm import functional, kernels
-from ditnorm.patching import patch_model, patch_pipeline, qk_verification, report, unpatch_model, verification
-from ditnorm.patching.qk_verification import HeadSite
-from ditnorm.patching.verification import Site, execution_device, stream_dtype, verify
+from ditnorm.fused.qk_sites import QKSite
+from ditnorm.fused.sites import Site
+from ditnorm.patching import patch_model, patch_pipeline, report, unpatch_model, verification
+from ditnorm.patching.verification import execution_device, stream_dtype, verify
 
 TORCH = torch.__version__
 
@@ -256,8 +257,8 @@ def off_by_one_bit(op: Any) -> Any:
 
 def test_a_site_is_compared_once_a_process(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     verify(model)
-    monkeypatch.setattr(verification, "_compare", None)
-    monkeypatch.setattr(qk_verification, "compare", None)
+    monkeypatch.setattr(Site, "same_bits", None)
+    monkeypatch.setattr(QKSite, "same_bits", None)
     assert str(verify(patch_model(model))["model"]) == f"bit-identical: verified on CPU, torch {TORCH}"
 
 
@@ -268,7 +269,7 @@ def test_the_sites_of_wan_are_those_of_its_block(model: nn.Module) -> None:
         Site(k2, 24, DTYPE, "fp32_layer", 1e-6, weight=fp32, bias=fp32, table=fp32, modulated=False),
         Site(k2, 24, DTYPE, "fp32_layer", 1e-6, table=fp32),
         Site("scale_residual", 24, DTYPE, table=fp32),
-        HeadSite(False, 2, 12, True, DTYPE, "rms", 1e-6, DTYPE, "per_pair"),
+        QKSite(False, 2, 12, True, DTYPE, "rms", 1e-6, DTYPE, "per_pair"),
     }
 
 
@@ -279,7 +280,7 @@ def test_the_sites_of_hunyuan_video_include_those_of_its_adaptive_norms() -> Non
         Site("norm_scale_shift", width, DTYPE, "layer", 1e-6),
         Site("scale_residual_norm_scale_shift", width, DTYPE, "layer", 1e-6),
         Site("scale_residual", width, DTYPE),
-        *(HeadSite(joint, 2, 12, False, DTYPE, "diffusers_rms", 1e-6, DTYPE, "per_element") for joint in (True, False)),
+        *(QKSite(joint, 2, 12, False, DTYPE, "diffusers_rms", 1e-6, DTYPE, "per_element") for joint in (True, False)),
     }
 
 

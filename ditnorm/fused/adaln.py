@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerNormScaleShift
-from .module import FusedBlock
+from .block import FusedUnit
 
 
-class AdaLayerNormZero(FusedBlock):
+class AdaLayerNormZero(FusedUnit):
     """diffusers' ``AdaLayerNormZero``."""
 
     family = "adaLN"
     names = frozenset({"AdaLayerNormZero"})
     fingerprints = {"forward": frozenset({"432cf64fa05a"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
-    block = False
-    site_count = 1
 
     def forward(
         self,
@@ -36,15 +34,13 @@ class AdaLayerNormZero(FusedBlock):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-class AdaLayerNormZeroSingle(FusedBlock):
+class AdaLayerNormZeroSingle(FusedUnit):
     """diffusers' ``AdaLayerNormZeroSingle``."""
 
     family = "adaLN"
     names = frozenset({"AdaLayerNormZeroSingle"})
     fingerprints = {"forward": frozenset({"549caa2570fa"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
-    block = False
-    site_count = 1
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
         emb = self.linear(self.silu(emb))
@@ -53,15 +49,13 @@ class AdaLayerNormZeroSingle(FusedBlock):
         return x, gate_msa
 
 
-class AdaLayerNormContinuous(FusedBlock):
+class AdaLayerNormContinuous(FusedUnit):
     """diffusers' ``AdaLayerNormContinuous``, the output norm of Qwen-Image and HunyuanVideo."""
 
     family = "adaLN"
     names = frozenset({"AdaLayerNormContinuous"})
     fingerprints = {"forward": frozenset({"325453aa6a0e"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
-    block = False
-    site_count = 1
 
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))

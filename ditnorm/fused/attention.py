@@ -5,7 +5,7 @@ before or after patching, are respected: one that isn't known runs as upstream r
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,22 +15,30 @@ from .. import kernels
 from ..layers import _DEFAULT_EPS
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
-from .module import FusedBlock
+from ..swapping.norm_kinds import norm_kind, unknown_norm
+from .module import FusedModule, Part, upstream_of
+from .norms import dtype_of
+from .qk_sites import QKSite
+from .sites import FusedCall
 
-DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})
-"""``RMSNorm.forward`` of diffusers 0.37.0 to 0.40.0, and to 0.42.1."""
 
-
-class QKNorm:
+class QKNorm(FusedModule):
     """The norm of query or key. Called without a tensor it returns a copy of its weight.
 
     Hooks of offloading and layerwise casting put the right weight in place for the time of the call only. After it they swap it out, and
     a transfer on another stream may overwrite its memory before an op has read it.
     """
 
+    unfused_by_hooks = True
+
     weight: nn.Parameter | None
     _forward_hooks: dict[int, Any]
     _forward_pre_hooks: dict[int, Any]
+
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Which norm it has to be, its attention says."""
+        return norm_kind(upstream) in ("rms", "diffusers_rms")
 
     def forward(self, x: Tensor | None = None) -> Tensor | None:
         if x is not None:
@@ -44,7 +52,7 @@ def weight_of(norm: Any) -> Tensor | None:
     return weight
 
 
-class FusedAttention(FusedBlock):
+class FusedAttention(FusedModule):
     """A ``forward`` that computes what upstream's attention module does with one of the ``processors``."""
 
     processors: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -56,9 +64,8 @@ class FusedAttention(FusedBlock):
     """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
     rotary: ClassVar[str]
     """The kind of its tables: ``"complex"``, ``"per_pair"`` or ``"per_element"``."""
-    block = False
-    site_count = 1
-    sites: ClassVar[Mapping[str, type]] = {}
+    optional = True
+    reported_as = "query and key"
 
     known: ClassVar[Mapping[type, Any]]
     """The processors that this process has, with their form; set on the generated class."""
@@ -97,7 +104,7 @@ class FusedAttention(FusedBlock):
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
-        origin = origin_of(type(module)) or type(module)
+        origin = upstream_of(type(module))
         processor = type(getattr(module, "processor", None))
         if processor not in cls.known_processors(origin):
             return f"its processor {processor.__module__}.{processor.__qualname__} is not one that ditnorm knows"
@@ -112,11 +119,26 @@ class FusedAttention(FusedBlock):
 
     @classmethod
     def _norm_unsupported(cls, norm: Any) -> str | None:
-        kind = origin_of(type(norm)) or type(norm)
-        expected = kind is nn.RMSNorm if cls.norm == "rms" else fingerprint(getattr(kind, "forward", None)) in DIFFUSERS_RMS_NORM
-        if not expected:
-            return f"{kind.__module__}.{kind.__qualname__} is not the norm that ditnorm knows"
+        upstream = upstream_of(type(norm))
+        kind = norm_kind(upstream)
+        if kind is None:
+            return unknown_norm(upstream)
+        if kind != cls.norm:
+            return f"{upstream.__module__}.{upstream.__qualname__} is not the norm that ditnorm knows here"
         return "it has a bias" if getattr(norm, "bias", None) is not None else None
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Iterator[Part]:
+        """The norms."""
+        return (Part(name, module.get_submodule(name), QKNorm) for name in cls.norms(module))
+
+    @classmethod
+    def calls(cls, module: Any, dtype: torch.dtype) -> Iterator[FusedCall]:
+        """One, on a stream of ``dtype``."""
+        norm, heads = module.norm_q, module.heads
+        eps = _DEFAULT_EPS if norm.eps is None else norm.eps
+        joint, across = "norm_added_q" in cls.norms(module), cls.norm == "rms"
+        yield QKSite(joint, heads, module.inner_dim // heads, across, dtype, cls.norm, eps, dtype_of(norm.weight), cls.rotary)
 
     @classmethod
     def norms(cls, module: Any) -> tuple[str, ...]:

@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..ops.checks import autocasts, transformed
+from .module import FusedModule
 
 
-class FusedGELU:
+class FusedGELU(FusedModule):
     """diffusers' ``GELU``, a linear with its activation: hidden_states [..., D] -> [..., inner dim]."""
 
     fingerprints = {"forward": frozenset({"04d27066e288"}), "gelu": frozenset({"5436b9b39a2e"})}  # 0.37.0 to 0.42.1
 
+    optional = True
+
     proj: nn.Module
     approximate: str
     gelu: Any
-    rounding: str
-    """The law; set on the generated class."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.rounding == "single" and _fits_epilogue(self.proj, hidden_states, self.approximate):

@@ -1,45 +1,57 @@
 """What a fused body states about the upstream class whose ``forward`` it replaces."""
 
-import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
-from ..swapping.hook_chains import set_class
-
-FP32_LAYER_NORM = "918561380066"
-"""``FP32LayerNorm.forward`` of diffusers 0.37.0 to 0.42.1."""
+from .norms import dtype_of, layer_for, norm_call
+from .sites import FusedCall, Site
 
 
-class FusedBlock:
-    """A ``forward`` that computes what the upstream one does, with the norm sites fused.
+@dataclass(frozen=True)
+class Part:
+    """A module that is swapped together with the one whose body names it, and the body or layer that goes in front of it."""
+
+    path: str
+    module: nn.Module
+    body: type | None
+    reason: str | None = None
+    """Where ``body`` is None: why there is none."""
+
+
+class FusedModule:
+    """A ``forward`` that computes what the upstream one does, with ops of this package.
 
     A body is a plain mixin: :func:`ditnorm.swapping.generated.subclass` puts it in front of an upstream class, and modules change to the
     resulting class in place. It has upstream's parameter names and return value, keeps no state, and calls every sub-module as a module
-    (hooks of offloading, LoRA and quantisation sit there). A new model is one file in this package with such bodies.
+    (hooks of offloading, LoRA and quantisation sit there).
+
+    What it has it says in :meth:`parts` and :meth:`calls`, which go by the facts below; patching, verification and the report ask there.
     """
 
-    family: ClassVar[str]
-    """The models it belongs to, as users call them."""
-    names: ClassVar[frozenset[str]]
-    """Names of the upstream classes it was written for; a class of this name with another fingerprint is reported, not touched."""
     fingerprints: ClassVar[Mapping[str, frozenset[str]]]
     """Upstream's ``forward`` and each method of the class that the body inlines -> the accepted fingerprints."""
-    sites: ClassVar[Mapping[str, type]]
-    """Path of a sub-module -> what it must become: a layer of :mod:`ditnorm.layers` for a norm, a body for an ``AdaLayerNorm*``."""
+    sites: ClassVar[Mapping[str, type]] = {}
+    """Path of a sub-module -> what it must become: a layer of :mod:`ditnorm.layers` for a norm, or a body."""
     unmodulated: ClassVar[frozenset[str]] = frozenset()
     """The sites without scale and shift."""
+    anywhere: ClassVar[tuple[type["FusedModule"], ...]] = ()
+    """Bodies of sub-modules that are swapped wherever they are found."""
+    residuals: ClassVar[int] = 0
+    """Calls of ``scale_residual`` in one forward, without those of its parts."""
     table: ClassVar[str | None] = None
     """The Parameter whose rows are added to the modulation in float32, if there is one."""
-    block: ClassVar[bool] = True
-    """False for a part that also occurs outside of blocks."""
-    holders: ClassVar[frozenset[str]] = frozenset()
-    """Where what it returns suits only some models: fingerprints of their ``forward``. Their blocks must all have a body."""
-    site_count: ClassVar[int]
-    """Fused calls of one forward, without those of the bodies among ``sites``."""
+    optional: ClassVar[bool] = False
+    """Whether a module without this part is fused all the same."""
+    reported_as: ClassVar[str | None] = None
+    """For users: what of an optional part runs unfused where it can't be swapped. None: no op of ours is missing, and nobody is told."""
+    unfused_by_hooks: ClassVar[bool] = False
+    """Whether a user's forward hook on the module makes its site run unfused."""
 
     rounding: str
     """The law; set on the generated class."""
@@ -49,31 +61,54 @@ class FusedBlock:
         def __getattr__(self, name: str) -> Any:
             """The sub-modules and Parameters of the upstream class."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Gives a module back to upstream's ``forward`` when somebody replaces one of its norms by a module that takes no modulation."""
-        super().__setattr__(name, value)
-        upstream = origin_of(type(self))
-        if upstream is None or name not in self.sites or issubclass(self.sites[name], FusedBlock) or origin_of(type(value)) is not None:
-            return
-        set_class(cast(nn.Module, self), upstream)
-        warnings.warn(
-            f"ditnorm: a {upstream.__name__} isn't fused any more: its {name} was replaced by a {type(value).__name__}; patching again "
-            "fuses it where it can",
-            UserWarning,
-            stacklevel=2,
-        )
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Whether the body computes what instances of ``upstream`` do."""
+        return matches(cls, upstream)
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
-        """Why this instance of a matching class can't be fused, or None. The classes of its sites are checked where they are swapped."""
-        for path in cls.sites:
-            site = module.get_submodule(path)
-            norm = origin_of(type(site)) or type(site)
-            if norm.__name__ == "FP32LayerNorm" and fingerprint(norm.forward) != FP32_LAYER_NORM:  # type: ignore[attr-defined]
-                return f"{path}: this version of FP32LayerNorm is unknown"
-            if len(getattr(site, "normalized_shape", (1,))) != 1:
-                return f"{path}: it norms over more than the last dim"
+        """Why this instance of a matching class can't be fused, or None. Its parts are looked at on their own."""
         return None
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Iterator[Part]:
+        """The modules that are swapped together with ``module``, without the parts of those."""
+        for path, expected in cls.sites.items():
+            child = module.get_submodule(path)
+            if issubclass(expected, FusedModule):
+                yield Part(path, child, expected)
+            else:
+                yield Part(path, child, *layer_for(expected, child, upstream_of(type(child)), path not in cls.unmodulated))
+        for body in cls.anywhere:
+            yield from (Part(path, m, body) for path, m in module.named_modules() if body.knows(upstream_of(type(m))))
+
+    @classmethod
+    def calls(cls, module: nn.Module, dtype: torch.dtype) -> Iterator[FusedCall]:
+        """The fused calls of one forward on a stream of ``dtype``, without those of the parts that have a body of their own."""
+        table = None if cls.table is None else dtype_of(getattr(module, cls.table))
+        for part in cls.parts(module):
+            if part.body is not None and not issubclass(part.body, FusedModule):
+                yield norm_call(part.body, part.module, cls.width(module), dtype, table, part.path not in cls.unmodulated)
+        for _ in range(cls.residuals):
+            yield Site("scale_residual", cls.width(module), dtype, table=table)
+
+    @classmethod
+    def width(cls, module: nn.Module) -> int:
+        """Of the stream: that of the first norm."""
+        for path, expected in cls.sites.items():
+            child: Any = module.get_submodule(path)
+            if issubclass(expected, FusedModule) and expected.sites:
+                return expected.width(child)
+            if hasattr(child, "normalized_shape"):
+                return child.normalized_shape[-1]
+        raise TypeError(f"{cls.__name__} has no norm")
+
+
+def upstream_of(cls: type) -> type:
+    """The upstream class that ``cls`` is or was made from by this package."""
+    origins = (origin_of(base) for base in cls.__mro__)
+    return next((origin for origin in origins if origin is not None), cls)
 
 
 def matches(body: type[Any], cls: type) -> bool:

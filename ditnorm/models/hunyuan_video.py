@@ -8,8 +8,8 @@ from torch import Tensor
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from ..fused.attention import FusedAttention, weight_of
+from ..fused.block import FusedBlock, FusedUnit
 from ..fused.gelu import activated
-from ..fused.module import FusedBlock
 from ..fused.pairwise_mask import mask_form, pairwise_mask
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 
@@ -21,8 +21,6 @@ class HunyuanVideoAttention(FusedAttention):
     streams are one sequence, of which only the leading part is rotated; such a block may hand it over in one piece.
     """
 
-    family = "HunyuanVideo"
-    names = frozenset({"Attention"})
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1, as the next
     processors = {
         "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0": {"f78cf0232315": None},
@@ -119,7 +117,7 @@ class HunyuanVideoTransformerBlock(FusedBlock):
         "norm2_context": ScaleResidualNormScaleShift,
         "attn": HunyuanVideoAttention,
     }
-    site_count = 4
+    residuals = 2
 
     def forward(
         self,
@@ -170,7 +168,7 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
     names = frozenset({"HunyuanVideoSingleTransformerBlock", "HunyuanImageSingleTransformerBlock"})
     fingerprints = {"forward": frozenset({"ec73d8a5e99f"})}  # 0.37.0 to 0.42.1, in both
     sites = {"norm": AdaLayerNormZeroSingle, "attn": HunyuanVideoAttention}
-    site_count = 2
+    residuals = 2
 
     def forward(
         self,
@@ -193,15 +191,13 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
         return _scale_residuals(hidden_states, encoder_hidden_states, x, gate, rounding=self.rounding)
 
 
-class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedBlock):
+class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedUnit):
     """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their modulation from ``token_replace_emb``."""
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceAdaLayerNormZero"})
     fingerprints = {"forward": frozenset({"b5abc890a2a7"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
-    block = False
-    site_count = 1
 
     def forward(self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int) -> tuple[Tensor, ...]:
         emb = self.linear(self.silu(emb))
@@ -214,15 +210,13 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedBlock):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp
 
 
-class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(FusedBlock):
+class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(FusedUnit):
     """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their modulation from ``token_replace_emb``."""
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceAdaLayerNormZeroSingle"})
     fingerprints = {"forward": frozenset({"76d837e976ec"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
-    block = False
-    site_count = 1
 
     def forward(
         self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int
@@ -250,7 +244,7 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         "norm2_context": ScaleResidualNormScaleShift,
         "attn": HunyuanVideoAttention,
     }
-    site_count = 4
+    residuals = 2
 
     def forward(
         self,
@@ -288,7 +282,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
     names = frozenset({"HunyuanVideoTokenReplaceSingleTransformerBlock"})
     fingerprints = {"forward": frozenset({"154c1f7ef55b"})}  # 0.37.0 to 0.42.1
     sites = {"norm": HunyuanVideoTokenReplaceAdaLayerNormZeroSingle, "attn": HunyuanVideoAttention}
-    site_count = 2
+    residuals = 2
 
     def forward(
         self,

@@ -7,15 +7,13 @@ from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
-from ..fused.module import FusedBlock
+from ..fused.block import FusedBlock
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 
 
 class QwenImageAttention(FusedAttention):
     """diffusers' ``Attention`` with Qwen-Image's ``QwenDoubleStreamAttnProcessor2_0``: joint attention, the text's tokens first."""
 
-    family = "Qwen-Image"
-    names = frozenset({"Attention"})
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
     processors = {
         "diffusers.models.transformers.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0": {
@@ -110,7 +108,7 @@ class QwenImageTransformerBlock(FusedBlock):
         "txt_norm2": ScaleResidualNormScaleShift,
         "attn": QwenImageAttention,
     }
-    site_count = 6
+    residuals = 2
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
-from ..fused.module import FusedBlock
+from ..fused.block import FusedBlock, FusedUnit
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
@@ -41,8 +41,6 @@ def _unchanged(normed: Tensor) -> Tensor:
 class QwenImage21Attention(FusedAttention):
     """diffusers' ``QwenImage21Attention`` with either of its processors, which find query and key prepared and do all the rest."""
 
-    family = "Qwen-Image"
-    names = frozenset({"QwenImage21Attention"})
     fingerprints = {"forward": frozenset({"3d142c56e8fb"})}  # 0.41.0 to 0.42.1, as the next
     processors = {"QwenImage21AttnProcessor": {"e1f4ac0b10ba": None}, "QwenImage21FlexAttnProcessor": {"e1935639de02": None}}
     helpers = {
@@ -110,7 +108,7 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
     names = frozenset({"QwenImage21TransformerBlock"})
     fingerprints = {"forward": frozenset({"5da14fbe1fdd"}), "_modulate": frozenset({"f369c76c2619"})}  # 0.41.0 to 0.42.1
     sites = {"img_norm1": LayerNormScaleShift, "img_norm2": ScaleResidualNormScaleShift, "attn": QwenImage21Attention}
-    site_count = 3
+    residuals = 1
 
     def forward(
         self,
@@ -145,15 +143,13 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
         return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
 
 
-class QwenImage21AdaLayerNormContinuous(_SelectsRows, FusedBlock):
+class QwenImage21AdaLayerNormContinuous(_SelectsRows, FusedUnit):
     """diffusers' ``QwenImage21AdaLayerNormContinuous``, the output norm: ``conditioning_embedding`` [B, D], with a mask [B + 1, D]."""
 
     family = "Qwen-Image"
     names = frozenset({"QwenImage21AdaLayerNormContinuous"})
     fingerprints = {"forward": frozenset({"264465afb9c3"})}  # 0.41.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
-    block = False
-    site_count = 1
 
     def forward(self, hidden_states: Tensor, conditioning_embedding: Tensor, target_token_mask: Tensor | None = None) -> Tensor:
         scale = _rows(self.linear(self.silu(conditioning_embedding).to(hidden_states.dtype)), target_token_mask)

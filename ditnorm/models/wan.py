@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
-from ..fused.module import FusedBlock
+from ..fused.block import FusedBlock, FusedUnit
+from ..fused.gelu import FusedGELU
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.checks import transformed
 
@@ -15,8 +16,6 @@ from ..ops.checks import transformed
 class WanAttention(FusedAttention):
     """diffusers' ``WanAttention`` with its ``WanAttnProcessor``: self-attention with a rotary embedding, cross-attention without."""
 
-    family = "Wan"
-    names = frozenset({"WanAttention"})
     fingerprints = {"forward": frozenset({"b49ebcc6575c"})}  # 0.37.0 to 0.42.1, as the next, in Wan, WanAnimate and ChronoEdit
     processors = {"WanAttnProcessor": {"8f9485cfdd6c": None}}
     helpers = {}
@@ -94,7 +93,7 @@ class WanTransformerBlock(FusedBlock):
     sites = _SITES
     unmodulated = frozenset({"norm2"})
     table = "scale_shift_table"
-    site_count = 4
+    residuals = 1
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table)
@@ -116,7 +115,7 @@ class WanVACETransformerBlock(FusedBlock):
     sites = _SITES
     unmodulated = frozenset({"norm2"})
     table = "scale_shift_table"
-    site_count = 4
+    residuals = 1
 
     def forward(
         self,
@@ -141,7 +140,7 @@ class WanVACETransformerBlock(FusedBlock):
         return conditioning_states, control_hidden_states
 
 
-class WanTimeTextImageEmbedding(FusedBlock):
+class WanTimeTextImageEmbedding(FusedUnit):
     """diffusers' ``WanTimeTextImageEmbedding``, of whose per-token modulations one row stays where all tokens of a sample have the same.
 
     TI2V-5B gives each token a timestep of its own, also in text-to-video, where all are equal: ``temb`` [B, S, D] and ``timestep_proj``
@@ -154,9 +153,7 @@ class WanTimeTextImageEmbedding(FusedBlock):
     names = frozenset()  # WanAnimate's class of this name has no timesteps per token; nothing is lost with it
     fingerprints = {"forward": frozenset({"cad5ec5dcd1f"})}  # 0.37.0 to 0.42.1, in Wan and ChronoEdit
     holders = frozenset({"c9bb19925b53", "1b954adb29e2"})  # the same, and Wan from 0.40.0 on
-    sites = {}
-    block = False
-    site_count = 0
+    anywhere = (FusedGELU,)
 
     def forward(
         self,

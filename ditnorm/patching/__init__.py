@@ -3,7 +3,7 @@
 * ``targets``: what users pass -> the models that can be fused
 * ``units``: a model -> what can be swapped in it, or why not
 * ``patch``: swaps, and undoes it
-* ``verification``, ``qk_verification``: the fused ops against the unfused expression, on the user's device
+* ``verification``: the fused ops against the unfused expression, on the user's device
 * ``report``: what runs fused, what doesn't and why
 """
 

@@ -100,14 +100,14 @@ def _refusals(found: Targets) -> list[str]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, (_, units) in found.items():
         for unit in units:
-            left = unit.unfused if unit.refusal is None else {unit.name: unit.refusal}
-            for part, reason in left.items():
+            left = [(part.name, part.reason) for part in unit.unfused] if unit.refusal is None else [(unit.name, unit.refusal)]
+            for part, reason in left:
                 by_reason.setdefault((name, reason), []).append(part)
     return [f"{name}: {listed(units)} not fused: {reason}" for (name, reason), units in by_reason.items()]
 
 
 def _summary(name: str, model: nn.Module, units: Iterable[Unit]) -> str:
-    blocks = [unit for unit in units if unit.body.block]
+    blocks = [unit for unit in units if unit.is_block]
     return f"{name} ({type(model).__name__}) {sum(unit.fused for unit in blocks)} of {len(blocks)} blocks"
 
 

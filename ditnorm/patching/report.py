@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..fused.attention import FusedAttention, QKNorm
-from ..fused.module import FusedBlock
 from . import patch, verification
 from .targets import listed, modules_of, targets
 from .units import Unit
@@ -104,9 +102,10 @@ def report(target: object) -> Report:
 
 
 def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerReport:
-    blocks = [unit for unit in units if unit.body.block]
+    blocks = [unit for unit in units if unit.is_block]
     fused = [unit for unit in units if unit.fused]
     counted = fused or [unit for unit in units if unit.refusal is None]
+    calls = [call for unit in counted for call in unit.calls(torch.float32)]  # their number doesn't depend on the dtype
     roundings = tuple(sorted({unit.rounding for unit in fused if unit.rounding is not None}))
     return TransformerReport(
         name=name,
@@ -115,15 +114,15 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         blocks=len(blocks),
         fused=sum(unit.fused for unit in blocks),
         fusable=sum(unit.refusal is None for unit in blocks),
-        sites=sum(swap.body.site_count for unit in counted for swap in unit.swaps if issubclass(swap.body, FusedBlock)),
+        sites=len(calls),
         rounding=roundings,
         backend=_backend(verification.execution_device(model)),
         verification=_verification(model, fused, roundings),
         refused=_by_reason(unit for unit in units if not unit.fused),
         changed=_by_reason(fused),
-        hooked=[swap.name for unit in counted for swap in unit.swaps if _carries_hook(swap.module, swap.body)],
-        attentions=sum(issubclass(swap.body, FusedAttention) for unit in counted for swap in unit.swaps),
-        unfused_attentions=_grouped(item for unit in counted for item in unit.unfused.items()),
+        hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and _hooked(swap.module)],
+        attentions=sum(call.op.endswith("qk_norm_rope") for call in calls),
+        unfused_attentions=_grouped((part.name, part.reason) for unit in counted for part in unit.unfused),
     )
 
 
@@ -138,8 +137,8 @@ def _grouped(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def _carries_hook(module: nn.Module, body: type) -> bool:
-    return issubclass(body, (nn.Module, QKNorm)) and bool(module._forward_hooks or module._forward_pre_hooks)
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _verification(model: nn.Module, fused: list[Unit], roundings: Iterable[str]) -> Verification:

@@ -24,7 +24,7 @@ def components(pipe: object) -> dict[str, nn.Module]:
 def targets(models: Mapping[str, nn.Module]) -> Targets:
     """The models that hold a block with a fused body, or what looks like one, with their units. ``ValueError`` if there is none."""
     found = {name: (model, find_units(model)) for name, model in models.items()}
-    found = {name: (model, units) for name, (model, units) in found.items() if any(unit.body.block for unit in units)}
+    found = {name: (model, units) for name, (model, units) in found.items() if any(unit.is_block for unit in units)}
     if not found:
         looked_at = ", ".join(type(model).__name__ for model in models.values()) or "no module"
         raise ValueError(f"nothing to fuse in {looked_at}; supported families: {', '.join(families())}")

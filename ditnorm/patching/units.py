@@ -5,12 +5,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
-from .. import layers
-from ..fused.attention import FusedAttention, QKNorm
-from ..fused.gelu import FusedGELU
-from ..fused.module import FusedBlock, matches
+from ..fused.block import FusedBlock, FusedUnit
+from ..fused.module import FusedModule
+from ..fused.module import upstream_of as upstream_of
+from ..fused.sites import FusedCall
 from ..models import body_for, near_miss
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
@@ -19,32 +20,33 @@ from ..swapping.hook_chains import Untraceable, captured
 # Wrappers that shard or replicate the parameters of the modules inside (DDP, FSDP).
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
 
-_KINDS = {
-    "torch.nn.modules.normalization.LayerNorm": "layer",
-    "torch.nn.modules.normalization.RMSNorm": "rms",
-    "torch.nn.modules.linear.Identity": "identity",
-    "diffusers.models.normalization.FP32LayerNorm": "layer",
-}
-_LAYERS: dict[tuple[type, str], type] = {
-    (layers.LayerNormScaleShift, "layer"): layers.LayerNormScaleShift,
-    (layers.RMSNormScaleShift, "rms"): layers.RMSNormScaleShift,
-    (layers.ScaleResidualNormScaleShift, "layer"): layers.ScaleResidualLayerNormScaleShift,
-    (layers.ScaleResidualNormScaleShift, "rms"): layers.ScaleResidualRMSNormScaleShift,
-    (layers.ScaleResidualNormScaleShift, "identity"): layers.ScaleResidualIdentity,
-}
-
 
 @dataclass(frozen=True)
 class Swap:
-    """One module of a unit, the upstream class that it has or had, and the body that goes in front of it."""
+    """One module of a unit, the upstream class that it has or had, and the body or layer that goes in front of it."""
 
     name: str
     module: nn.Module
     upstream: type
     body: type
-    table: nn.Parameter | None = None
-    """What is added to the modulation of this layer in fp32."""
-    modulated: bool = True
+
+    @property
+    def unfused_by_hooks(self) -> bool:
+        """Whether a user's forward hook makes its site run unfused: on a norm it is shown the norm's own output."""
+        return self.body.unfused_by_hooks if issubclass(self.body, FusedModule) else True
+
+    def calls(self, dtype: torch.dtype) -> Iterator[FusedCall]:
+        """Its fused calls on a stream of ``dtype``. Those of a norm belong to the body that calls it."""
+        return self.body.calls(self.module, dtype) if issubclass(self.body, FusedModule) else iter(())
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """An optional part that stays upstream's: its name, what of it is unfused, and why."""
+
+    name: str
+    what: str
+    reason: str
 
 
 @dataclass
@@ -53,15 +55,19 @@ class Unit:
 
     name: str
     module: nn.Module
-    body: type[FusedBlock]
+    body: type[FusedUnit]
     swaps: list[Swap] = field(default_factory=list)
     refusal: str | None = None
-    unfused: dict[str, str] = field(default_factory=dict)
-    """Attention modules that stay upstream's -> why. That doesn't refuse the block."""
+    unfused: list[Unfused] = field(default_factory=list)
+    """Optional parts that stay upstream's. That doesn't refuse the unit."""
+
+    @property
+    def is_block(self) -> bool:
+        return issubclass(self.body, FusedBlock)
 
     @property
     def fused(self) -> bool:
-        return generated.origin_of(type(self.module)) is not None or _made_from_ours(type(self.module))
+        return self.upstream is not type(self.module)
 
     @property
     def rounding(self) -> str | None:
@@ -71,22 +77,29 @@ class Unit:
     def upstream(self) -> type:
         return upstream_of(type(self.module))
 
+    def calls(self, dtype: torch.dtype) -> Iterator[FusedCall]:
+        """All fused calls of one forward on a stream of ``dtype``."""
+        return (call for swap in self.swaps for call in swap.calls(dtype))
+
+
+class _Refused(Exception):
+    """Why a module can't be swapped, and its path inside the unit."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def within(self, path: str) -> str:
+        """The reason as told of the module at ``path``."""
+        inside = self.path.removeprefix(path).removeprefix(".")
+        return f"{inside}: {self.reason}" if inside else self.reason
+
 
 def find_units(model: nn.Module) -> list[Unit]:
     """The topmost modules of ``model`` with a fused body, or that look as if they had one, in the model's order."""
     units = list(_walk("", model, None, None, set()))
-    blocks = any(unit.body.block and unit.refusal is None for unit in units)
+    blocks = any(unit.is_block and unit.refusal is None for unit in units)
     return [unit for unit in units if blocks or not unit.body.holders]
-
-
-def upstream_of(cls: type) -> type:
-    """The upstream class that ``cls`` is or was made from by this package."""
-    origins = (generated.origin_of(base) for base in cls.__mro__)
-    return next((origin for origin in origins if origin is not None), cls)
-
-
-def _made_from_ours(cls: type) -> bool:
-    return upstream_of(cls) is not cls
 
 
 def _walk(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str | None, seen: set[int]) -> Iterator[Unit]:
@@ -105,7 +118,7 @@ def _walk(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str |
 
 def _join(name: str, child: str) -> str:
     # torch.compile's OptimizedModule holds the module itself under _orig_mod.
-    return name if child == "_orig_mod" else f"{name}.{child}".removeprefix(".")
+    return name if child == "_orig_mod" else f"{name}.{child}".strip(".")
 
 
 def _unit(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str | None) -> Unit | None:
@@ -115,15 +128,18 @@ def _unit(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str |
         body = near_miss(upstream)
         return None if body is None else Unit(name, module, body, refusal=_unknown(upstream, body))
     unit = Unit(name, module, body)
-    unit.refusal = f"it is inside {wrapper}" if wrapper else _refusal(unit)
+    try:
+        if wrapper is not None:
+            raise _Refused("", f"it is inside {wrapper}")
+        unit.swaps = list(_swaps(unit, "", module, body))
+    except _Refused as refused:
+        unit.refusal = refused.within("")
     if body.holders and (unit.refusal is not None or not _suits(body, holder)):
         return None  # no op of ours is missing there, and nobody is told
-    if unit.refusal is None:
-        unit.swaps += _gelus(unit)
     return unit
 
 
-def _suits(body: type[FusedBlock], holder: nn.Module | None) -> bool:
+def _suits(body: type[FusedUnit], holder: nn.Module | None) -> bool:
     """Whether the model and its blocks are known to take what ``body`` returns."""
     if holder is None:
         return False
@@ -132,91 +148,41 @@ def _suits(body: type[FusedBlock], holder: nn.Module | None) -> bool:
     return fingerprint(forward) in body.holders and all(body_for(upstream_of(type(block))) is not None for block in blocks)
 
 
-def _unknown(upstream: type, body: type[FusedBlock]) -> str:
+def _unknown(upstream: type, body: type[FusedModule]) -> str:
     found = ", ".join(f"{name} {fingerprint(getattr(upstream, name))}" for name in body.fingerprints if hasattr(upstream, name))
     return f"{upstream.__module__}.{upstream.__qualname__} is not a version that ditnorm knows (fingerprint: {found})"
 
 
-def _refusal(unit: Unit) -> str | None:
-    reason = _collect(unit, unit.name, unit.module, unit.body)
-    if reason is not None:
-        return reason
-    for swap in unit.swaps:
-        inside = f"{swap.name.removeprefix(unit.name).removeprefix('.')}: " if swap.module is not unit.module else ""
-        try:
-            captured(swap.module)
-        except Untraceable as untraceable:
-            return f"{inside}{untraceable}"
-    return None
-
-
-def _collect(unit: Unit, name: str, module: nn.Module, body: type[FusedBlock]) -> str | None:
-    """Adds ``module`` and its sites to the swaps of ``unit``; returns why that can't be done, or None."""
+def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swap]:
+    """``module`` and its parts. What can't be swapped raises ``_Refused``, or is noted in the unit where it is optional."""
     upstream = upstream_of(type(module))
-    reason = generated_by_others(type(module)) or body.unsupported(module)
+    reason = _untouchable(module)
+    if reason is None and issubclass(body, FusedModule):
+        reason = body.unsupported(module) if body.knows(upstream) else _unknown(upstream, body)
     if reason is not None:
-        return reason
-    unit.swaps.append(Swap(name, module, upstream, body))
-    table = getattr(module, body.table) if body.table is not None else None
-    for path, expected in body.sites.items():
-        child = module.get_submodule(path)
-        if issubclass(expected, FusedAttention):
-            _collect_attention(unit, _join(name, path), child, expected)
+        raise _Refused(path, reason)
+    yield Swap(_join(unit.name, path), module, upstream, body)
+    for part in body.parts(module) if issubclass(body, FusedModule) else ():
+        inside = _join(path, part.path)
+        if part.body is None:
+            raise _Refused(inside, _untouchable(part.module) or str(part.reason))
+        if not (issubclass(part.body, FusedModule) and part.body.optional):
+            yield from _swaps(unit, inside, part.module, part.body)
             continue
-        reason = _collect_site(unit, _join(name, path), child, expected, table, path not in body.unmodulated)
-        if reason is not None:
-            return f"{path}: {reason}"
-    return None
-
-
-def _collect_attention(unit: Unit, name: str, child: nn.Module, body: type[FusedAttention]) -> None:
-    """Adds an attention module and its norms to the swaps of ``unit``, or the reason why not to what stays unfused."""
-    upstream = upstream_of(type(child))
-    reason = generated_by_others(type(child)) or (None if matches(body, upstream) else _unknown(upstream, body)) or body.unsupported(child)
-    if reason is None:
-        swaps = [Swap(name, child, upstream, body)]
-        norms = {norm: child.get_submodule(norm) for norm in body.norms(child)}
-        swaps += [Swap(_join(name, norm), module, upstream_of(type(module)), QKNorm) for norm, module in norms.items()]
-        reason = next(filter(None, (_untouchable(swap.module) for swap in swaps)), None)
-    if reason is None:
-        unit.swaps += swaps
-    else:
-        unit.unfused[name] = reason
+        try:
+            yield from list(_swaps(unit, inside, part.module, part.body))
+        except _Refused as refused:
+            if part.body.reported_as is not None:
+                unit.unfused.append(Unfused(_join(unit.name, inside), part.body.reported_as, refused.within(inside)))
 
 
 def _untouchable(module: nn.Module) -> str | None:
+    """Why the class of ``module`` can't be changed, whatever it is."""
     try:
         captured(module)
     except Untraceable as untraceable:
         return str(untraceable)
     return generated_by_others(type(module))
-
-
-def _gelus(unit: Unit) -> list[Swap]:
-    """The activations inside that are known. What isn't is left alone and nobody is told: no op of ours is missing there."""
-    found = [(path, module, upstream_of(type(module))) for path, module in unit.module.named_modules()]
-    return [
-        Swap(_join(unit.name, path), module, upstream, FusedGELU)
-        for path, module, upstream in found
-        if matches(FusedGELU, upstream) and _untouchable(module) is None
-    ]
-
-
-def _collect_site(unit: Unit, name: str, child: nn.Module, expected: type, table: nn.Parameter | None, modulated: bool) -> str | None:
-    upstream = upstream_of(type(child))
-    if issubclass(expected, FusedBlock):
-        if body_for(upstream) is not expected:
-            return _unknown(upstream, expected)
-        return _collect(unit, name, child, expected)
-    reason = generated_by_others(type(child))
-    if reason is not None:
-        return reason
-    dotted = f"{upstream.__module__}.{upstream.__qualname__}"
-    layer = _LAYERS.get((expected, _KINDS.get(dotted, "")))
-    if layer is None:
-        return f"no fused layer stands in for {dotted}"
-    unit.swaps.append(Swap(name, child, upstream, layer, table, modulated))
-    return None
 
 
 def generated_by_others(cls: type) -> str | None:

@@ -20,8 +20,6 @@ def subclass(body: type, origin: type, rounding: str) -> type:
     """The class ``origin`` with the methods of ``body`` in front; the same arguments give the same class object."""
     qualname = _encode(body, origin, rounding)
     attributes: dict[str, Any] = {"rounding": rounding, "origin": origin, "__module__": __name__, "__qualname__": qualname}
-    if _is_fp32_layer_norm(origin):
-        attributes["norm"] = "fp32_layer"
     generated = type(origin.__name__, (body, origin), attributes)
     globals()[qualname] = generated
     block_registry.register(generated, origin)
@@ -48,10 +46,6 @@ def _decode(qualname: str) -> type:
 def _import(encoded: str) -> Any:
     *module, name = encoded.split(_SEPARATOR)
     return getattr(importlib.import_module(".".join(module)), name)
-
-
-def _is_fp32_layer_norm(origin: type) -> bool:
-    return origin.__module__ == "diffusers.models.normalization" and origin.__name__ == "FP32LayerNorm"
 
 
 def __getattr__(name: str) -> type:

@@ -1,0 +1,61 @@
+"""Which layer stands in for a norm at a site of a fused body, and the call that it makes there."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import (
+    LayerNormScaleShift,
+    ScaleResidualIdentity,
+    ScaleResidualLayerNormScaleShift,
+    ScaleResidualNormScaleShift,
+)
+from ..swapping.norm_kinds import norm_kind, unknown_norm
+from .sites import Site
+
+
+class FP32LayerNormScaleShift(LayerNormScaleShift):
+    """:class:`LayerNormScaleShift` of diffusers' ``FP32LayerNorm``."""
+
+    norm = "fp32_layer"
+
+
+class ScaleResidualFP32LayerNormScaleShift(ScaleResidualLayerNormScaleShift):
+    """:class:`ScaleResidualNormScaleShift` of diffusers' ``FP32LayerNorm``."""
+
+    norm = "fp32_layer"
+
+
+_LAYERS: dict[tuple[type, str | None], type] = {
+    (LayerNormScaleShift, "layer"): LayerNormScaleShift,
+    (LayerNormScaleShift, "fp32_layer"): FP32LayerNormScaleShift,
+    (ScaleResidualNormScaleShift, "layer"): ScaleResidualLayerNormScaleShift,
+    (ScaleResidualNormScaleShift, "fp32_layer"): ScaleResidualFP32LayerNormScaleShift,
+    (ScaleResidualNormScaleShift, "identity"): ScaleResidualIdentity,
+}
+
+
+def layer_for(expected: type, norm: nn.Module, upstream: type, modulated: bool) -> tuple[type | None, str | None]:
+    """The layer that a site that expects ``expected`` needs for ``norm``, of the class ``upstream``; or None and why there is none."""
+    kind = norm_kind(upstream)
+    if kind is None:
+        return None, unknown_norm(upstream)
+    layer = _LAYERS.get((expected, kind))
+    if layer is None or (layer is ScaleResidualIdentity and modulated):
+        return None, f"no fused layer stands in for {upstream.__module__}.{upstream.__qualname__} here"
+    if len(getattr(norm, "normalized_shape", (1,))) != 1:
+        return None, "it norms over more than the last dim"
+    return layer, None
+
+
+def norm_call(layer: Any, norm: Any, width: int, dtype: torch.dtype, table: torch.dtype | None, modulated: bool) -> Site:
+    """What ``layer`` calls in the place of ``norm``; ``width``: that of the stream."""
+    if layer is ScaleResidualIdentity:
+        return Site("scale_residual", width, dtype, table=table)
+    op = "scale_residual_norm_scale_shift" if issubclass(layer, ScaleResidualNormScaleShift) else "norm_scale_shift"
+    return Site(op, width, dtype, layer.norm, norm.eps, dtype_of(norm.weight), dtype_of(norm.bias), table, modulated)
+
+
+def dtype_of(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype

@@ -1,0 +1,46 @@
+"""Which norm a module is, by what its class runs. A norm of the right name that runs something else is none that anybody here knows."""
+
+from torch import nn
+
+from .fingerprint import fingerprint
+from .originals import replaced, replaced_functional
+
+_OF_TORCH: dict[type, tuple[str, str | None]] = {  # -> its kind, and the function that its forward calls
+    nn.LayerNorm: ("layer", "layer_norm"),
+    nn.RMSNorm: ("rms", "rms_norm"),
+    nn.Identity: ("identity", None),
+}
+_FP32_LAYER_NORM = frozenset({"918561380066"})  # FP32LayerNorm.forward of diffusers 0.37.0 to 0.42.1
+_DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})  # RMSNorm.forward of diffusers 0.37.0 to 0.40.0, and to 0.42.1
+
+
+def norm_kind(cls: type) -> str | None:
+    """``"layer"``, ``"rms"`` and ``"identity"``: torch's; ``"fp32_layer"`` and ``"diffusers_rms"``: diffusers'. None: not known.
+
+    ``cls`` is the class itself: a subclass computes what it likes.
+    """
+    return _look(cls)[0]
+
+
+def unknown_norm(cls: type) -> str:
+    """Why ``cls`` has no :func:`norm_kind`, as the end of a sentence about it."""
+    reason = _look(cls)[1]
+    assert reason is not None
+    return reason
+
+
+def _look(cls: type) -> tuple[str | None, str | None]:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls in _OF_TORCH:
+        kind, function = _OF_TORCH[cls]
+        reason = replaced(cls, "forward") or (None if function is None else replaced_functional(function))
+        return (kind, None) if reason is None else (None, reason)
+    digest = fingerprint(vars(cls).get("forward"))
+    if issubclass(cls, nn.LayerNorm) and digest in _FP32_LAYER_NORM:
+        reason = replaced_functional("layer_norm")
+        return ("fp32_layer", None) if reason is None else (None, reason)
+    if digest in _DIFFUSERS_RMS_NORM:
+        return "diffusers_rms", None
+    if cls.__module__ == "diffusers.models.normalization" and cls.__name__ in ("FP32LayerNorm", "RMSNorm"):
+        return None, f"this version of {cls.__name__} is unknown"
+    return None, f"no fused layer stands in for {name}"

@@ -1,0 +1,33 @@
+"""Whether torch's functions are still torch's own: libraries replace them for the whole process.
+
+Their fingerprints would change with releases of torch that change nothing. So a function counts as torch's where its code comes from
+the file that defines it, under its own name; a wrapper may copy the name of what it wraps, but not that.
+"""
+
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+
+
+def replaced(cls: type, method: str) -> str | None:
+    """What stands in the place of a method that ``cls``, a class of torch, defines; None where it is torch's own."""
+    return _replaced(f"{cls.__module__}.{cls.__qualname__}.{method}", vars(cls).get(method), f"{cls.__qualname__}.{method}", cls.__module__)
+
+
+def replaced_functional(name: str) -> str | None:
+    """What stands in the place of a function of ``torch.nn.functional``; None where it is torch's own."""
+    return _replaced(f"torch.nn.functional.{name}", getattr(F, name), name, "torch.nn.functional")
+
+
+def _replaced(path: str, found: Any, qualname: str, module: str) -> str | None:
+    if isinstance(found, BuiltinFunctionType) and found.__name__ == qualname:
+        return None
+    if isinstance(found, FunctionType) and found.__qualname__ == qualname and _defined_in(found, module):
+        return None
+    return f"{path} was replaced by {getattr(found, '__module__', None)}.{getattr(found, '__qualname__', type(found).__name__)}"
+
+
+def _defined_in(function: FunctionType, module: str) -> bool:
+    code = function.__code__
+    return code.co_name == function.__name__ and code.co_filename.replace("\\", "/").endswith(f"{module.replace('.', '/')}.py")
