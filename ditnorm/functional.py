@@ -26,7 +26,6 @@ Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combinatio
 All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs the unfused expression.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,12 +33,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import kernels
-from .ops import checks, checks_qk, reference, reference_qk
+from .ops import checks, checks_qk
 from .ops.autograd import Recompute
+from .ops.calls import NORMS, QK_NORMS, ROUNDINGS
+from .ops.table import OPS
 
-_NORM = {name: code for code, name in enumerate(checks.NORMS)}
-_QK_NORM = {name: code for code, name in enumerate(checks_qk.NORMS)}
-_ROUNDING = {name: code for code, name in enumerate(checks.ROUNDINGS)}
+_NORM = {name: code for code, name in enumerate(NORMS)}
+_QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
+_ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
 _REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad arguments raise on the way to the kernel
 
 # Looked up once: an overload packet costs a call half a microsecond.
@@ -51,7 +52,7 @@ _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 
 # A sixth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
-# Under Dynamo an op that rejects its arguments ends the trace: nothing catches that, so mixed dtypes are found before.
+# Under Dynamo an op that rejects its arguments ends the trace: nothing catches that, so what no kernel takes is found before.
 _traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
@@ -76,18 +77,13 @@ def norm_scale_shift(
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
-            checks.norm_scale_shift(*tensors, norm, eps, rounding)
-            return _differentiable(_norm_scale_shift, codes, reference.norm_scale_shift, (norm, eps, rounding), tensors)
-        if _traced_by_dynamo() and rounding == "eager" and _mixed(x, scale, shift):
-            checks.fused_dtypes(x, None, {"scale": (scale, scale_table), "shift": (shift, shift_table)}, norm)
+        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("norm_scale_shift", tensors, (norm, eps, rounding), codes)
+        if _traced_by_dynamo() and _unfused("norm_scale_shift", tensors, (norm, eps, rounding)):
+            return _rejected("norm_scale_shift", tensors, (norm, eps, rounding))
         return _norm_scale_shift(*tensors, *codes)
     except _REJECTED:
-        try:
-            checks.norm_scale_shift(*tensors, norm, eps, rounding)
-        except checks.UnfusedDtypesError:
-            return _unfused(reference.norm_scale_shift, (norm, eps, rounding), tensors)
-        raise
+        return _rejected("norm_scale_shift", tensors, (norm, eps, rounding))
 
 
 def scale_residual_norm_scale_shift(
@@ -114,21 +110,13 @@ def scale_residual_norm_scale_shift(
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
-            checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
-            expression = reference.scale_residual_norm_scale_shift
-            return _differentiable(_scale_residual_norm_scale_shift, codes, expression, (norm, eps, rounding), tensors)
-        if _traced_by_dynamo() and rounding == "eager" and _mixed(x, residual, gate, scale, shift):
-            checks.fused_dtypes(
-                x, residual, {"gate": (gate, gate_table), "scale": (scale, scale_table), "shift": (shift, shift_table)}, norm
-            )
+        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding), codes)
+        if _traced_by_dynamo() and _unfused("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding)):
+            return _rejected("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding))
         return _scale_residual_norm_scale_shift(*tensors, *codes)
     except _REJECTED:
-        try:
-            checks.scale_residual_norm_scale_shift(*tensors, norm, eps, rounding)
-        except checks.UnfusedDtypesError:
-            return _unfused(reference.scale_residual_norm_scale_shift, (norm, eps, rounding), tensors)
-        raise
+        return _rejected("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding))
 
 
 def scale_residual(
@@ -147,18 +135,13 @@ def scale_residual(
     tensors = (residual, x, gate, gate_table, index)
     try:
         codes = (_ROUNDING[rounding],)
-        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
-            checks.scale_residual(*tensors, rounding)
-            return _differentiable(_scale_residual, codes, reference.scale_residual, (rounding,), tensors)
-        if _traced_by_dynamo() and rounding == "eager" and _mixed(x, residual, gate):
-            checks.fused_dtypes(x, residual, {"gate": (gate, gate_table)}, "layer")
+        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("scale_residual", tensors, (rounding,), codes)
+        if _traced_by_dynamo() and _unfused("scale_residual", tensors, (rounding,)):
+            return _rejected("scale_residual", tensors, (rounding,))
         return _scale_residual(*tensors, *codes)
     except _REJECTED:
-        try:
-            checks.scale_residual(*tensors, rounding)
-        except checks.UnfusedDtypesError:
-            return _unfused(reference.scale_residual, (rounding,), tensors)
-        raise
+        return _rejected("scale_residual", tensors, (rounding,))
 
 
 def qk_norm_rope(
@@ -194,19 +177,13 @@ def qk_norm_rope(
     tensors = (query, key, query_weight, key_weight, cos, sin)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
-            options = (head_dim, norm, eps, rounding)
-            checks_qk.qk_norm_rope(*tensors, *options)
-            return _differentiable(_qk_norm_rope, codes, reference_qk.qk_norm_rope, options, tensors)
-        if _traced_by_dynamo() and rounding == "eager":
-            checks_qk.fused_dtypes(query, key, query_weight, key_weight, cos)
+        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("qk_norm_rope", tensors, (head_dim, norm, eps, rounding), codes)
+        if _traced_by_dynamo() and _unfused("qk_norm_rope", tensors, (head_dim, norm, eps, rounding)):
+            return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, rounding))
         return _qk_norm_rope(*tensors, *codes)
     except _REJECTED:
-        try:
-            checks_qk.qk_norm_rope(*tensors, head_dim, norm, eps, rounding)
-        except checks.UnfusedDtypesError:
-            return _unfused(reference_qk.qk_norm_rope, (head_dim, norm, eps, rounding), tensors)
-        raise
+        return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, rounding))
 
 
 def joint_qk_norm_rope(
@@ -244,50 +221,40 @@ def joint_qk_norm_rope(
     tensors = (query, key, value, query_weight, key_weight, cos, sin, *encoder)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, encoder_first, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled()) and _in_pytorch(tensors, rounding):
-            options = (head_dim, norm, eps, encoder_first, rounding)
-            checks_qk.joint_qk_norm_rope(*tensors, *options)
-            return _differentiable(_joint_qk_norm_rope, codes, reference_qk.joint_qk_norm_rope, options, tensors)
-        if _traced_by_dynamo() and rounding == "eager":
-            checks_qk.fused_dtypes(query, key, query_weight, key_weight, cos, value)
-            others = (encoder_query, encoder_value)
-            checks_qk.fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, *others)
+        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding), codes)
+        if _traced_by_dynamo() and _unfused("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding)):
+            return _rejected("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding))
         return _joint_qk_norm_rope(*tensors, *codes)
     except _REJECTED:
-        try:
-            checks_qk.joint_qk_norm_rope(*tensors, head_dim, norm, eps, encoder_first, rounding)
-        except checks.UnfusedDtypesError:
-            return _unfused(reference_qk.joint_qk_norm_rope, (head_dim, norm, eps, encoder_first, rounding), tensors)
-        raise
+        return _rejected("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding))
 
 
 def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
     """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes of upstream's expression."""
-    if torch.is_grad_enabled() and (forward_ad._current_level >= 0 or any(t is not None and t.requires_grad for t in tensors)):
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return True
     return rounding == "eager" and any(t is not None and checks.autocasts(t) for t in tensors)
 
 
-def _mixed(x: Tensor, *others: Tensor | None) -> bool:
-    for t in others:  # noqa: SIM110 (Dynamo traces a generator several times as long)
-        if t is not None and t.dtype is not x.dtype:
-            return True
-    return False
+def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
+    op = OPS[name]
+    call = op.call(*tensors, *options)
+    op.check(call)
+    if call.rounding == "eager" or checks.transformed():  # a compiler chooses itself what to save
+        return kernels.in_pytorch(op, call)
+    return Recompute.apply(op, getattr(kernels.ops, name).default, codes, options, *tensors)
 
 
-def _differentiable(
-    op: Callable[..., Any],
-    codes: tuple[Any, ...],
-    expression: Callable[..., Any],
-    options: tuple[Any, ...],
-    tensors: tuple[Tensor | None, ...],
-) -> Any:
-    if options[-1] == "eager" or torch.compiler.is_compiling():  # a compiler chooses itself what to save
-        return _unfused(expression, options, tensors)
-    return Recompute.apply(op, codes, expression, options, *tensors)
+def _unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:
+    return OPS[name].unfused(OPS[name].call(*tensors, *options)) is not None
 
 
-def _unfused(expression: Callable[..., Any], options: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> Any:
-    if not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
-        kernels.count_reference(expression.__name__)
-    return expression(*tensors, *options)
+def _rejected(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
+    """Where the kernel has rejected a call: the error that names what is wrong with it, or the results of PyTorch's operations."""
+    op = OPS[name]
+    call = op.call(*tensors, *options)
+    op.check(call)
+    if op.unfused(call) is None:
+        raise  # the kernel's own error, which the caller is handling
+    return kernels.in_pytorch(op, call)

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
-from .ops import checks, reference
+from .ops import reference
+from .ops.calls import ROUNDINGS
+from .ops.calls import NormScaleShift as _NormCall
+from .ops.calls import ScaleResidualNormScaleShift as _ResidualNormCall
 from .swapping.norm_kinds import norm_kind, unknown_norm
 
 L = TypeVar("L", bound="_Norm")
@@ -63,8 +66,8 @@ class _Norm(nn.Module):
     def _configure(self, rounding: str) -> None:
         if len(self.normalized_shape) != 1:
             raise ValueError(f"normalized_shape: expected the last dim only, got {list(self.normalized_shape)}")
-        if rounding not in checks.ROUNDINGS:
-            raise ValueError(f"rounding: expected one of {', '.join(map(repr, checks.ROUNDINGS))}, got {rounding!r}")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
         self._set("rounding", rounding)
 
     def _hooked(self) -> bool:
@@ -114,10 +117,9 @@ class _NormScaleShift(_Norm):
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        law = reference.law_dtype(x, ((scale, scale_table), (shift, shift_table)), self.norm, self.rounding)
-        n = super().__call__(x.float() if law is torch.float32 else x)
-        scale, shift = (reference.broadcast(m, t, index, x, law) for m, t in ((scale, scale_table), (shift, shift_table)))
-        return reference.stored(reference.modulate(n, scale, shift), x, x, law, self.rounding)
+        affine = (self.weight, self.bias)
+        call = _NormCall(x, scale, shift, *affine, scale_table, shift_table, index, self.norm, self.eps, self.rounding)
+        return reference.norm_scale_shift(call, super().__call__)
 
 
 class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
@@ -243,11 +245,11 @@ class ScaleResidualNormScaleShift(_Norm):
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        law = reference.law_dtype(x, ((gate, gate_table), (scale, scale_table), (shift, shift_table)), self.norm, self.rounding, residual)
-        r = reference.add_gated(residual, x, reference.broadcast(gate, gate_table, index, x, law), law, self.rounding)
-        n = super().__call__(r.float() if law is torch.float32 else r)
-        scale, shift = (reference.broadcast(m, t, index, x, law) for m, t in ((scale, scale_table), (shift, shift_table)))
-        return reference.stored(reference.modulate(n, scale, shift), x, r, law, self.rounding), r
+        tables = (gate_table, scale_table, shift_table)
+        call = _ResidualNormCall(
+            residual, x, gate, scale, shift, self.weight, self.bias, *tables, index, self.norm, self.eps, self.rounding
+        )
+        return reference.scale_residual_norm_scale_shift(call, super().__call__)
 
 
 class ScaleResidualLayerNormScaleShift(ScaleResidualNormScaleShift, nn.LayerNorm):  # type: ignore[misc]

@@ -32,7 +32,7 @@ from bench.timing import Call, Recording, calls_in_graph, copy_bandwidth, input_
 from tables import text_table
 
 from ditnorm import functional, kernels
-from ditnorm.ops import reference_qk
+from ditnorm.ops.table import OPS
 
 SINGLE, EAGER, UNFUSED, COMPILED, AUTOTUNED = "ditnorm single", "ditnorm eager", "eager", "torch.compile", "max-autotune"
 
@@ -124,7 +124,7 @@ def ours(cell: RopeCell, rounding: str, inputs: Mapping[str, Any]) -> Call:
 
 
 def unfused(cell: RopeCell) -> Callable[..., Any]:
-    return reference_qk.joint_qk_norm_rope if cell.encoder else reference_qk.qk_norm_rope
+    return OPS["joint_qk_norm_rope" if cell.encoder else "qk_norm_rope"].expression
 
 
 def expression(cell: RopeCell, function: Callable[..., Any], inputs: Mapping[str, Any], rounding: str = "eager") -> Call:
@@ -203,9 +203,9 @@ def host_microseconds() -> dict[str, float]:
     alone = RopeCell("", 128, 24, rotary="per_pair", across=True)
     calls = {
         "joint_qk_norm_rope: ditnorm eager": ours(cell, "eager", inputs),
-        "joint_qk_norm_rope: eager": expression(cell, reference_qk.joint_qk_norm_rope, inputs),
+        "joint_qk_norm_rope: eager": expression(cell, OPS["joint_qk_norm_rope"].expression, inputs),
         "qk_norm_rope: ditnorm eager": ours(alone, "eager", alone_inputs := alone.inputs()),
-        "qk_norm_rope: eager": expression(alone, reference_qk.qk_norm_rope, alone_inputs),
+        "qk_norm_rope: eager": expression(alone, OPS["qk_norm_rope"].expression, alone_inputs),
     }
     return {name: seconds * 1e6 for name, seconds in rotate(calls).items()}
 

@@ -23,7 +23,7 @@ from tables import environment, environment_line, text_table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm
-from ditnorm.ops import checks
+from ditnorm.ops.calls import ROUNDINGS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SINGLE_PSNR = 40.0  # dB that ``--rounding single`` must reach in bfloat16
@@ -112,7 +112,7 @@ def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.Argume
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default: %(default)s)")
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
-    parser.add_argument("--rounding", choices=checks.ROUNDINGS, default="eager", help="ditnorm's (default: %(default)s)")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="eager", help="ditnorm's (default: %(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component in use")
     parser.add_argument("--compile", action="store_true", help="compare patched + compiled with compiled, too")

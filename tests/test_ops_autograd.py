@@ -7,6 +7,7 @@ import torch
 from support import expressions as diffusers
 from support.cases import DEVICE, EPS, LAYOUTS, MODULATIONS, OPS, ROWS, VIEWS, Shape, dense, modulation, reference_only
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ditnorm import kernels
 from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
@@ -184,12 +185,16 @@ def test_a_call_that_runs_unfused_for_its_gradients_is_counted_as_one(op: str) -
     assert {key: n - before[key] for key, n in kernels.counts().items() if n != before[key]} == {(op, "reference"): 1}
 
 
-def test_forward_mode_gradients_are_those_of_the_unfused_expression_or_an_error() -> None:
+@pytest.mark.parametrize("rounding", ["single", "eager"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_gradients_are_those_of_the_unfused_expression(grad: bool, rounding: str) -> None:
     # The kernels know no tangents, and an op without a formula would return zeros.
     x, tangent, scale, shift = torch.randn(4, 2, 5, 8, device=DEVICE)
     modulations = {"scale": scale, "shift": shift}
     expected = torch.func.jvp(lambda x: torch.nn.functional.layer_norm(x, (8,)) * (1 + scale) + shift, (x,), (tangent,))[1]
-    output = torch.func.jvp(lambda x: norm_scale_shift(x, **modulations, eps=1e-5, rounding="eager"), (x,), (tangent,))[1]
-    torch.testing.assert_close(output, expected)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.jvp(lambda x: norm_scale_shift(x, **modulations, rounding="single"), (x,), (tangent,))
+    with torch.set_grad_enabled(grad):
+        output = torch.func.jvp(lambda x: norm_scale_shift(x, **modulations, eps=1e-5, rounding=rounding), (x,), (tangent,))[1]
+        torch.testing.assert_close(output, expected)
+        with forward_ad.dual_level():
+            dual = norm_scale_shift(forward_ad.make_dual(x, tangent), **modulations, eps=1e-5, rounding=rounding)
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..ops import checks, reference_qk
+from ..ops import checks
+from ..ops.table import OPS
 
 _TOKENS, _ENCODER_TOKENS = 512, 24  # times a model's heads: rows enough to show a wrong order of reduction, which changes about 1 %
 
@@ -55,7 +56,7 @@ class QKSite:
             ]
 
         fused: Any = getattr(functional, self.op)
-        unfused: Any = getattr(reference_qk, self.op)
+        unfused: Any = OPS[self.op].expression
         options: dict[str, Any] = {"head_dim": self.head_dim, "norm": self.norm, "eps": self.eps, "rounding": "eager"}
         if self.joint:
             own, encoder = streams(_TOKENS, 3), streams(_ENCODER_TOKENS, 3)

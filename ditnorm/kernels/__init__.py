@@ -8,38 +8,19 @@ import ctypes
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import checks, checks_qk, reference, reference_qk
-from ..ops.checks import NORMS, ROUNDINGS
+from ..ops.checks import UnfusedError, index_range
+from ..ops.table import OPS as _TABLE
+from ..ops.table import Op
 
-_lib = torch.library.Library("ditnorm", "DEF")
-_lib.define(
-    "norm_scale_shift(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? scale_table, Tensor? shift_table, "
-    "Tensor? index, int norm, float eps, int rounding) -> Tensor"
-)
-_lib.define(
-    "scale_residual_norm_scale_shift(Tensor residual, Tensor x, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
-    "Tensor? gate_table, Tensor? scale_table, Tensor? shift_table, Tensor? index, int norm, float eps, int rounding) -> (Tensor, Tensor)"
-)
-_lib.define("scale_residual(Tensor residual, Tensor x, Tensor? gate, Tensor? gate_table, Tensor? index, int rounding) -> Tensor")
-_lib.define(
-    "qk_norm_rope(Tensor query, Tensor key, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, int head_dim, int norm, "
-    "float eps, int rounding) -> (Tensor, Tensor)"
-)
-_lib.define(
-    "joint_qk_norm_rope(Tensor query, Tensor key, Tensor value, Tensor? query_weight, Tensor? key_weight, Tensor? cos, Tensor? sin, "
-    "Tensor encoder_query, Tensor encoder_key, Tensor encoder_value, Tensor? encoder_query_weight, Tensor? encoder_key_weight, "
-    "Tensor? encoder_cos, Tensor? encoder_sin, int head_dim, int norm, float eps, bool encoder_first, int rounding) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
+OPS = tuple(_TABLE)
 ops = torch.ops.ditnorm
-OPS = ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual", "qk_norm_rope", "joint_qk_norm_rope")
 
 unavailable: str | None = None
 """Why the compiled kernels can't serve CUDA tensors, or None. Known for certain after the first CUDA call."""
@@ -62,145 +43,47 @@ def counts() -> dict[tuple[str, str], int]:
     return {(op, path): n for op, n in zip(OPS, compiled, strict=True)} | {(op, "reference"): n for op, n in _reference_calls.items()}
 
 
-def _norm_scale_shift(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_table: Tensor | None,
-    shift_table: Tensor | None,
-    index: Tensor | None,
-    norm: int,
-    eps: float,
-    rounding: int,
-) -> Tensor:
-    if _compiled_serves(x):
-        return ops.norm_scale_shift.default(x, scale, shift, weight, bias, scale_table, shift_table, index, norm, eps, rounding)
-    checks.norm_scale_shift(x, scale, shift, weight, bias, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding])
-    _count("norm_scale_shift", x, index, scale, shift)
-    return reference.norm_scale_shift(x, scale, shift, weight, bias, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding])
-
-
-def _scale_residual_norm_scale_shift(
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate_table: Tensor | None,
-    scale_table: Tensor | None,
-    shift_table: Tensor | None,
-    index: Tensor | None,
-    norm: int,
-    eps: float,
-    rounding: int,
-) -> tuple[Tensor, Tensor]:
-    if _compiled_serves(x):
-        return ops.scale_residual_norm_scale_shift.default(
-            residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index, norm, eps, rounding
-        )
-    checks.scale_residual_norm_scale_shift(
-        residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding]
-    )
-    _count("scale_residual_norm_scale_shift", x, index, gate, scale, shift)
-    return reference.scale_residual_norm_scale_shift(
-        residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index, NORMS[norm], eps, ROUNDINGS[rounding]
-    )
-
-
-def _scale_residual(
-    residual: Tensor, x: Tensor, gate: Tensor | None, gate_table: Tensor | None, index: Tensor | None, rounding: int
-) -> Tensor:
-    if _compiled_serves(x):
-        return ops.scale_residual.default(residual, x, gate, gate_table, index, rounding)
-    checks.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
-    _count("scale_residual", x, index, gate)
-    return reference.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
-
-
-def _qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if _compiled_serves(query):
-        return ops.qk_norm_rope.default(query, *arguments)
-    *others, head_dim, norm, eps, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, ROUNDINGS[rounding])
-    checks_qk.qk_norm_rope(query, *others, *options)
-    count_reference("qk_norm_rope")
-    return reference_qk.qk_norm_rope(query, *others, *options)
-
-
-def _joint_qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if _compiled_serves(query):
-        return ops.joint_qk_norm_rope.default(query, *arguments)
-    *others, head_dim, norm, eps, encoder_first, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
-    checks_qk.joint_qk_norm_rope(query, *others, *options)
-    count_reference("joint_qk_norm_rope")
-    return reference_qk.joint_qk_norm_rope(query, *others, *options)
-
-
-def _count(op: str, x: Tensor, index: Tensor | None, *modulations: Tensor | None) -> None:
-    if index is not None and x.device.type == "cpu":
-        checks.index_range(index, *modulations)
-    count_reference(op)
-
-
 def count_reference(op: str) -> None:
     """Counts a call that PyTorch's operations serve."""
     _reference_calls[op] += 1
 
 
-# The fakes check too: a call with one meta tensor among real ones is dispatched to them and must not return uninitialised memory.
-def _fake_norm_scale_shift(x: Tensor, *arguments: Any) -> Tensor:
-    *tensors, norm, eps, rounding = arguments
-    checks.norm_scale_shift(x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])  # type: ignore[call-arg]
-    return x.new_empty(x.shape)
+def _checked(op: Op, arguments: tuple[Any, ...]) -> Any:
+    call = op.named(arguments)
+    op.check(call)
+    reason = op.unfused(call)
+    if reason is not None:
+        raise UnfusedError(reason)
+    return call
 
 
-def _fake_scale_residual_norm_scale_shift(residual: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, norm, eps, rounding = arguments
-    checks.scale_residual_norm_scale_shift(residual, x, *tensors, NORMS[norm], eps, ROUNDINGS[rounding])  # type: ignore[call-arg]
-    return x.new_empty(x.shape), residual.new_empty(x.shape)
+def _body(op: Op) -> Callable[..., Any]:
+    def body(*arguments: Any) -> Any:
+        if _compiled_serves(arguments[0]):
+            return getattr(ops, op.name).default(*arguments)
+        return in_pytorch(op, _checked(op, arguments))
+
+    return body
 
 
-def _fake_scale_residual(
-    residual: Tensor, x: Tensor, gate: Tensor | None, gate_table: Tensor | None, index: Tensor | None, rounding: int
-) -> Tensor:
-    checks.scale_residual(residual, x, gate, gate_table, index, ROUNDINGS[rounding])
-    return residual.new_empty(x.shape)
+def _fake(op: Op) -> Callable[..., Any]:
+    # Checks too: a call with one meta tensor among real ones is dispatched to the fake and must not return uninitialised memory.
+    return lambda *arguments: op.like(_checked(op, arguments))
 
 
-def _fake_qk_norm_rope(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *others, head_dim, norm, eps, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, ROUNDINGS[rounding])
-    checks_qk.qk_norm_rope(query, key, *others, *options)
-    query, key = (t.unflatten(-1, (-1, head_dim)) for t in (query, key))
-    return query.new_empty(query.shape), key.new_empty(key.shape)
+def in_pytorch(op: Op, call: Any) -> Any:
+    """The results of a call that PyTorch's operations serve, counted as such."""
+    index_range(call)
+    if not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+        count_reference(op.name)
+    return op.reference(call)
 
 
-def _fake_joint_qk_norm_rope(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *others, head_dim, norm, eps, encoder_first, rounding = arguments
-    options: tuple[Any, ...] = (head_dim, checks_qk.NORMS[norm], eps, encoder_first, ROUNDINGS[rounding])
-    checks_qk.joint_qk_norm_rope(query, *others, *options)
-    encoder_query = others[6]
-    batch, tokens, width = query.shape
-    q, k, v = (query.new_empty(batch, tokens + encoder_query.shape[1], width // head_dim, head_dim) for _ in range(3))
-    return q, k, v
-
-
-_bodies: tuple[Any, ...] = (_norm_scale_shift, _scale_residual_norm_scale_shift, _scale_residual, _qk_norm_rope, _joint_qk_norm_rope)
-_fakes: tuple[Any, ...] = (
-    _fake_norm_scale_shift,
-    _fake_scale_residual_norm_scale_shift,
-    _fake_scale_residual,
-    _fake_qk_norm_rope,
-    _fake_joint_qk_norm_rope,
-)
-for _op, _body, _fake in zip(OPS, _bodies, _fakes, strict=True):
-    _lib.impl(_op, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ditnorm::{_op}", _fake, lib=_lib)
+_lib = torch.library.Library("ditnorm", "DEF")
+for _op in _TABLE.values():
+    _lib.define(_op.schema)
+    _lib.impl(_op.name, _body(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ditnorm::{_op.name}", _fake(_op), lib=_lib)
 
 
 def _compiled_serves(x: Tensor) -> bool:

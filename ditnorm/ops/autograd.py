@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .table import Op
+
 
 class Recompute(torch.autograd.Function):
-    """``op(*tensors, *codes)`` with the gradients of ``expression(*tensors, *options)``, the same op in plain PyTorch."""
+    """``kernel(*tensors, *codes)`` with the gradients of the reference of ``op``, called with ``(*tensors, *options)``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: Callable[..., Any], codes: tuple[Any, ...], expression: Callable[..., Any], options: tuple[Any, ...], *tensors: Any
-    ) -> Any:
-        ctx.expression, ctx.options = expression, options
+    def forward(ctx: Any, op: Op, kernel: Callable[..., Any], codes: tuple[Any, ...], options: tuple[Any, ...], *tensors: Any) -> Any:
+        ctx.op, ctx.options = op, options
         ctx.save_for_backward(*tensors)
-        return op(*tensors, *codes)
+        return kernel(*tensors, *codes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -27,7 +27,7 @@ class Recompute(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         with torch.enable_grad():
             tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
-            outputs = ctx.expression(*tensors, *ctx.options)
+            outputs = ctx.op.expression(*tensors, *ctx.options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # r depends on none of the norm's arguments: where only those need gradients, it has no graph.
         reached = [(output, grad) for output, grad in zip(outputs, grad_outputs, strict=True) if output.requires_grad]

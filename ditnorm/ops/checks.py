@@ -1,7 +1,8 @@
-"""The contract of the ops' arguments, as named errors.
+"""The contract of the arguments of a norm site's op, as named errors.
 
 The compiled kernels reject what they can't serve in a few words (PyTorch's stable ABI knows only ``RuntimeError``); this module
-says what was wrong. It runs when they have rejected, in the fakes (tracing) and in the reference, never on a successful CUDA call.
+says what was wrong, or that nothing was and PyTorch's operations serve the call (``unfused``). It runs when they have rejected, in
+the fakes (tracing) and in the reference, never on a successful CUDA call.
 """
 
 from collections.abc import Mapping
@@ -11,128 +12,75 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .reference import Modulation, law_dtype
+from .calls import NORMS, ROUNDINGS, NormScaleShift, ScaleResidual, SiteCall, modulations
+from .reference import upcast
 
-NORMS = ("layer", "rms", "fp32_layer")
-ROUNDINGS = ("single", "eager")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class UnfusedDtypesError(TypeError):
-    """``rounding="eager"`` with mixed dtypes, which no kernel takes and which PyTorch promotes in upstream's expression."""
+class UnfusedError(TypeError):
+    """Arguments that no kernel takes and upstream's expression does, which then serves the call."""
 
 
-def norm_scale_shift(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale_table: Tensor | None,
-    shift_table: Tensor | None,
-    index: Tensor | None,
-    norm: str,
-    eps: float,
-    rounding: str,
-) -> None:
-    """Arguments as of the op; see ``_check``."""
-    modulations = {"scale": (scale, scale_table), "shift": (shift, shift_table)}
-    _check(x, None, modulations, {"weight": weight, "bias": bias}, index, norm, eps, rounding)
-
-
-def scale_residual_norm_scale_shift(
-    residual: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate_table: Tensor | None,
-    scale_table: Tensor | None,
-    shift_table: Tensor | None,
-    index: Tensor | None,
-    norm: str,
-    eps: float,
-    rounding: str,
-) -> None:
-    """Arguments as of the op; see ``_check``."""
-    modulations = {"gate": (gate, gate_table), "scale": (scale, scale_table), "shift": (shift, shift_table)}
-    _residual(residual, x)
-    _check(x, residual, modulations, {"weight": weight, "bias": bias}, index, norm, eps, rounding)
-
-
-def scale_residual(
-    residual: Tensor, x: Tensor, gate: Tensor | None, gate_table: Tensor | None, index: Tensor | None, rounding: str
-) -> None:
-    """Arguments as of the op; see ``_check``."""
-    _residual(residual, x)
-    _check(x, residual, {"gate": (gate, gate_table)}, {}, index, "layer", 0.0, rounding)
-
-
-def _check(
-    x: Tensor,
-    residual: Tensor | None,
-    modulations: Mapping[str, Modulation],
-    affine: Mapping[str, Tensor | None],
-    index: Tensor | None,
-    norm: str,
-    eps: float,
-    rounding: str,
-) -> None:
-    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument.
-
-    ``UnfusedDtypesError`` says that nothing else is wrong.
-    """
-    _option("norm", norm, NORMS)
-    _option("rounding", rounding, ROUNDINGS)
+def check(call: SiteCall) -> None:
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument."""
+    x = call.x
+    if not isinstance(call, NormScaleShift):
+        _residual(call.residual, x)
+    if not isinstance(call, ScaleResidual):
+        _option("norm", call.norm, NORMS)
+        if not isinstance(call.eps, (int, float)):
+            raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
+    _option("rounding", call.rounding, ROUNDINGS)
     _tensor("x", x, FLOATS)
     if x.dim() not in (2, 3) or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(x)}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
-    for name, vector in affine.items():
-        if vector is not None:
-            _tensor(name, vector, FLOATS)
-            _vector(name, vector, x)
-    _index(index, x)
+    if not isinstance(call, ScaleResidual):
+        _vector("weight", call.weight, x)
+        _vector("bias", call.bias, x)
+    _index(call.index, x)
     rows = None
-    for name, (m, table) in modulations.items():
-        if table is not None:
-            _tensor(f"{name}_table", table, FLOATS)
-            _vector(f"{name}_table", table, x)
-            if m is None:
-                raise ValueError(f"{name}_table: given without {name}, the modulation it is added to")
+    for name, (m, table) in modulations(call).items():
+        _vector(f"{name}_table", table, x)
         if m is None:
+            if table is not None:
+                raise ValueError(f"{name}_table: given without {name}, the modulation it is added to")
             continue
         _tensor(name, m, FLOATS)
-        if index is None:
+        if call.index is None:
             _modulation(name, m, x)
         else:
             rows = _rows(name, m, x, rows)
-    if index is not None and rows is None:
+    if call.index is not None and rows is None:
         raise ValueError("index: given without a modulation to select rows of")
-    _devices(x, {"residual": residual, "index": index, **affine}, modulations)
-    if rounding == "eager" and not autocasts(x):  # autocast chooses the dtypes itself
-        fused_dtypes(x, residual, modulations, norm)
+    _devices(dict(zip(call._fields, call, strict=True)), x, "x")
 
 
-def fused_dtypes(x: Tensor, residual: Tensor | None, modulations: Mapping[str, Modulation], norm: str) -> None:
-    """Raises ``UnfusedDtypesError`` where ``rounding="eager"`` with these dtypes isn't fused."""
-    if residual is not None and residual.dtype is not x.dtype:
-        raise UnfusedDtypesError(f'residual: rounding="eager" is fused in the dtype of x, {x.dtype}, got {residual.dtype}')
-    law = law_dtype(x, tuple(modulations.values()), norm, "eager")
-    for name, (m, _) in modulations.items():
-        if m is not None and law is not torch.float32 and m.dtype is not x.dtype:
-            raise UnfusedDtypesError(f'{name}: rounding="eager" is fused in the dtype of x, {x.dtype}, or float32, got {m.dtype}')
+def unfused(call: SiteCall) -> str | None:
+    """Why no kernel takes a call that ``check`` has passed, or None."""
+    if call.rounding == "single":
+        return None
+    dtype = call.x.dtype
+    if not isinstance(call, NormScaleShift) and call.residual.dtype is not dtype:
+        return f'residual: rounding="eager" is fused in the dtype of x, {dtype}, got {call.residual.dtype}'
+    if upcast(call) is torch.float32:
+        return None
+    for name, (m, _) in modulations(call).items():
+        if m is not None and m.dtype is not dtype:
+            return f'{name}: rounding="eager" is fused in the dtype of x, {dtype}, or float32, got {m.dtype}'
+    return None
 
 
-def index_range(index: Tensor, *modulations: Tensor | None) -> None:
-    """Raises ``IndexError`` where ``index`` selects no row. Reads the values, so only for the CPU."""
-    rows = next(m.shape[-2] for m in modulations if m is not None)
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise IndexError(f"index: values from {int(index.min())} to {int(index.max())}, but the modulation has {rows} rows")
+def index_range(call: Any) -> None:
+    """Raises ``IndexError`` where ``index`` selects no row. It reads the values, so it looks only at those that are on the CPU."""
+    index = getattr(call, "index", None)
+    if index is None or transformed() or type(index) is not Tensor or index.device.type != "cpu" or index.numel() == 0:
+        return
+    rows = next(m.shape[-2] for m, _ in modulations(call).values() if m is not None)
+    first, last = (int(value) for value in index.aminmax()) if index.dtype is not torch.bool else (0, int(index.any()))
+    if first < 0 or last >= rows:
+        raise IndexError(f"index: values from {first} to {last}, but the modulation has {rows} rows")
 
 
 def autocasts(tensor: Tensor) -> bool:
@@ -169,7 +117,10 @@ def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: expected dtype {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}")
 
 
-def _vector(name: str, value: Tensor, x: Tensor) -> None:
+def _vector(name: str, value: Tensor | None, x: Tensor) -> None:
+    if value is None:
+        return
+    _tensor(name, value, FLOATS)
     if value.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape [{x.shape[-1]}] (the last dim of x), got {_shape(value)}")
 
@@ -226,14 +177,11 @@ def _residual(residual: Tensor, x: Tensor) -> None:
         raise ValueError(f"residual: expected the shape of x, {_shape(x)}, got {_shape(residual)}")
 
 
-def _devices(x: Tensor, others: Mapping[str, Tensor | None], modulations: Mapping[str, Modulation]) -> None:
+def _devices(tensors: Mapping[str, Any], first: Tensor, of: str) -> None:
     # Without this, one meta tensor sends a CPU call to the fake kernel, which returns uninitialised memory.
-    named = dict(others)
-    for name, (m, table) in modulations.items():
-        named |= {name: m, f"{name}_table": table}
-    for name, t in named.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and t.device != first.device:
+            raise ValueError(f"{name}: expected the device of {of}, {first.device}, got {t.device}")
 
 
 def _shape(t: Tensor) -> str:

@@ -1,78 +1,71 @@
-"""The contract of the arguments of QK normalisation with rotary embedding, as named errors. When it runs: see :mod:`ditnorm.ops.checks`."""
+"""The contract of the arguments of the ops of query and key, as named errors. When it runs: see :mod:`ditnorm.ops.checks`."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, ROUNDINGS, UnfusedDtypesError, _option, _shape, _tensor, autocasts
+from .calls import QK_NORMS, ROUNDINGS, JointQKNormRope, QKCall, QKNormRope
+from .checks import FLOATS, _devices, _option, _shape, _tensor
 from .reference_qk import token_count
-
-NORMS = ("rms", "diffusers_rms")
 
 _TABLES = (*FLOATS, torch.float64)
 
 
-def qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    head_dim: int,
-    norm: str,
-    eps: float,
-    rounding: str,
-) -> None:
-    """Arguments as of the op. Raises ``TypeError`` or ``ValueError`` that names one; ``UnfusedDtypesError`` says that no other is wrong."""
-    _options(head_dim, norm, eps, rounding)
-    _stream("", {"query": query, "key": key}, {"query": query_weight, "key": key_weight}, cos, sin, head_dim, query)
-    _dtypes(rounding, query, {"key": key}, cos)
-    if rounding == "eager" and not autocasts(query):
-        fused_dtypes(query, key, query_weight, key_weight, cos)
+def check(call: QKCall) -> None:
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument."""
+    _options(call)
+    query = call.query
+    for prefix in _prefixes(call):
+        streams = streams_of(call, prefix)
+        _stream(call, prefix, streams)
+        if isinstance(call, JointQKNormRope):
+            _joined(call, prefix, streams)
+        if call.rounding == "single":  # "eager" promotes as PyTorch does
+            for name, x in streams.items():
+                if x.dtype is not query.dtype:
+                    raise TypeError(f"{prefix}{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
+            cos = getattr(call, f"{prefix}cos")
+            if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
+                raise TypeError(f"{prefix}rotary: expected dtype float32 or complex64, got {cos.dtype}")
+    named = {name.replace("cos", "rotary").replace("sin", "rotary"): t for name, t in zip(call._fields, call, strict=True) if t is not None}
+    _devices(named, query, "query")
 
 
-def joint_qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    encoder_query: Tensor,
-    encoder_key: Tensor,
-    encoder_value: Tensor,
-    encoder_query_weight: Tensor | None,
-    encoder_key_weight: Tensor | None,
-    encoder_cos: Tensor | None,
-    encoder_sin: Tensor | None,
-    head_dim: int,
-    norm: str,
-    eps: float,
-    encoder_first: bool,
-    rounding: str,
-) -> None:
-    """Arguments as of the op. Raises ``TypeError`` or ``ValueError`` that names one; ``UnfusedDtypesError`` says that no other is wrong."""
-    _options(head_dim, norm, eps, rounding)
-    own = {"query": query, "key": key, "value": value}
-    encoder = {"query": encoder_query, "key": encoder_key, "value": encoder_value}
-    _stream("", own, {"query": query_weight, "key": key_weight}, cos, sin, head_dim, query)
-    encoder_weights = {"query": encoder_query_weight, "key": encoder_key_weight}
-    _stream("encoder_", encoder, encoder_weights, encoder_cos, encoder_sin, head_dim, query)
-    for prefix, stream in (("", own), ("encoder_", encoder)):
-        for name, x in stream.items():
-            reference = stream["query"] if prefix == "" else own[name]
-            if x.shape[1] != stream["query"].shape[1] or x.shape[-1] != reference.shape[-1]:
-                raise ValueError(
-                    f"{prefix}{name}: expected the tokens of {prefix}query {_shape(stream['query'])} and one width for all, got {_shape(x)}"
-                )
-    _dtypes(rounding, query, {"key": key, "value": value}, cos)
-    _dtypes(rounding, query, {f"encoder_{name}": x for name, x in encoder.items()}, encoder_cos)
-    if rounding == "eager" and not autocasts(query):
-        fused_dtypes(query, key, query_weight, key_weight, cos, value)
-        fused_dtypes(query, encoder_key, encoder_query_weight, encoder_key_weight, encoder_cos, encoder_query, encoder_value)
+def unfused(call: QKCall) -> str | None:
+    """Why no kernel takes a call that ``check`` has passed, or None."""
+    if call.rounding == "single":
+        return None
+    dtype = call.query.dtype
+    for prefix in _prefixes(call):
+        weights = getattr(call, f"{prefix}query_weight"), getattr(call, f"{prefix}key_weight")
+        for t in (*streams_of(call, prefix).values(), *weights):
+            if t is not None and t.dtype is not dtype:
+                return f'query: rounding="eager" is fused for one dtype of all, got {dtype} and {t.dtype}'
+        cos = getattr(call, f"{prefix}cos")
+        if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
+            return f"{prefix}rotary: expected float32 or complex64, got {cos.dtype}"
+    return None
+
+
+def streams_of(call: QKCall, prefix: str) -> dict[str, Tensor]:
+    """The tensors [B, S, H * d] of a call's own stream, or of the one whose arguments' names have a prefix."""
+    names = ("query", "key", "value") if isinstance(call, JointQKNormRope) else ("query", "key")
+    return {name: getattr(call, f"{prefix}{name}") for name in names}
+
+
+def _prefixes(call: QKCall) -> tuple[str, ...]:
+    return ("",) if isinstance(call, QKNormRope) else ("", "encoder_")
+
+
+def _joined(call: JointQKNormRope, prefix: str, streams: dict[str, Tensor]) -> None:
+    """Checks that the tensors of a stream have the same tokens, and the widths of the call's own stream."""
+    for name, x in streams.items():
+        width = call.query.shape[-1] if prefix == "" else getattr(call, name).shape[-1]
+        if x.shape[1] != streams["query"].shape[1] or x.shape[-1] != width:
+            raise ValueError(
+                f"{prefix}{name}: expected the tokens of {prefix}query {_shape(streams['query'])} and one width for all, got {_shape(x)}"
+            )
 
 
 def tables(rotary: Any) -> tuple[Tensor, Tensor]:
@@ -83,57 +76,28 @@ def tables(rotary: Any) -> tuple[Tensor, Tensor]:
     raise TypeError(f"rotary: expected None, a complex Tensor or a pair (cos, sin), got {type(rotary).__name__}")
 
 
-def fused_dtypes(
-    query: Tensor, key: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None, *others: Tensor
-) -> None:
-    """Raises ``UnfusedDtypesError`` where ``rounding="eager"`` with these dtypes isn't fused."""
-    for t in (key, query_weight, key_weight, *others):
-        if t is not None and t.dtype is not query.dtype:
-            raise UnfusedDtypesError(f'query: rounding="eager" is fused for one dtype of all, got {query.dtype} and {t.dtype}')
-    if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
-        raise UnfusedDtypesError(f"rotary: expected float32 or complex64, got {cos.dtype}")
-
-
-def _options(head_dim: int, norm: str, eps: float, rounding: str) -> None:
-    _option("norm", norm, NORMS)
-    _option("rounding", rounding, ROUNDINGS)
+def _options(call: QKCall) -> None:
+    head_dim = call.head_dim
+    _option("norm", call.norm, QK_NORMS)
+    _option("rounding", call.rounding, ROUNDINGS)
     if isinstance(head_dim, bool) or not isinstance(head_dim, (int, torch.SymInt)):
         raise TypeError(f"head_dim: expected an int, got {type(head_dim).__name__}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
+    if not isinstance(call.eps, (int, float)):
+        raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
     if head_dim < 1:
         raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
 
 
-def _dtypes(rounding: str, query: Tensor, others: dict[str, Tensor], cos: Tensor | None) -> None:
-    """What ``"single"`` takes; ``"eager"`` promotes as PyTorch does."""
-    if rounding == "eager":
-        return
-    for name, x in others.items():
-        if x.dtype is not query.dtype:
-            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
-    if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
-        raise TypeError(f"rotary: expected dtype float32 or complex64, got {cos.dtype}")
-
-
-def _stream(
-    prefix: str,
-    streams: dict[str, Tensor],
-    weights: dict[str, Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    head_dim: int,
-    query: Tensor,
-) -> None:
+def _stream(call: QKCall, prefix: str, streams: dict[str, Tensor]) -> None:
     """Checks one stream's tensors against ``query``, the op's first argument."""
+    query, head_dim = call.query, call.head_dim
     for name, x in streams.items():
         _tensor(f"{prefix}{name}", x, FLOATS)
         if x.dim() != 3 or x.shape[-1] < 1 or x.shape[-1] % head_dim != 0:
             raise ValueError(f"{prefix}{name}: expected shape [B, S, H * {head_dim}] (head_dim {head_dim}), got {_shape(x)}")
         if x.shape[0] != query.shape[0]:
             raise ValueError(f"{prefix}{name}: expected the batch of query, {query.shape[0]}, got {_shape(x)}")
-        _same_device(f"{prefix}{name}", x, query)
-        weight = weights.get(name)
+        weight = getattr(call, f"{prefix}{name}_weight", None)  # a value has none
         if weight is None:
             continue
         _tensor(f"{prefix}{name}_weight", weight, FLOATS)
@@ -141,10 +105,9 @@ def _stream(
             raise ValueError(
                 f"{prefix}{name}_weight: expected shape [{head_dim}] (per head) or [{x.shape[-1]}] (across heads), got {_shape(weight)}"
             )
-        _same_device(f"{prefix}{name}_weight", weight, query)
+    cos, sin = getattr(call, f"{prefix}cos"), getattr(call, f"{prefix}sin")
     if cos is not None:
-        shortest = min(x.shape[1] for name, x in streams.items())
-        _rotary(f"{prefix}rotary", cos, sin, head_dim, query, shortest)
+        _rotary(f"{prefix}rotary", cos, sin, head_dim, query, min(x.shape[1] for x in streams.values()))
 
 
 def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Tensor, tokens: int) -> None:
@@ -165,11 +128,3 @@ def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Te
             f"{name}: got {_shape(cos)}; expected [S, n], [{query.shape[0]} or 1, S, n] or [{query.shape[0]} or 1, S, 1, n] with "
             f"S at most {tokens} and n {' or '.join(map(str, widths))}"
         )
-    for table in (cos, sin):
-        if table is not None:
-            _same_device(name, table, query)
-
-
-def _same_device(name: str, t: Tensor, query: Tensor) -> None:
-    if t.device != query.device:
-        raise ValueError(f"{name}: expected the device of query, {query.device}, got {t.device}")

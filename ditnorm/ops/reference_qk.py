@@ -11,58 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calls import JointQKNormRope, QKNormRope
 
-def qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    head_dim: int,
-    norm: str,
-    eps: float,
-    rounding: str,
-) -> tuple[Tensor, Tensor]:
+
+def qk_norm_rope(call: QKNormRope) -> tuple[Tensor, Tensor]:
     """``(query, key)``, each [B, S, H, d], contiguous."""
-    q = norm_rope(query, query_weight, cos, sin, head_dim, norm, eps, rounding)
-    k = norm_rope(key, key_weight, cos, sin, head_dim, norm, eps, rounding)
+    options = (call.head_dim, call.norm, call.eps, call.rounding)
+    q = norm_rope(call.query, call.query_weight, call.cos, call.sin, *options)
+    k = norm_rope(call.key, call.key_weight, call.cos, call.sin, *options)
     return q.contiguous(), k.contiguous()
 
 
-def joint_qk_norm_rope(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    encoder_query: Tensor,
-    encoder_key: Tensor,
-    encoder_value: Tensor,
-    encoder_query_weight: Tensor | None,
-    encoder_key_weight: Tensor | None,
-    encoder_cos: Tensor | None,
-    encoder_sin: Tensor | None,
-    head_dim: int,
-    norm: str,
-    eps: float,
-    encoder_first: bool,
-    rounding: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def joint_qk_norm_rope(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
     """``(query, key, value)`` of both streams, one after the other along the tokens, each [B, S, H, d], contiguous."""
+    options = (call.head_dim, call.norm, call.eps, call.rounding)
     own = (
-        norm_rope(query, query_weight, cos, sin, head_dim, norm, eps, rounding),
-        norm_rope(key, key_weight, cos, sin, head_dim, norm, eps, rounding),
-        value.unflatten(-1, (-1, head_dim)),
+        norm_rope(call.query, call.query_weight, call.cos, call.sin, *options),
+        norm_rope(call.key, call.key_weight, call.cos, call.sin, *options),
+        call.value.unflatten(-1, (-1, call.head_dim)),
     )
     encoder = (
-        norm_rope(encoder_query, encoder_query_weight, encoder_cos, encoder_sin, head_dim, norm, eps, rounding),
-        norm_rope(encoder_key, encoder_key_weight, encoder_cos, encoder_sin, head_dim, norm, eps, rounding),
-        encoder_value.unflatten(-1, (-1, head_dim)),
+        norm_rope(call.encoder_query, call.encoder_query_weight, call.encoder_cos, call.encoder_sin, *options),
+        norm_rope(call.encoder_key, call.encoder_key_weight, call.encoder_cos, call.encoder_sin, *options),
+        call.encoder_value.unflatten(-1, (-1, call.head_dim)),
     )
-    first, second = (encoder, own) if encoder_first else (own, encoder)
+    first, second = (encoder, own) if call.encoder_first else (own, encoder)
     q, k, v = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
     return q, k, v
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..ops import checks
+from ..ops.calls import ROUNDINGS
 from ..swapping import generated
 from ..swapping.hook_chains import Untraceable, captured, set_class
 from . import verification
@@ -64,8 +64,8 @@ def unpatch_model(model: M) -> M:
 
 
 def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str) -> None:
-    if rounding not in checks.ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {', '.join(map(repr, checks.ROUNDINGS))}, got {rounding!r}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
     found = targets(models)
     refused = _refusals(found)
     if strict and refused:

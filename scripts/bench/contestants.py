@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditnorm import functional
-from ditnorm.ops import reference
+from ditnorm.ops.table import OPS as TABLE
 
 from . import peers
 from .cells import EPS, MODULATIONS, NSS, SR, SRNSS, Cell, Inputs
@@ -24,9 +24,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     SR: functional.scale_residual,
 }
 EXPRESSIONS: Mapping[str, Callable[..., Any]] = {
-    NSS: reference.norm_scale_shift,
-    SRNSS: reference.scale_residual_norm_scale_shift,
-    SR: reference.scale_residual,
+    NSS: TABLE[NSS].expression,
+    SRNSS: TABLE[SRNSS].expression,
+    SR: TABLE[SR].expression,
 }
 TENSORS = {
     NSS: ("x", "scale", "shift", "weight", "bias", "scale_table", "shift_table", "index"),

@@ -1,0 +1,122 @@
+"""The arguments of each op as one structure: everything else that has to name them takes the structure.
+
+The fields are the op's arguments in the order of its schema, tensors first. What users write as a name ("layer", "eager") an op takes
+as a number, the place of the name in ``NORMS``, ``QK_NORMS`` or ``ROUNDINGS``; those of the C++ side are the same.
+"""
+
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+NORMS = ("layer", "rms", "fp32_layer")
+QK_NORMS = ("rms", "diffusers_rms")
+ROUNDINGS = ("single", "eager")
+
+Norm = Annotated[str, NORMS]
+QKNorm = Annotated[str, QK_NORMS]
+Rounding = Annotated[str, ROUNDINGS]
+
+
+class NormScaleShift(NamedTuple):
+    """``y = norm(x) * (1 + scale) + shift``."""
+
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    scale_table: Tensor | None
+    shift_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    norm: Norm
+    eps: float
+    rounding: Rounding
+
+
+class ScaleResidualNormScaleShift(NamedTuple):
+    """``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift``."""
+
+    residual: Tensor
+    x: Tensor
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gate_table: Tensor | None
+    scale_table: Tensor | None
+    shift_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    norm: Norm
+    eps: float
+    rounding: Rounding
+
+
+class ScaleResidual(NamedTuple):
+    """``r = residual + gate * x``."""
+
+    residual: Tensor
+    x: Tensor
+    gate: Tensor | None
+    gate_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    rounding: Rounding
+
+
+class QKNormRope(NamedTuple):
+    """Query and key, normed and rotated. A rotary table that is complex stands in ``cos``, without ``sin``."""
+
+    query: Tensor
+    key: Tensor
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    head_dim: int
+    norm: QKNorm
+    eps: float
+    rounding: Rounding
+
+
+class JointQKNormRope(NamedTuple):
+    """Query, key and value of two streams, normed, rotated and joined."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    encoder_query: Tensor
+    encoder_key: Tensor
+    encoder_value: Tensor
+    encoder_query_weight: Tensor | None
+    encoder_key_weight: Tensor | None
+    encoder_cos: Tensor | None
+    encoder_sin: Tensor | None
+    head_dim: int
+    norm: QKNorm
+    eps: float
+    encoder_first: bool
+    rounding: Rounding
+
+
+SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
+"""A call at a norm site of a block."""
+QKCall = QKNormRope | JointQKNormRope
+
+Modulation = tuple[Tensor | None, Tensor | None]
+"""A modulation and the table that is added to it in float32; either may be missing (a table alone is an error)."""
+
+
+def modulations(call: SiteCall) -> dict[str, Modulation]:
+    """The modulations that the op takes, by name."""
+    names = (
+        ("scale", "shift")
+        if isinstance(call, NormScaleShift)
+        else ("gate",)
+        if isinstance(call, ScaleResidual)
+        else ("gate", "scale", "shift")
+    )
+    return {name: (getattr(call, name), getattr(call, f"{name}_table")) for name in names}

@@ -1,0 +1,110 @@
+"""The table of ops: one row each, from which everything else about an op is made.
+
+A new op is a row, the structure of its call, a reference function, and a kernel. Its gradients are those of the reference
+(:mod:`ditnorm.ops.autograd`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from . import checks, checks_qk, reference, reference_qk
+from .calls import JointQKNormRope, NormScaleShift, QKNormRope, ScaleResidual, ScaleResidualNormScaleShift
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of ``torch.ops.ditnorm``. Its functions take the structure of a call."""
+
+    name: str
+    call: Callable[..., Any]
+    """The structure of its arguments, of :mod:`ditnorm.ops.calls`."""
+    reference: Callable[[Any], Any]
+    """The op in PyTorch's operations: a Tensor, or a tuple of Tensors."""
+    check: Callable[[Any], None]
+    """Raises an error that names what is wrong with a call."""
+    unfused: Callable[[Any], str | None]
+    """Why no kernel takes a call in which nothing is wrong, or None."""
+    like: Callable[[Any], Any]
+    """Empty tensors like the op's results."""
+
+    @cached_property
+    def schema(self) -> str:
+        """As ``torch.library`` takes it."""
+        kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+        arguments = ", ".join(f"{kinds.get(hint, 'int')} {name}" for name, hint in self._hints.items())
+        results = get_args(get_type_hints(self.reference)["return"])
+        return f"{self.name}({arguments}) -> {'(' + ', '.join('Tensor' for _ in results) + ')' if results else 'Tensor'}"
+
+    def named(self, arguments: tuple[Any, ...]) -> Any:
+        """The call that arguments of the schema make: numbers become the names that they stand for."""
+        return self.call(*(a if names is None else names[a] for a, names in zip(arguments, self._names, strict=True)))
+
+    def expression(self, *arguments: Any, **named: Any) -> Any:
+        """The reference of a call with these fields."""
+        return self.reference(self.call(*arguments, **named))
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        return get_type_hints(self.call, include_extras=True)
+
+    @cached_property
+    def _names(self) -> tuple[tuple[str, ...] | None, ...]:
+        return tuple(get_args(hint)[1] if get_origin(hint) is Annotated else None for hint in self._hints.values())
+
+
+def _like_joined(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, width = call.query.shape
+    shape = (batch, tokens + call.encoder_query.shape[1], width // call.head_dim, call.head_dim)
+    return call.query.new_empty(shape), call.query.new_empty(shape), call.query.new_empty(shape)
+
+
+OPS: Mapping[str, Op] = {
+    op.name: op
+    for op in (
+        Op(
+            "norm_scale_shift",
+            NormScaleShift,
+            reference.norm_scale_shift,
+            checks.check,
+            checks.unfused,
+            lambda call: call.x.new_empty(call.x.shape),
+        ),
+        Op(
+            "scale_residual_norm_scale_shift",
+            ScaleResidualNormScaleShift,
+            reference.scale_residual_norm_scale_shift,
+            checks.check,
+            checks.unfused,
+            lambda call: (call.x.new_empty(call.x.shape), call.residual.new_empty(call.x.shape)),
+        ),
+        Op(
+            "scale_residual",
+            ScaleResidual,
+            reference.scale_residual,
+            checks.check,
+            checks.unfused,
+            lambda call: call.residual.new_empty(call.x.shape),
+        ),
+        Op(
+            "qk_norm_rope",
+            QKNormRope,
+            reference_qk.qk_norm_rope,
+            checks_qk.check,
+            checks_qk.unfused,
+            lambda call: tuple(t.new_empty(t.unflatten(-1, (-1, call.head_dim)).shape) for t in (call.query, call.key)),
+        ),
+        Op(
+            "joint_qk_norm_rope",
+            JointQKNormRope,
+            reference_qk.joint_qk_norm_rope,
+            checks_qk.check,
+            checks_qk.unfused,
+            _like_joined,
+        ),
+    )
+}
+"""By name, in the order in which the compiled library counts their calls."""
