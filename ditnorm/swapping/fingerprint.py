@@ -1,17 +1,19 @@
 """Fingerprints of functions: what a fused body relies on, named by content instead of by class or by version of diffusers."""
 
 import ast
-import functools
 import hashlib
 import inspect
 import textwrap
 from collections.abc import Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
+from weakref import WeakKeyDictionary
 
 _NOT_SEMANTIC = {"annotation", "returns", "ctx", "type_comment", "type_params", "kind"}
 
+_known: WeakKeyDictionary[CodeType, str | None] = WeakKeyDictionary()
+"""By code, since reloading puts new code into a function, and since functions keep their classes alive."""
 
-@functools.cache
+
 def fingerprint(function: object) -> str | None:
     """12 hex digits that change with what ``function`` does and not with its comments, docstring, annotations or layout.
 
@@ -20,8 +22,15 @@ def fingerprint(function: object) -> str | None:
     """
     if not isinstance(function, FunctionType):
         return None
+    code = function.__code__
+    if code not in _known:
+        _known[code] = _read(code)
+    return _known[code]
+
+
+def _read(code: CodeType) -> str | None:
     try:
-        source = textwrap.dedent(inspect.getsource(function.__code__))
+        source = textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
         return None
     try:

@@ -1,54 +1,82 @@
 """Classes made of a fused body and the upstream class it stands in for.
 
-A generated class has upstream's ``__name__`` (diffusers and accelerate match on it), its origin as a base (``isinstance`` holds) and
-its rounding law as a class attribute, so that nothing is stored on instances. Its ``__qualname__`` says how to make it again: pickles
-load in a process that has never patched anything.
+A generated class has upstream's ``__name__`` (diffusers, accelerate and caches match on it), its origin as a base (``isinstance``
+holds) and its rounding law as a class attribute, so that nothing is stored on instances.
+
+How to use it, for a body of any kind (a mixin with a ``forward``)::
+
+    cls = subclass(body, origin_of(type(module)) or type(module), "eager")
+    set_class(module, cls)  # of hook_chains; unpatching is set_class(module, origin_of(type(module)))
+
+The body finds its law in ``self.rounding`` and upstream's method in ``super().forward``. It must return upstream's value when it is
+called as upstream calls it, since patching and unpatching go through states in which the modules around it are upstream's.
 """
 
-import functools
-import importlib
+import copyreg
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import block_registry
 
-_SEPARATOR = "__"
-_OF = "__of__"
+_MADE = "__ditnorm_made__"
+_lock = threading.RLock()  # making a class runs __init_subclass__ of users' own classes
 
 
-@functools.cache
+class Generated(type):
+    """The class of generated classes.
+
+    Pickle writes how they are made in place of where they are found. So pickles load in a process that has never patched anything, also
+    those of models with users' own classes in ``__main__`` or inside other classes.
+    """
+
+
+class _Made(dict[tuple[type, str], type]):
+    """The classes made of one origin: (body, rounding) -> class. It hangs on the origin and lives as long; nothing else keeps them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Made, ()  # libraries that pickle the origin by value don't need what was made of it
+
+
 def subclass(body: type, origin: type, rounding: str) -> type:
-    """The class ``origin`` with the methods of ``body`` in front; the same arguments give the same class object."""
-    qualname = _encode(body, origin, rounding)
-    attributes: dict[str, Any] = {"rounding": rounding, "origin": origin, "__module__": __name__, "__qualname__": qualname}
-    generated = type(origin.__name__, (body, origin), attributes)
-    globals()[qualname] = generated
-    block_registry.register(generated, origin)
+    """The class ``origin`` with the methods of ``body`` in front; the same arguments give the same class object, in every thread."""
+    with _lock:
+        made = vars(origin).get(_MADE)
+        if made is None:
+            made = _Made()
+            type.__setattr__(origin, _MADE, made)
+        generated: type | None = made.get((body, rounding))
+        if generated is None:
+            generated = _make(body, origin, rounding)
+            block_registry.register(generated, origin)
+            made[body, rounding] = generated
     return generated
 
 
 def origin_of(cls: type) -> type | None:
-    """The upstream class that a generated class stands in for; None for any other class."""
-    origin: type | None = cls.__dict__.get("origin") if cls.__module__ == __name__ else None
+    """The upstream class that a generated class stands in for; None for any other class, also for one derived from a generated one."""
+    origin: type | None = vars(cls).get("origin") if isinstance(cls, Generated) else None
     return origin
 
 
-def _encode(body: type, origin: type, rounding: str) -> str:
-    ours, theirs = (_SEPARATOR.join([*c.__module__.split("."), c.__qualname__]) for c in (body, origin))
-    return f"{rounding}{_SEPARATOR}{ours}{_OF}{theirs}"
+def _make(body: type, origin: type, rounding: str) -> type:
+    attributes: dict[str, Any] = {"origin": origin, "rounding": rounding, "__module__": __name__}
+    metaclass = Generated if issubclass(Generated, type(origin)) else _joined(type(origin))
+    return metaclass(origin.__name__, (body, origin), attributes)
 
 
-def _decode(qualname: str) -> type:
-    rounding, rest = qualname.split(_SEPARATOR, 1)
-    ours, theirs = rest.split(_OF)
-    return subclass(_import(ours), _import(theirs), rounding)
+def _joined(metaclass: type) -> Callable[..., type]:
+    """:class:`Generated` for an origin that has a metaclass of its own, as ``abc.ABC`` has."""
+    joined = type("Generated", (Generated, metaclass), {})
+    copyreg.pickle(joined, _reduce)
+    return joined
 
 
-def _import(encoded: str) -> Any:
-    *module, name = encoded.split(_SEPARATOR)
-    return getattr(importlib.import_module(".".join(module)), name)
+def _reduce(cls: type) -> str | tuple[Any, ...]:
+    if origin_of(cls) is None:  # derived from a generated class by somebody else: found by its name, as classes are
+        return cls.__qualname__
+    body, origin = cls.__bases__
+    return subclass, (body, origin, vars(cls)["rounding"])
 
 
-def __getattr__(name: str) -> type:
-    if _OF not in name:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _decode(name)
+copyreg.pickle(Generated, _reduce)
