@@ -7,10 +7,13 @@ from .functional import joint_qk_norm_rope, norm_scale_shift, qk_norm_rope, scal
 from .layers import LayerNormScaleShift, RMSNormScaleShift, ScaleResidualNormScaleShift
 from .patching import patch_model, patch_pipeline, report, unpatch_model, unpatch_pipeline, verify
 
+__version__ = "0.1.0"
+
 __all__ = [
     "LayerNormScaleShift",
     "RMSNormScaleShift",
     "ScaleResidualNormScaleShift",
+    "__version__",
     "joint_qk_norm_rope",
     "norm_scale_shift",
     "patch_model",

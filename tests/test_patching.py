@@ -67,7 +67,7 @@ def test_patching_again_changes_the_rounding_and_otherwise_nothing(model: nn.Mod
 
 def test_patching_again_picks_up_a_norm_replaced_since(model: nn.Module) -> None:
     patch_model(model)
-    with pytest.warns(UserWarning, match="was replaced by a FP32LayerNorm"):
+    with pytest.warns(UserWarning, match="was replaced by FP32LayerNorm"):
         model.blocks[0].norm1 = copy.deepcopy(unpatch_model(copy.deepcopy(model)).blocks[0].norm1)
     assert generated.origin_of(type(model.blocks[0].norm1)) is None
     patch_model(model)
@@ -82,7 +82,7 @@ def test_a_norm_replaced_on_a_patched_model_runs_and_its_module_is_given_back(na
     upstream.set_submodule(norm, replacement)
     expected = run(upstream, name)
     patch_model(model)
-    with pytest.warns(UserWarning, match=rf"isn't fused any more: its {norm.split('.')[-1]} was replaced by a LayerNorm"):
+    with pytest.warns(UserWarning, match=rf"isn't fused any more: its {norm.split('.')[-1]} was replaced by LayerNorm"):
         model.set_submodule(norm, replacement)
     assert 0 < fused_calls(lambda: torch.testing.assert_close(run(model, name), expected, rtol=0, atol=0)) < sum(tiny.MODELS[name].calls)
     assert not is_patched(unpatch_model(model))
@@ -193,8 +193,17 @@ def test_wrong_kinds_of_targets_are_type_errors(model: nn.Module) -> None:
         patch_pipeline(model)
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got WanPipeline \(use patch_pipeline and its like\)"):
         patch_model(pipeline(model))  # type: ignore[type-var]
-    with pytest.raises(TypeError, match=r"expected a diffusers pipeline, got str"):
+    with pytest.raises(TypeError, match=r"expected a diffusers pipeline, got 'wan' \(load it first: diffusers.DiffusionPipeline"):
         unpatch_pipeline("wan")
+    with pytest.raises(TypeError, match="expected a diffusers pipeline, got None"):
+        patch_pipeline(None)
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got 'wan' \(load it first"):
+        patch_model("wan")  # type: ignore[type-var]
+
+
+def test_a_pipeline_without_its_transformer_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match=r"nothing to fuse in no module \(its transformer is None\); supported families"):
+        patch_pipeline(pipeline(None))  # type: ignore[arg-type]
 
 
 def test_an_unknown_rounding_is_an_error(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from support import tiny
 from support.patched import DTYPE, WanTransformerBlock, classes, is_patched, pipeline
 from torch import nn
 
-from ditnorm.patching import patch_model, patch_pipeline, unpatch_model
+from ditnorm.patching import patch_model, patch_pipeline, report, unpatch_model
 from ditnorm.swapping import generated
 from ditnorm.swapping.fingerprint import fingerprint
 
@@ -104,6 +104,16 @@ def test_an_unknown_version_of_a_block_is_left_alone_with_one_warning(model: nn.
     assert f"blocks.0, blocks.1, blocks.2 not fused: {unknown}" in str(warning.message)
     assert f"forward {known_as}" in str(warning.message)
     assert not is_patched(model)
+
+
+def test_a_block_that_derives_from_a_known_one_and_computes_something_else_is_refused_by_name(model: nn.Module) -> None:
+    class OwnBlock(WanTransformerBlock):
+        """Somebody's own, under a name of their own."""
+
+    model.blocks[0].__class__ = OwnBlock
+    with pytest.warns(UserWarning, match=r"blocks.0 not fused: .*OwnBlock is not a version that ditnorm knows"):
+        patch_model(model)
+    assert any("OwnBlock" in reason for reason in report(model).transformers[0].refused)
 
 
 def test_strict_raises_and_changes_nothing(model: nn.Module) -> None:

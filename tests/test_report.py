@@ -1,6 +1,7 @@
 """The report says what runs, and verification finds an op with other bits."""
 
 import copy
+import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from support import tiny
 from support.patched import DTYPE, WanTransformerBlock, is_patched, pipeline, run
 from torch import Tensor, nn
 
+import ditnorm
 from ditnorm import functional, kernels
 from ditnorm.fused.qk_sites import QKSite
 from ditnorm.fused.sites import Site
@@ -89,6 +91,7 @@ calls in this process since patching            cuda   reference
 def test_the_report_of_an_unpatched_model_says_what_would_be_fused(model: nn.Module) -> None:
     found = report(model)
     assert rows(str(found))["not patched"] == "would fuse 3 of 3 blocks, 18 fused calls a forward pass"
+    assert rows(str(found))["query and key"] == "would be normed and rotated in one call in 6 attention modules"
     assert found.calls is None
     assert "calls in this process" not in str(found)
 
@@ -214,6 +217,15 @@ def test_a_target_without_supported_blocks_is_an_error() -> None:
         report(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a diffusers pipeline, got int"):
         report(3)
+
+
+def test_results_print_as_tables_in_a_repl(model: nn.Module) -> None:
+    assert repr(report(model)) == str(report(model))
+    assert repr(verify(model)) == f"model           bit-identical: verified on CPU, torch {TORCH}"
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert ditnorm.__version__ == importlib.metadata.version("ditnorm")
 
 
 # Verification

@@ -29,7 +29,7 @@ class FusedUnit(FusedModule):
             return
         set_class(cast(nn.Module, self), upstream)
         warnings.warn(
-            f"ditnorm: a {upstream.__name__} isn't fused any more: its {name} was replaced by a {type(value).__name__}; patching again "
+            f"ditnorm: one {upstream.__name__} isn't fused any more: its {name} was replaced by {type(value).__name__}; patching again "
             "fuses it where it can",
             UserWarning,
             stacklevel=2,

@@ -27,8 +27,9 @@ def body_for(upstream: type) -> type[FusedUnit] | None:
 
 
 def near_miss(upstream: type) -> type[FusedUnit] | None:
-    """For a class without a body, the body that was written for another version of it, going by its name."""
-    return next((body for body in BODIES if upstream.__name__ in body.names), None)
+    """For a class without a body, the body that was written for another version of it or for what it derives from, going by name."""
+    names = {cls.__name__ for cls in upstream.__mro__}
+    return next((body for body in BODIES if not names.isdisjoint(body.names)), None)
 
 
 def families() -> list[str]:

@@ -37,7 +37,7 @@ def patch_pipeline(pipe: P, *, strict: bool = False, rounding: str = "eager") ->
     Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, ``ValueError`` if no component is supported, and under
     ``strict`` ``RuntimeError`` where something can't be fused or isn't bit-identical on this GPU; nothing is changed then.
     """
-    _patch(components(pipe), strict, rounding)
+    _patch(components(pipe), strict, rounding, pipe)
     return pipe
 
 
@@ -63,10 +63,10 @@ def unpatch_model(model: M) -> M:
     return model
 
 
-def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str) -> None:
+def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str, pipe: object = None) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
-    found = targets(models)
+    found = targets(models, pipe)
     refused = _refusals(found)
     if strict and refused:
         raise RuntimeError("ditnorm: nothing was patched: " + "; ".join(refused))

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import kernels
 from . import patch, verification
-from .targets import listed, modules_of, targets
+from .targets import listed, modules_of, number_of, targets
 from .units import Unit
 from .verification import Verification
 
@@ -50,15 +50,17 @@ class TransformerReport:
     def rows(self) -> Iterator[tuple[str, str]]:
         """Label and text of each row of the table."""
         yield self.name, f"{self.class_name} ({', '.join(self.families)})"
+        of_blocks = f"of {number_of(self.blocks, 'block')}, {number_of(self.sites, 'fused call')} a forward pass"
         if self.rounding:
-            yield "  fused", f"{self.fused} of {self.blocks} blocks, {self.sites} fused calls a forward pass"
+            yield "  fused", f"{self.fused} {of_blocks}"
             yield "  rounding", ", ".join(self.rounding)
         else:
-            yield "  not patched", f"would fuse {self.fusable} of {self.blocks} blocks, {self.sites} fused calls a forward pass"
+            yield "  not patched", f"would fuse {self.fusable} {of_blocks}"
         yield "  backend", self.backend
         yield "  verified", str(self.verification)
         if self.attentions:
-            yield "  query and key", f"normed and rotated in one call in {self.attentions} attention modules"
+            when = "" if self.rounding else "would be "
+            yield "  query and key", f"{when}normed and rotated in one call in {number_of(self.attentions, 'attention module')}"
         for reason, attentions in self.unfused_attentions.items():
             yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
         for reason, units in self.refused.items():
@@ -69,9 +71,9 @@ class TransformerReport:
             yield "  unfused", f"{listed(self.hooked)}: has a forward hook, which is shown the norm's own output"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`report` found. Its ``str()`` is a table, 100 columns wide."""
+    """What :func:`report` found. It prints as a table, 100 columns wide, in a notebook and in a REPL too."""
 
     title: str
     transformers: tuple[TransformerReport, ...]
@@ -86,6 +88,8 @@ class Report:
             lines += ["", *_call_table(self.calls)]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def report(target: object) -> Report:
     """What is fused in a diffusers pipeline or a model and what isn't, with the reasons; ``print`` it.
@@ -93,7 +97,7 @@ def report(target: object) -> Report:
     Verifies fused ops that weren't verified yet, unless the model is on a GPU and CUDA isn't initialised. ``TypeError`` and
     ``ValueError`` as :func:`ditnorm.patch_pipeline`.
     """
-    found = targets(modules_of(target))
+    found = targets(modules_of(target), target)
     transformers = tuple(_transformer(name, model, units) for name, (model, units) in found.items())
     patched = [model for model, units in found.values() if any(unit.fused for unit in units)]
     before = [patch.calls_before.get(model, Counter()) for model in patched]

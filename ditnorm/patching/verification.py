@@ -42,15 +42,22 @@ def calls() -> Counter[tuple[str, str]]:
     return Counter(kernels.counts()) - _own_calls
 
 
-def verify(target: object, *, strict: bool = False) -> dict[str, Verification]:
+class Verifications(dict[str, Verification]):
+    """Results by the name of the component. Prints as a table."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<16}{result}" for name, result in self.items())
+
+
+def verify(target: object, *, strict: bool = False) -> Verifications:
     """Runs each distinct fused op of a pipeline or model on 4096 random rows against the unfused expression and compares the bits.
 
     It runs where the model computes, once a process, and never initialises CUDA. Returns the results by component name (``"model"``
     for a model). A difference warns, or under ``strict`` raises ``RuntimeError``. ``TypeError`` and ``ValueError`` as
     :func:`ditnorm.patch_pipeline`.
     """
-    found = targets(modules_of(target))
-    return {name: verify_units(model, units, strict=strict) for name, (model, units) in found.items()}
+    found = targets(modules_of(target), target)
+    return Verifications((name, verify_units(model, units, strict=strict)) for name, (model, units) in found.items())
 
 
 def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = False) -> Verification:
