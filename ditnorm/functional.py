@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import kernels
 from .ops import checks, checks_qk
 from .ops.autograd import Recompute
 from .ops.calls import NORMS, QK_NORMS, ROUNDINGS
 from .ops.table import OPS
+from .swapping.torch_private import any_autocast_enabled, forward_ad
 
 _NORM = {name: code for code, name in enumerate(NORMS)}
 _QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
@@ -50,8 +50,6 @@ _scale_residual = kernels.ops.scale_residual.default
 _qk_norm_rope = kernels.ops.qk_norm_rope.default
 _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 
-# A sixth of the time that torch.is_autocast_enabled(x.device.type) takes, the device's name included.
-_any_autocast_enabled = torch._C._is_any_autocast_enabled
 # Under Dynamo an op that rejects its arguments ends the trace: nothing catches that, so what no kernel takes is found before.
 _traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
@@ -77,7 +75,7 @@ def norm_scale_shift(
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("norm_scale_shift", tensors, (norm, eps, rounding), codes)
         if _traced_by_dynamo() and _unfused("norm_scale_shift", tensors, (norm, eps, rounding)):
             return _rejected("norm_scale_shift", tensors, (norm, eps, rounding))
@@ -110,7 +108,7 @@ def scale_residual_norm_scale_shift(
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding), codes)
         if _traced_by_dynamo() and _unfused("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding)):
             return _rejected("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding))
@@ -135,7 +133,7 @@ def scale_residual(
     tensors = (residual, x, gate, gate_table, index)
     try:
         codes = (_ROUNDING[rounding],)
-        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("scale_residual", tensors, (rounding,), codes)
         if _traced_by_dynamo() and _unfused("scale_residual", tensors, (rounding,)):
             return _rejected("scale_residual", tensors, (rounding,))
@@ -177,7 +175,7 @@ def qk_norm_rope(
     tensors = (query, key, query_weight, key_weight, cos, sin)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("qk_norm_rope", tensors, (head_dim, norm, eps, rounding), codes)
         if _traced_by_dynamo() and _unfused("qk_norm_rope", tensors, (head_dim, norm, eps, rounding)):
             return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, rounding))
@@ -221,7 +219,7 @@ def joint_qk_norm_rope(
     tensors = (query, key, value, query_weight, key_weight, cos, sin, *encoder)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, encoder_first, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or _any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding), codes)
         if _traced_by_dynamo() and _unfused("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding)):
             return _rejected("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding))

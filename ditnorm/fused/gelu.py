@@ -6,9 +6,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..ops.checks import autocasts, transformed
+from ..swapping.torch_private import addmm_activation, hooks_for_all_modules
 from .module import FusedModule
 
 
@@ -45,14 +45,16 @@ def activated(activation: nn.Module, linear: nn.Module, x: Tensor, rounding: str
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     """GELU (tanh) of ``linear(x)``, rounded once where cuBLASLt has the GELU as an epilogue: x [..., D] -> [..., inner dim]."""
-    rows = torch._addmm_activation(linear.bias, x.reshape(-1, linear.in_features), linear.weight.t(), use_gelu=True)
+    assert addmm_activation is not None
+    rows = addmm_activation(linear.bias, x.reshape(-1, linear.in_features), linear.weight.t(), use_gelu=True)
     return rows.view(*x.shape[:-1], linear.out_features)
 
 
 def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuard[nn.Linear]:
     """Whether :func:`linear_gelu` may stand for both: a plain linear in half precision on a GPU, and no backward pass."""
     return (
-        approximate == "tanh"
+        addmm_activation is not None
+        and approximate == "tanh"
         and x.is_cuda
         and not transformed()
         and _plain(linear, x)
@@ -78,5 +80,4 @@ def _plain(linear: nn.Module, x: Tensor) -> bool:
 
 
 def _hooks(module: nn.Module) -> bool:
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
+    return bool(hooks_for_all_modules() or module._forward_hooks or module._forward_pre_hooks)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
 from .calls import NORMS, ROUNDINGS, NormScaleShift, ScaleResidual, SiteCall, modulations
 from .reference import upcast
 
@@ -93,8 +93,8 @@ def transformed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or function_transform()
+        or traced_to_graph()
         or forward_ad._current_level >= 0
     )
 

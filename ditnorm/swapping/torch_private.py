@@ -1,0 +1,60 @@
+"""PyTorch's private names that this package uses, and what stands in for each where a release no longer has it.
+
+All stand-ins are correct, if slower: what can't be asked is taken for true, and PyTorch's own operations serve the call. Nothing else in
+the package names them. (``nn.Module`` keeps its hooks and sub-modules in ``_forward_hooks``, ``_forward_pre_hooks`` and ``_modules``;
+its pickles contain those names, so they stay.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad
+from torch.nn.modules import module as _module
+
+
+class _Unknown:
+    """In the place of what holds a private name: forward-mode gradients, or a hook, may be there."""
+
+    _current_level = 0
+    _global_forward_hooks = _global_forward_pre_hooks = frozenset({"unknown"})
+
+
+def _yes() -> bool:
+    return True
+
+
+def _found(holder: Any, name: str) -> Any:
+    return holder if hasattr(holder, name) else _Unknown
+
+
+any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
+"""Whether autocast is on for any device, in a sixth of the time that ``torch.is_autocast_enabled(x.device.type)`` takes. Without it each
+call asks for the devices of its tensors."""
+
+forward_ad: Any = _found(torch.autograd.forward_ad, "_current_level")
+"""Holder of ``_current_level``: 0 or more where forward-mode gradients are on. Without it every call runs in PyTorch's operations."""
+
+addmm_activation: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_activation", None)
+"""A linear with its GELU in one kernel (cuBLASLt's epilogue). Without it there are two."""
+
+_hooked_before: Any = _found(_module, "_global_forward_pre_hooks")
+_hooked_after: Any = _found(_module, "_global_forward_hooks")
+
+
+def hooks_for_all_modules() -> bool:
+    """Whether ``register_module_forward_hook`` or ``register_module_forward_pre_hook`` added any. Where that can't be seen: yes."""
+    return bool(_hooked_after._global_forward_hooks or _hooked_before._global_forward_pre_hooks)
+
+
+def function_transform() -> bool:
+    """Whether ``torch.func`` transforms the call (vmap, grad, ...). Where that can't be seen: yes."""
+    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return peek is None or peek() is not None
+
+
+def traced_to_graph() -> bool:
+    """Whether ``make_fx`` records the call. Where that can't be seen: yes."""
+    mode = getattr(torch._C, "_get_dispatch_mode", None)
+    proxy = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+    return mode is None or proxy is None or mode(proxy) is not None

@@ -1,0 +1,85 @@
+"""Private names of PyTorch: where a release lacks one, what stands in for it is right, if slower."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules import module as torch_module
+
+from ditnorm.swapping import torch_private
+
+NAMES: list[tuple[Any, str]] = [
+    (torch._C, "_is_any_autocast_enabled"),
+    (torch.autograd.forward_ad, "_current_level"),
+    (torch, "_addmm_activation"),
+    (torch_module, "_global_forward_hooks"),
+    (torch_module, "_global_forward_pre_hooks"),
+    (torch._C, "_functorch"),
+    (torch._C._functorch, "peek_interpreter_stack"),
+    (torch._C, "_get_dispatch_mode"),
+    (torch._C, "_TorchDispatchModeKey"),
+]
+
+
+def answers(private: ModuleType) -> dict[str, bool]:
+    return {
+        "any_autocast_enabled": private.any_autocast_enabled(),
+        "forward_ad": private.forward_ad._current_level >= 0,
+        "addmm_activation": private.addmm_activation is None,
+        "hooks_for_all_modules": private.hooks_for_all_modules(),
+        "function_transform": private.function_transform(),
+        "traced_to_graph": private.traced_to_graph(),
+    }
+
+
+def test_nothing_is_on_in_plain_eager_mode() -> None:
+    assert not any(answers(torch_private).values())
+
+
+@pytest.mark.parametrize(("holder", "name"), NAMES, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_cannot_be_asked_any_more_is_taken_for_true(holder: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(holder, name)
+    spec = importlib.util.spec_from_file_location("again", torch_private.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert sum(answers(again).values()) == 1
+
+
+WITHOUT_THEM = """
+import torch
+from diffusers import WanTransformer3DModel
+del torch._C._is_any_autocast_enabled, torch._addmm_activation
+del torch.autograd.forward_ad._current_level  # PyTorch itself reads it in forward mode, which is on nowhere below
+from ditnorm import patch_model
+from support import tiny
+
+model = tiny.load("wan-t2v", torch.float32)
+arguments = tiny.inputs("wan-t2v", 2, torch.float32)
+
+def outputs():
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = tiny.run(model, arguments)
+    trained = model(**arguments, return_dict=False)[0]
+    trained.sum().backward()
+    return [tiny.run(model, arguments), cast, trained.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+expected = outputs()
+patch_model(model, strict=True)
+got = outputs()
+assert len(got) == len(expected) and all(map(torch.equal, got, expected))
+"""
+
+
+def test_a_model_has_its_bits_and_gradients_without_them() -> None:
+    tests = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {tests!r})\n{WITHOUT_THEM}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
