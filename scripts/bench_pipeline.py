@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.execution import compile_blocks, forget_compiled, synchronize
+from common.tables import environment, environment_line, text_table
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig
-from digit_pipelines import FAMILIES, STEPS
-from generation import compile_blocks, denoisers, forget_compiled, generate, synchronize, wrapped
-from loading import CannotRun, call_arguments, load, place
-from parity import DTYPES, size
-from tables import environment, environment_line, text_table
+from digits.families import FAMILIES, STEPS
+from pipelines.generation import denoisers, generate, wrapped
+from pipelines.loading import CannotRun, call_arguments, load, place
+from pipelines.parity import DTYPES, size
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm

@@ -29,7 +29,7 @@ from bench.cells import DTYPES, EPS
 from bench.host import CALLS, rotate
 from bench.light import Light
 from bench.timing import Call, Recording, calls_in_graph, copy_bandwidth, input_sets, measure, record
-from tables import text_table
+from common.tables import text_table
 
 from ditnorm import functional, kernels
 from ditnorm.ops.table import OPS

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import digits
-import loading
 import torch
+from common.tables import environment_line, text_table
 from diffusers import DiffusionPipeline
-from digit_pipelines import FAMILIES, STEPS, Family
-from generation import Generation, generate
-from pictures import comparison_row, save_animation, sheet
+from digits import dataset
+from digits.families import FAMILIES, STEPS, Family
 from PIL import Image
-from tables import environment_line, text_table
+from pipelines import loading
+from pipelines.generation import Generation, generate
+from pipelines.pictures import comparison_row, save_animation, sheet
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -56,7 +56,7 @@ class Comparison:
         blocks = [f"{t.fused} of {t.blocks}" for t in self.report.transformers]
         ops = f"{self.ops_before} -> {self.ops_after}"
         seconds = f"{self.before.seconds:.2f} -> {self.after.seconds:.2f}"
-        read = " -> ".join(f"{_read(generation)} of {digits.CLASSES}" for generation in (self.before, self.after))
+        read = " -> ".join(f"{_read(generation)} of {dataset.CLASSES}" for generation in (self.before, self.after))
         return [self.name, ", ".join(blocks), ops, f"{self.difference:.3g}", read, seconds]
 
 
@@ -75,7 +75,7 @@ class OpCounter(TorchDispatchMode):
 
 def _read(generation: Generation) -> int:
     """How many of the ten digits the classifier recognises, in the first frame and in the last."""
-    return int((digits.read_frames(generation.frames) == torch.arange(digits.CLASSES)[:, None]).all(1).sum())
+    return int((dataset.read_frames(generation.frames) == torch.arange(dataset.CLASSES)[:, None]).all(1).sum())
 
 
 def first_forward(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def count_ops(transformer: nn.Module, arguments: dict[str, Any]) -> int:
 def compare(family: Family, device: torch.device, steps: int, progress: tqdm) -> Comparison:
     """Loads the pipeline and draws the ten digits without and with ditnorm."""
     pipe = loading.load(str(family.folder), torch.bfloat16).to(device)
-    arguments = family.call_arguments(range(digits.CLASSES), pipe, family.folder)
+    arguments = family.call_arguments(range(dataset.CLASSES), pipe, family.folder)
     forward = first_forward(pipe, arguments)
 
     def run(label: str) -> tuple[Generation, int]:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     still, moving = options.out / "demo.png", options.out / "demo.gif"
     picture(comparisons, KEY_FRAME).save(still, optimize=True)
-    save_animation([picture(comparisons, i / (digits.FRAMES - 1)) for i in range(digits.FRAMES)], moving)
+    save_animation([picture(comparisons, i / (dataset.FRAMES - 1)) for i in range(dataset.FRAMES)], moving)
     print(f"\n{environment_line(device)}\n\n{table(comparisons)}\n\n{notes(device)}\n\n{comparisons[-1].report}")
     print(f"\nside by side: {still}, {moving}")
     return int(any(comparison.difference != 0 for comparison in comparisons))

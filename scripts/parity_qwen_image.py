@@ -11,7 +11,7 @@ Prints a table, writes a side-by-side picture and a JSON. ``--help`` lists the o
 
 import sys
 
-from parity import Subject, main
+from pipelines.parity import Subject, main
 
 SUBJECT = Subject(
     title="Qwen-Image",

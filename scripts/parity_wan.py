@@ -8,7 +8,7 @@ Prints a table, writes a side-by-side video and a JSON. ``--help`` lists the opt
 
 import sys
 
-from parity import Subject, main
+from pipelines.parity import Subject, main
 
 SUBJECT = Subject(
     title="Wan",

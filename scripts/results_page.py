@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import accuracy
-from bench_transformers import NOTES, bits, layer_counts
+from bench.models import accuracy
+from bench.models.report import NOTES, bits, layer_counts
+from bench.models.variants import EAGER, PATCHED, SINGLE, VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 JSON, CHART, PAGE = "transformers.json", "transformers.png", "results.md"
@@ -29,11 +30,11 @@ def main_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| {entry['title']} | {layer_counts(entry)} | {entry['error']} | | | | |")
             continue
         columns = entry["columns"]
-        eager = columns["eager"]["step_ms"]
+        eager = columns[EAGER.name]["step_ms"]
         cells = [f"{eager:,.1f} ms"]
         for name in ("patched", "compiled", "patched + compiled"):
             cells.append(f"{columns[name]['step_ms']:,.1f} ms ({columns[name]['step_ms'] / eager - 1:+.1%})" if name in columns else "")
-        lines.append(f"| {entry['title']} | {layer_counts(entry)} | {' | '.join(cells)} | {bits(entry)} |")
+        lines.append(f"| {entry['title']} | {layer_counts(entry)} | {' | '.join(cells)} | {bits(entry, PATCHED.name)} |")
     return "\n".join(lines)
 
 
@@ -63,10 +64,11 @@ def accuracy_section(entries: Mapping[str, Mapping[str, Any]]) -> str:
     measured = [entry for entry in entries.values() if "accuracy" in entry]
     if not measured:
         return ""
-    lines = [f"| Model | blocks | {' | '.join(accuracy.RUNS.values())} |", f"|---|---:|{'---:|' * len(accuracy.RUNS)}"]
+    names = [variant.name for variant in VARIANTS if variant.accuracy]
+    lines = [f"| Model | blocks | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
     for entry in measured:
         errors = entry["accuracy"]["errors"]
-        cells = [accuracy_cell(name, errors) for name in accuracy.RUNS]
+        cells = [accuracy_cell(name, errors) for name in names]
         lines.append(f"| {entry['title']} | {accuracy.blocks(entry['accuracy'])} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     return f"""## Error of one step against float32
@@ -85,7 +87,7 @@ def accuracy_cell(name: str, errors: Mapping[str, Mapping[str, float]]) -> str:
     if name not in errors:
         return ""
     found = errors[name]
-    change = f", {found['relative'] / errors['eager']['relative'] - 1:+.2%} ± {found['chance']:.2%}" if name == "single" else ""
+    change = f", {found['relative'] / errors[EAGER.name]['relative'] - 1:+.2%} ± {found['chance']:.2%}" if name == SINGLE.name else ""
     return f"{found['relative']:.3e} ({found['psnr']:.1f} dB{change})"
 
 

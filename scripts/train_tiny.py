@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
-import digits
 import matplotlib
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from digit_pipelines import FAMILIES, FOLDER, Family, prompt_table, save, share_read
-from loading import load
+from digits import dataset
+from digits.families import FAMILIES, FOLDER, Family, prompt_table, save, share_read
+from pipelines.loading import load
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loss_curve(training.losses, folder / "loss.png", f"{name}, batch {options.batch}")
         record = {
             "command": f"python scripts/train_tiny.py --families {name} --steps {options.steps} --batch {options.batch}",
-            "data": f"scikit-learn load_digits, {len(digits.images()[0])} pictures",
+            "data": f"scikit-learn load_digits, {len(dataset.images()[0])} pictures",
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,

@@ -7,19 +7,22 @@ import statistics
 import tempfile
 from dataclasses import replace
 
-import accuracy
 import bench_pipeline
 import bench_transformers
 import diffusers
-import kernel_shares
 import pytest
-import real_models
 import results_page
 import torch
+from bench.models import accuracy, kernel_shares, real_model, steps, variants
+from bench.models.catalogue import MODELS
+from bench.models.report import profile_table
 from support.real_sizes import shrunk
 
-PUBLISHED = dict(real_models.MODELS)
-SMALL = shrunk(PUBLISHED)
+import ditnorm
+
+SMALL = shrunk(MODELS)
+ALL = [variant.name for variant in variants.VARIANTS]
+ACCURACY = [variant.name for variant in variants.VARIANTS if variant.accuracy]
 CPU = torch.device("cpu")
 
 
@@ -27,7 +30,7 @@ CPU = torch.device("cpu")
 def bench(monkeypatch, tmp_path):
     """Runs ``bench_transformers.py`` with shrunk models: status and report."""
     monkeypatch.setattr(bench_transformers, "MODELS", SMALL)
-    monkeypatch.setattr(bench_transformers, "TIMED_SECONDS", 0)
+    monkeypatch.setattr(steps, "TIMED_SECONDS", 0)
 
     def run(*options):
         status = bench_transformers.main(["--out", str(tmp_path), *options])
@@ -45,20 +48,21 @@ def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys)
     assert list(report["models"]) == chosen
     for entry in report["models"].values():
         assert list(entry["columns"]) == ["eager", "patched"]
-        assert entry["steps_identical"] == entry["steps_compared"] == bench_transformers.COMPARED
+        assert entry["columns"]["patched"]["steps_identical"] == entry["steps_compared"] == steps.COMPARED
+        assert "steps_identical" not in entry["columns"]["eager"]
         assert entry["title"] in output
         for column in entry["columns"].values():
-            assert column["steps"] == bench_transformers.TIMED_STEPS
+            assert column["steps"] == steps.TIMED_STEPS
             assert 0 < column["other_share"] < 1
     assert (tmp_path / "transformers.png").stat().st_size > 0
 
 
 def test_full_run_has_every_column_and_makes_a_page(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_transformers, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
+    monkeypatch.setattr(variants, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
     status, report = bench("--models", "wan2.2-ti2v-5b", "--layers", "1")
     assert status == 0
     (entry,) = report["models"].values()
-    assert tuple(entry["columns"]) == bench_transformers.COLUMNS
+    assert list(entry["columns"]) == ALL
     assert entry["layers"] == {"num_layers": 1}
 
     docs = tmp_path / "docs"
@@ -72,8 +76,7 @@ def test_full_run_has_every_column_and_makes_a_page(bench, tmp_path, monkeypatch
 
 
 def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monkeypatch, capsys):
-    for module in (bench_transformers, accuracy):
-        monkeypatch.setattr(module, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
+    monkeypatch.setattr(variants, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
     status, report = bench("--accuracy", "--models", "qwen-image", "hunyuan-video-480p")
     output = capsys.readouterr().out
     assert status == 0, output
@@ -87,16 +90,16 @@ def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monke
         found = entry["accuracy"]
         errors = found["errors"]
         assert found["identical"] is True
-        assert list(errors) == list(accuracy.RUNS)
+        assert list(errors) == ACCURACY
         assert errors["patched"] == errors["compiled"] == errors["eager"]  # the compiler's "eager" backend keeps the bits
-        assert 0 < errors["single"]["relative"] < errors["eager"]["relative"]
-        assert f"{errors['single']['relative']:.3e}" in output
-        assert f"{errors['single']['relative']:.3e} ({errors['single']['psnr']:.1f} dB, -" in page
+        assert 0 < errors["patched, single"]["relative"] < errors["eager"]["relative"]
+        assert f"{errors['patched, single']['relative']:.3e}" in output
+        assert f"{errors['patched, single']['relative']:.3e} ({errors['patched, single']['psnr']:.1f} dB, -" in page
 
 
 def test_without_accuracy_the_page_has_no_section_of_it(bench):
     _, report = bench("--quick", "--accuracy", "--models", "qwen-image")
-    assert list(report["models"]["qwen-image"]["accuracy"]["errors"]) == ["eager", "patched", "single"]
+    assert list(report["models"]["qwen-image"]["accuracy"]["errors"]) == ["eager", "patched", "patched, single"]
     assert "## Error of one step" in results_page.page(report)
     del report["models"]["qwen-image"]["accuracy"]
     assert "## Error of one step" not in results_page.page(report)
@@ -122,7 +125,7 @@ def test_the_float32_run_is_upstream_with_the_weights_and_inputs_of_bf16(name, m
     measured = accuracy.forward
     monkeypatch.setattr(accuracy, "forward", forward)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    accuracy.measure(real, layers, CPU, compiled=False)
+    accuracy.measure(real, layers, CPU, [variants.EAGER, variants.PATCHED, variants.SINGLE])
     assert torch.backends.cudnn.allow_tf32
 
     assert [fused for fused, *_ in runs] == [False, True, True, False]
@@ -174,7 +177,7 @@ def test_chance_is_how_much_equally_accurate_ways_differ():
     ],
 )
 def test_single_rounding_further_from_float32_than_eager_is_a_failure(bench, monkeypatch, identical, single, chance, holds):
-    errors = {name: {"relative": single if name == "single" else 1.0, "psnr": 40.0, "chance": chance} for name in accuracy.RUNS}
+    errors = {name: {"relative": single if name == "patched, single" else 1.0, "psnr": 40.0, "chance": chance} for name in ACCURACY}
     found = {"layers": {"num_layers": 2}, "identical": identical, "errors": errors}
     monkeypatch.setattr(accuracy, "measure", lambda *args, **kwargs: found)
     status, _ = bench("--quick", "--accuracy", "--models", "qwen-image")
@@ -186,7 +189,7 @@ def test_single_rounding_further_from_float32_than_eager_is_a_failure(bench, mon
 def test_columns_of_the_real_compiler(bench, name):
     status, report = bench("--models", name, "--layers", "1")
     assert status == 0
-    assert tuple(report["models"][name]["columns"]) == bench_transformers.COLUMNS
+    assert list(report["models"][name]["columns"]) == ALL
 
 
 def test_a_model_that_fails_leaves_the_others_measured(bench, capsys, monkeypatch):
@@ -203,12 +206,12 @@ def test_a_model_that_fails_leaves_the_others_measured(bench, capsys, monkeypatc
 
 
 def test_different_bits_are_a_failure(bench, monkeypatch, capsys):
-    patch = bench_transformers.ditnorm.patch_model
-    monkeypatch.setattr(bench_transformers.ditnorm, "patch_model", lambda model, strict: patch(model, rounding="single"))
+    patch = ditnorm.patch_model
+    monkeypatch.setattr(ditnorm, "patch_model", lambda model, strict, rounding: patch(model, rounding="single"))
     status, report = bench("--quick", "--models", "qwen-image")
     (entry,) = report["models"].values()
     assert status == 1
-    assert entry["steps_identical"] < entry["steps_compared"]
+    assert entry["columns"]["patched"]["steps_identical"] < entry["steps_compared"]
     assert entry["eager_reproducible"] is True
     assert "of 3 steps equal" in capsys.readouterr().out
 
@@ -219,7 +222,7 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
     model = real.build(real.layers(None), CPU)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = getattr(diffusers, real.cls).from_pretrained(folder, torch_dtype=real_models.DTYPE)
+        loaded = getattr(diffusers, real.cls).from_pretrained(folder, torch_dtype=real_model.DTYPE)
     assert {name: t.dtype for name, t in model.state_dict().items()} == {name: t.dtype for name, t in loaded.state_dict().items()}
     assert {name: t.dtype for name, t in model.named_buffers()} == {name: t.dtype for name, t in loaded.named_buffers()}
 
@@ -238,7 +241,7 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
     ],
 )
 def test_published_sizes(name, tokens, width):
-    real = PUBLISHED[name]
+    real = MODELS[name]
     with torch.device("meta"):
         model = getattr(diffusers, real.cls)(**{**real.config, **real.layers(1)})
     assert real.tokens == tokens
@@ -323,7 +326,7 @@ def test_kernels_outside_matmul_and_attention_add_up_by_name():
 def test_profile_lists_what_costs_more_than_a_hundredth_in_either_column():
     columns = {"eager": {"shares": {"busy_ms": 10.0}}, "patched": {"shares": {"busy_ms": 5.0}}}
     costs = {"eager": {"norm": (4, 2.0), "rare": (1, 0.1), "add": (2, 0.15)}, "patched": {"ditnorm": (2, 1.0), "add": (1, 0.04)}}
-    table = bench_transformers.profile_table({"columns": columns, "costs": costs})
+    table = profile_table({"columns": columns, "costs": costs})
     rows = {line.split("   ")[0]: line.split()[-6:] for line in table.splitlines()[1:]}
     assert list(rows) == ["all of these and smaller ones", "norm", "ditnorm", "add"]
     assert rows["all of these and smaller ones"] == ["7", "2.25", "22.5%", "3", "1.04", "20.8%"]

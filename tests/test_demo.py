@@ -4,8 +4,8 @@ import functools
 import re
 
 import demo
-import pictures
 from PIL import Image
+from pipelines import pictures
 
 import ditnorm
 

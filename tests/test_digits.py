@@ -1,15 +1,14 @@
 """The trained pipelines of ``examples/digits`` draw what they are asked for, and draw the same when patched."""
 
-import digit_pipelines
-import digits
-import loading
 import pytest
 import torch
-from generation import generate
+from digits import dataset, families
+from pipelines import loading
+from pipelines.generation import generate
 
 import ditnorm
 
-FAMILIES = digit_pipelines.FAMILIES
+FAMILIES = families.FAMILIES
 SHIPPED_BYTES = 3e6
 
 
@@ -28,7 +27,7 @@ def test_vae_enlarges_digits_so_that_they_stay_readable(family):
         frames = family.build().vae.decode(latents, return_dict=False)[0]
     height, width = family.size["height"], family.size["width"]
     assert frames.shape == (20, 3, family.size.get("num_frames", 1), height, width)
-    read = digits.read_frames(frames.transpose(1, 2) / 2 + 0.5)
+    read = dataset.read_frames(frames.transpose(1, 2) / 2 + 0.5)
     assert (read == labels[:, None]).float().mean() >= 0.95
 
 
@@ -37,8 +36,8 @@ def test_classifier_reads_digits_it_was_not_trained_on():
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 
-    latents, labels = digits.images()
-    scores = cross_val_score(SVC(gamma=digits.GAMMA), latents.flatten(1).numpy(), labels.numpy(), cv=3)
+    latents, labels = dataset.images()
+    scores = cross_val_score(SVC(gamma=dataset.GAMMA), latents.flatten(1).numpy(), labels.numpy(), cv=3)
     assert scores.mean() >= 0.95
 
 
@@ -50,7 +49,7 @@ def test_shipped_weights_are_small(family):
 
 def test_nine_of_ten_generated_digits_are_read_correctly(family, device):
     """Of 200. The weights decide it, not the dtype: float32 is what a CPU is fastest in."""
-    assert digit_pipelines.share_read(family, family.folder, load(family, torch.float32, device)) >= 0.9
+    assert families.share_read(family, family.folder, load(family, torch.float32, device)) >= 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

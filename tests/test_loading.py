@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import loading
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from pipelines import loading
 
 NEED_A_PICTURE = ["QwenImageEditPipeline", "QwenImageEditPlusPipeline", "WanImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"]
 

@@ -5,12 +5,10 @@ import importlib
 import json
 import sys
 
-import generation
-import parity
-import pictures
 import pytest
 import tokenizers
 import torch
+from common import execution
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
@@ -19,6 +17,7 @@ from diffusers import (
     WanPipeline,
 )
 from PIL import Image
+from pipelines import generation, parity, pictures
 from support import qwen_image21_checkpoint, tiny
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -133,7 +132,7 @@ def test_single_rounding_differs_and_is_measured_against_the_yardstick(tmp_path)
 
 @pytest.mark.slow
 def test_yardstick_of_the_real_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "compile_blocks", generation.compile_blocks)
+    monkeypatch.setattr(parity, "compile_blocks", execution.compile_blocks)
     status, report = run("qwen_image", tmp_path)
     assert status == 0
     assert report["notes"] == []

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from similarity import frame_difference, psnr, relative_error, ssim
+from pipelines.similarity import frame_difference, psnr, relative_error, ssim
 
 
 def test_psnr_of_a_constant_offset():

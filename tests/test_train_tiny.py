@@ -1,11 +1,11 @@
 """Training of the tiny pipelines: learns, resumes with the same result, and writes what can be loaded."""
 
-import digit_pipelines
-import loading
 import pytest
 import torch
 import train_tiny
-from generation import generate
+from digits import families
+from pipelines import loading
+from pipelines.generation import generate
 from safetensors.torch import load_file
 
 from ditnorm.patching.units import upstream_of
@@ -19,14 +19,14 @@ def train(folder, *options):
 
 
 def test_trains_the_patched_model_and_the_loss_falls():
-    training = train_tiny.Training(digit_pipelines.FAMILIES["qwen-image"], 1000, 8, torch.device("cpu"))
+    training = train_tiny.Training(families.FAMILIES["qwen-image"], 1000, 8, torch.device("cpu"))
     block = training.model.transformer_blocks[0]
     assert upstream_of(type(block)) is not type(block)
     losses = [training.step().item() for _ in range(30)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("family", digit_pipelines.FAMILIES.values(), ids=list(digit_pipelines.FAMILIES))
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=list(families.FAMILIES))
 def test_every_family_trains(family):
     training = train_tiny.Training(family, 1000, 2, torch.device("cpu"))
     before = {name: p.clone() for name, p in training.model.named_parameters()}

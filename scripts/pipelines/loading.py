@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from digit_pipelines import FAMILIES, PROMPTS, Family
+from digits.families import FAMILIES, PROMPTS, Family
 from PIL import Image
 
 PICTURE_OPTIONAL = {"QwenImage21Pipeline"}

@@ -3,20 +3,20 @@
 float32 is upstream's own forward with the same bf16 weights and inputs, upcast, and without TF32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from generation import compile_blocks, forget_compiled, full_float32
-from real_models import RealModel
-from similarity import relative_error
-from tables import text_table
+from common.execution import full_float32
+from common.tables import text_table
+from pipelines.similarity import relative_error
 from torch import Tensor, nn
 
-import ditnorm
+from .real_model import RealModel
+from .variants import EAGER, SINGLE, VARIANTS, Variant
 
-RUNS = {"eager": "eager", "patched": "patched", "single": 'patched, rounding="single"', "compiled": "compiled"}
+EXACT = [variant.name for variant in VARIANTS if variant.exact]
 BLOCKS = 2  # of a model: float32 attention is 4 * S^2 * D operations a block, at 118,800 tokens 5 s with 40 TFLOP/s
 
 
@@ -50,28 +50,25 @@ def forward(model: nn.Module, real: RealModel, device: torch.device, *, upcast: 
         return real.velocity(model, arguments).cpu()
 
 
-def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, *, compiled: bool) -> dict[str, Any]:
-    """Runs one model in every way, ``compiled`` or not among them, with at most :data:`BLOCKS` of its ``layers``.
+def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, variants: Sequence[Variant]) -> dict[str, Any]:
+    """Runs one model in every variant, eager first, with at most :data:`BLOCKS` of its ``layers``.
 
-    Returns, for a JSON: ``layers`` that were run, ``errors`` of each way, and ``identical``, whether patched has the bits of eager.
+    Returns, for a JSON: ``layers`` that were run, ``errors`` of each variant, and ``identical``, whether those that must have the bits
+    of eager do.
     """
     layers = {kind: min(n, BLOCKS // len(layers)) for kind, n in layers.items()}
     model = real.build(layers, device)
-    outputs = {"eager": forward(model, real, device)}
-    for name, rounding in (("patched", "eager"), ("single", "single")):
-        ditnorm.patch_model(model, strict=True, rounding=rounding)
-        outputs[name] = forward(model, real, device)
-        ditnorm.unpatch_model(model)
-    if compiled:
-        compile_blocks(model)
-        outputs["compiled"] = forward(model, real, device)
-        forget_compiled(model)
+    outputs: dict[str, Tensor] = {}
+    for variant in variants:
+        with variant.applied(model):
+            outputs[variant.name] = forward(model, real, device)
+    eager = outputs[EAGER.name]
     with full_float32():  # in place: one model at a time in memory
         exact = forward(model.float(), real, device, upcast=True)
     return {
         "layers": layers,
-        "identical": torch.equal(outputs["eager"], outputs["patched"]),
-        "errors": {name: asdict(error(output, outputs["eager"], exact)) for name, output in outputs.items()},
+        "identical": all(torch.equal(outputs[variant.name], eager) for variant in variants if variant.exact),
+        "errors": {name: asdict(error(output, eager, exact)) for name, output in outputs.items()},
     }
 
 
@@ -80,7 +77,7 @@ def holds(found: Mapping[str, Any]) -> bool:
 
     Wan rounds once with either, so that chance decides which is nearer: three standard errors are allowed.
     """
-    eager, single = found["errors"]["eager"], found["errors"]["single"]
+    eager, single = found["errors"][EAGER.name], found["errors"][SINGLE.name]
     return found["identical"] and single["relative"] <= eager["relative"] * (1 + 3 * single["chance"])  # not if any is NaN
 
 
@@ -89,18 +86,18 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [["error of one step against float32", "blocks", "", "relative", "vs eager", "PSNR dB", "bits"]]
     for entry in entries.values():
         found = entry["accuracy"]
-        eager = found["errors"]["eager"]["relative"]
+        eager = found["errors"][EAGER.name]["relative"]
         for name, measured in found["errors"].items():
-            first = name == "eager"
+            first = name == EAGER.name
             rows.append(
                 [
                     entry["title"] if first else "",
                     blocks(found) if first else "",
-                    RUNS[name],
+                    name,
                     f"{measured['relative']:.3e}",
                     "" if first else f"{measured['relative'] / eager - 1:+.2%} ± {measured['chance']:.2%}",
                     f"{measured['psnr']:.1f}",
-                    ("equal" if found["identical"] else "differ") if name == "patched" else "",
+                    ("equal" if found["identical"] else "differ") if name in EXACT else "",
                 ]
             )
     return text_table(rows)

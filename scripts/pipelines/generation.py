@@ -9,8 +9,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from common.execution import synchronize
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 SEED = 0
 
@@ -71,26 +72,6 @@ def generate(
     return Generation(first, tuple(latents), frames[:, None] if frames.dim() == 4 else frames, seconds)
 
 
-def synchronize() -> None:
-    """Waits for the GPU, if there is one in use."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """While it lasts, no float32 product on the GPU is rounded to TF32, as those of convolutions are by default."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    allowed = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, before in zip(backends, allowed, strict=True):
-            backend.allow_tf32 = before
-
-
 @contextmanager
 def wrapped(owner: object, name: str, around: Callable[..., Any]) -> Iterator[None]:
     """While it lasts, ``owner.name(...)`` calls ``around(function, ...)``."""
@@ -102,15 +83,3 @@ def wrapped(owner: object, name: str, around: Callable[..., Any]) -> Iterator[No
 def denoisers(pipe: DiffusionPipeline) -> list[ModelMixin]:
     """The transformers of a pipeline; Wan2.2-A14B has two."""
     return [module for name in ("transformer", "transformer_2") if (module := getattr(pipe, name, None)) is not None]
-
-
-def compile_blocks(model: Any) -> None:
-    """Compiles the repeated blocks of a diffusers model, as ``compile_repeated_blocks`` does."""
-    model.compile_repeated_blocks(fullgraph=True)
-
-
-def forget_compiled(model: nn.Module) -> None:
-    """Undoes :func:`compile_blocks`."""
-    for module in model.modules():
-        module._compiled_call_impl = None
-    torch.compiler.reset()

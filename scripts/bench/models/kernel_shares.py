@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from generation import synchronize
+from common.execution import synchronize
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -84,7 +84,7 @@ def costs(kernels: Iterable[Kernel]) -> dict[str, tuple[int, float]]:
     return found
 
 
-def measure(step: Callable[[], object], device: torch.device) -> list[Kernel]:
+def profiled(step: Callable[[], object], device: torch.device) -> list[Kernel]:
     """Profiles one step."""
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:

@@ -1,6 +1,6 @@
 """Tiny pipelines of diffusers' own classes that draw handwritten digits; the trained ones lie in ``examples/digits``.
 
-Their latents are the digits' pixels, the VAE only enlarges them (``digit_vae.py``). In the place of a text encoder is a table of prompt
+Their latents are the digits' pixels, the VAE only enlarges them (``vae.py``). In the place of a text encoder is a table of prompt
 embeddings, a row for each digit.
 """
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import digit_vae
-import digits
 import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
@@ -29,7 +27,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FOLDER = Path(__file__).parent.parent / "examples" / "digits"
+from . import dataset
+from .vae import set_weights
+
+FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 PROMPTS = "prompts.safetensors"
 HEADS, HEAD_DIM = 3, 32
 TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 2, 32, 32
@@ -79,21 +80,21 @@ def draw(family: Family, folder: Path, pipe: DiffusionPipeline, labels: Sequence
         return_dict=False,
     )
     if latents.dim() == 3:
-        latents = QwenImagePipeline._unpack_latents(latents, family.size["height"], family.size["width"], digits.SIDE)
+        latents = QwenImagePipeline._unpack_latents(latents, family.size["height"], family.size["width"], dataset.SIDE)
     return latents.cpu()
 
 
 def share_read(family: Family, folder: Path, pipe: DiffusionPipeline, each: int = 20) -> float:
     """The share, 0 to 1, of ``each`` times ten drawn digits that the classifier reads correctly, of videos in the first and last frame."""
-    labels = torch.arange(digits.CLASSES).repeat(each)
-    read = digits.read(draw(family, folder, pipe, labels.tolist(), steps=10))
+    labels = torch.arange(dataset.CLASSES).repeat(each)
+    read = dataset.read(draw(family, folder, pipe, labels.tolist(), steps=10))
     return (read == labels[:, None]).all(1).float().mean().item()
 
 
 def prompt_table() -> dict[str, Tensor]:
     """Random embeddings of the ten digits; the models learn what they mean."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"prompt_embeds": (digits.CLASSES, TEXT_TOKENS, TEXT_DIM), "pooled_prompt_embeds": (digits.CLASSES, POOLED_DIM)}
+    shapes = {"prompt_embeds": (dataset.CLASSES, TEXT_TOKENS, TEXT_DIM), "pooled_prompt_embeds": (dataset.CLASSES, POOLED_DIM)}
     return {name: torch.randn(*shape, generator=generator).bfloat16().float() for name, shape in shapes.items()}
 
 
@@ -117,7 +118,7 @@ def _qwen_image() -> DiffusionPipeline:
     )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=digit_vae.set_weights(AutoencoderKLQwenImage(**_WAN_VAE)),
+        vae=set_weights(AutoencoderKLQwenImage(**_WAN_VAE)),
         text_encoder=None,
         tokenizer=None,
         transformer=transformer,
@@ -134,7 +135,7 @@ def _qwen_image_velocity(transformer: ModelMixin, noisy: Tensor, timestep: Tenso
         img_shapes=[[(1, height // 2, width // 2)]] * batch,
         return_dict=False,
     )[0]
-    return QwenImagePipeline._unpack_latents(packed, height * digits.SIDE, width * digits.SIDE, digits.SIDE)
+    return QwenImagePipeline._unpack_latents(packed, height * dataset.SIDE, width * dataset.SIDE, dataset.SIDE)
 
 
 def _qwen_image_arguments(prompts: Prompts) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _wan() -> DiffusionPipeline:
     return WanPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=digit_vae.set_weights(AutoencoderKLWan(**_WAN_VAE)),
+        vae=set_weights(AutoencoderKLWan(**_WAN_VAE)),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=transformer,
     )
@@ -195,7 +196,7 @@ def _hunyuan_video() -> DiffusionPipeline:
         text_encoder=None,
         tokenizer=None,
         transformer=transformer,
-        vae=digit_vae.set_weights(vae),
+        vae=set_weights(vae),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         text_encoder_2=None,
         tokenizer_2=None,
@@ -229,19 +230,19 @@ _WAN_VAE: dict[str, Any] = {
     "latents_mean": [0.0],
     "latents_std": [1.0],
 }
-_IMAGE = {"height": digits.SIDE * digits.SIDE, "width": digits.SIDE * digits.SIDE}
-_VIDEO = {"height": digits.SIDE * digits.SIDE, "width": digits.SIDE * digits.WIDTH, "num_frames": digits.FRAMES}
+_IMAGE = {"height": dataset.SIDE * dataset.SIDE, "width": dataset.SIDE * dataset.SIDE}
+_VIDEO = {"height": dataset.SIDE * dataset.SIDE, "width": dataset.SIDE * dataset.WIDTH, "num_frames": dataset.FRAMES}
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("qwen-image", "QwenImagePipeline", _qwen_image, digits.images, _qwen_image_velocity, _IMAGE, _qwen_image_arguments),
-        Family("wan", "WanPipeline", _wan, digits.videos, _wan_velocity, _VIDEO, _wan_arguments),
+        Family("qwen-image", "QwenImagePipeline", _qwen_image, dataset.images, _qwen_image_velocity, _IMAGE, _qwen_image_arguments),
+        Family("wan", "WanPipeline", _wan, dataset.videos, _wan_velocity, _VIDEO, _wan_arguments),
         Family(
             "hunyuan-video",
             "HunyuanVideoPipeline",
             _hunyuan_video,
-            digits.videos,
+            dataset.videos,
             _hunyuan_video_velocity,
             _VIDEO,
             _hunyuan_video_arguments,

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.execution import compile_blocks, forget_compiled, full_float32
+from common.tables import environment, environment_line, text_table
 from diffusers import DiffusionPipeline
-from digit_pipelines import FOLDER, STEPS
-from generation import Generation, compile_blocks, denoisers, forget_compiled, full_float32, generate
-from loading import CannotRun, call_arguments, load, pipeline_class, place
-from pictures import Row, comparison_row, save_moving, sheet
+from digits.families import FOLDER, STEPS
 from PIL import Image
-from similarity import FrameDifference, frame_difference, relative_error
-from tables import environment, environment_line, text_table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm
 from ditnorm.ops.calls import ROUNDINGS
+
+from .generation import Generation, denoisers, generate
+from .loading import CannotRun, call_arguments, load, pipeline_class, place
+from .pictures import Row, comparison_row, save_moving, sheet
+from .similarity import FrameDifference, frame_difference, relative_error
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SINGLE_PSNR = 40.0  # dB that ``--rounding single`` must reach in bfloat16

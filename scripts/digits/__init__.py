@@ -1,0 +1,1 @@
+"""Tiny pipelines that draw handwritten digits: the data, the VAE with weights set by hand, the pipelines of each family."""

@@ -1,0 +1,1 @@
+"""Loading and running a pipeline of diffusers, and comparing what two runs of it made."""
