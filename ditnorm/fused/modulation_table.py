@@ -1,0 +1,479 @@
+"""The table of a model's modulations: which rows it has, how they are made, when they are out of date."""
+
+import inspect
+import itertools
+import threading
+import time
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..swapping.generated import origin_of
+from .modulation import Modulating
+
+Key = tuple[tuple[int, ...], torch.dtype, bytes]
+Inputs = Sequence[Tensor | None]
+
+_ROWS, _STEP = 128, 64  # two schedules of 50 steps, as guidance with two pooled texts needs
+_IN_USE = 4  # embeddings of one forward pass, and of the one before it in the same thread
+
+
+@dataclass
+class Entry:
+    """The rows of one embedding [B, D]: a number for each of its B samples. Equal samples share a row."""
+
+    index: list[int]
+    on: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[int]:
+        """Each row once, in the order of the samples."""
+        return list(dict.fromkeys(self.index))
+
+    def tensor(self, device: torch.device) -> Tensor:
+        if device not in self.on:
+            self.on[device] = torch.tensor(self.index, device=device)
+        return self.on[device]
+
+
+class ModulationTable:
+    """Rows for the modulations of one model, found by the bits of the embedding that they are made of.
+
+    **Bits.** A row is made by the call that the model would make: the same module, its hooks and adapters included, on an embedding of
+    the same shape. So there is nothing to assume about what a product of many rows gives. The one shortcut, a row shared by equal
+    samples of a batch, is compared when the rows are made, and given up where it doesn't hold.
+
+    **Misses.** An embedding that has no rows gets them before the forward pass goes on, together with those of the rest of the schedule
+    that its timestep is found in. Weights cross to the device one module at a time, the next one while this one is used.
+
+    **Waiting.** Reading the bits of the embedding, some kilobytes, waits for the device once a forward pass. The rest of the pass is
+    launched while its first blocks run, as it is after any step; a step of a real model is a thousand times longer.
+
+    **Changes.** Before each look-up: the identity, version, address and a sample of the bits of each weight, the modules around it,
+    adapters and their scales. Any difference empties the table. Sampled bits see what ``weight.data`` hides from the version.
+
+    Threads take turns at look-ups. Rows that a thread may still read are not given to others.
+    """
+
+    def __init__(self, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype: torch.dtype) -> None:
+        """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of the embedding only."""
+        self.embedding = embedding
+        self.holders = list(holders)
+        self.dtype = dtype
+        upstream: Any = origin_of(type(embedding)) or type(embedding)
+        self.inputs = tuple(inspect.signature(upstream.forward).parameters)[1:]
+        self.timesteps: Tensor | None = None
+        self.hits = self.misses = self.schedules = self.changes = 0
+        self.seconds = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        self.pipelines: list[weakref.ref[Any]] = []
+        self.handle = next(_handles)
+        _tables[self.handle] = self
+        self._lock = threading.RLock()
+        self._in_use: dict[int, deque[Key]] = defaultdict(lambda: deque(maxlen=_IN_USE))
+        self._shared_rows = True
+        self._fixed = False
+        self._capacity = _ROWS
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._free: list[int] = list(range(_ROWS))
+        self._signature: list[Any] = []
+        self._keys: Tensor | None = None
+        self._batches: Tensor | None = None
+        device = next((p.device for p in self.embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        for _, holder, _ in self.holders:  # already now: what is compiled or captured holds them
+            out_features: int = holder.modulation_modules()[-1].out_features
+            self._table_of(holder, torch.empty(0, out_features, dtype=self.dtype, device=device))
+        self._probes: dict[tuple[int, int, tuple[int, ...]], Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't known."""
+        kept = ("embedding", "holders", "dtype", "inputs", "timesteps", "hits", "misses", "schedules", "changes", "seconds")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    @property
+    def row_count(self) -> int:
+        return self._capacity - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(holder.modulation_table.nbytes for _, holder, _ in self.holders)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the weights that are in host memory."""
+        return sum(p.nbytes for _, holder, _ in self.holders for p in holder.modulation_weights() if p.device.type == "cpu")
+
+    def follow(self, pipeline: Any) -> None:
+        """Takes schedules from the scheduler that ``pipeline`` has at the time."""
+        if all(known() is not pipeline for known in self.pipelines):
+            self.pipelines = [known for known in self.pipelines if known() is not None] + [weakref.ref(pipeline)]
+
+    @torch.no_grad()
+    def rows(self, embedding: Tensor, inputs: Inputs, output: int) -> Tensor:
+        """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module makes of ``inputs``: int64 [B]."""
+        if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._captured(embedding)
+        with self._lock, torch.inference_mode(False):
+            self._look_for_changes()
+            key = _key(embedding)
+            self._in_use[threading.get_ident()].append(key)
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._make(key, embedding, inputs, output)
+            else:
+                self.hits += 1
+            self._entries.move_to_end(key)
+            return entry.tensor(embedding.device)
+
+    # Making rows.
+
+    def _make(self, key: Key, embedding: Tensor, inputs: Inputs, output: int) -> Entry:
+        started = time.perf_counter()
+        following = self._rest_of_schedule(inputs, output)
+        self.misses += not following
+        self.schedules += bool(following)
+        wanted = {key: embedding} | {k: e for e in following if (k := _key(e)) not in self._entries and k != key}
+        entries = self._numbered(wanted)
+        if not self._fill([(wanted[k], entry) for k, entry in entries.items()], embedding.device):
+            self._shared_rows = False
+            self._clear()
+            return self._make(key, embedding, inputs, output)
+        self._entries |= entries
+        self._signature = self._signed()
+        self.seconds += time.perf_counter() - started
+        return entries[key]
+
+    def _rest_of_schedule(self, inputs: Inputs, output: int) -> list[Tensor]:
+        """The embeddings from this step of a known schedule on; none where the timestep is in no schedule."""
+        given = {name: value for name, value in zip(self.inputs, inputs, strict=True) if value is not None}
+        timestep = given.get("timestep")
+        if timestep is None or not timestep.numel():
+            return []
+        value = timestep.flatten()[0]
+        for timesteps in self._known_schedules():
+            for taken in _as_models_take_them(timesteps.to(timestep.device), timestep.dtype):
+                found = (taken == value).nonzero().flatten().tolist()
+                if found:
+                    return [self._embedded(given, taken, found[0], step, output) for step in range(found[0], len(taken))]
+        return []
+
+    def _known_schedules(self) -> Iterator[Tensor]:
+        if self.timesteps is not None:
+            yield self.timesteps
+        for pipeline in self.pipelines:
+            timesteps = getattr(getattr(pipeline(), "scheduler", None), "timesteps", None)
+            if isinstance(timesteps, Tensor) and timesteps.ndim == 1:
+                yield timesteps
+
+    def _embedded(self, given: dict[str, Tensor], taken: Tensor, now: int, step: int, output: int) -> Tensor:
+        """What the embedding makes of ``given`` with the timestep of another step. Other values beside it, a 0 for instance, stay."""
+        timestep = given["timestep"]
+        changed = {"timestep": torch.where(timestep == taken[now], taken[step], timestep)}
+        if "timestep_r" in given:  # the timestep of the next step, and 0 at the end
+            next_of = torch.cat([taken, taken.new_zeros(1)])
+            changed["timestep_r"] = torch.where(given["timestep_r"] == next_of[now + 1], next_of[step + 1], given["timestep_r"])
+        upstream: Any = origin_of(type(self.embedding))
+        embedded = upstream.forward(self.embedding, **(given | changed))
+        return embedded[output] if isinstance(embedded, tuple) else embedded
+
+    def _numbered(self, wanted: dict[Key, Tensor]) -> dict[Key, Entry]:
+        """Entries with rows that nobody uses; of more than fit, the first."""
+        samples = {key: self._samples(key) for key in wanted}
+        needed = sum(len(set(numbers)) for numbers in samples.values())
+        self._evict(needed, samples.keys())
+        if len(self._free) < needed and not self._fixed:
+            self._grow(needed)
+        entries = {}
+        for key, numbers in samples.items():
+            if len(set(numbers)) > len(self._free):
+                break
+            rows = {number: self._free.pop() for number in dict.fromkeys(numbers)}
+            entries[key] = Entry([rows[number] for number in numbers])
+        for entry in entries.values():  # until they are made
+            self._free += entry.rows
+        if next(iter(wanted)) not in entries:
+            raise RuntimeError("ditnorm: a compiled model or a CUDA graph reads a table that has no room for this batch")
+        return entries
+
+    def _samples(self, key: Key) -> list[int]:
+        """A number for each sample of the embedding, the same for the same bits."""
+        shape, _, bits = key
+        size = len(bits) // shape[0]
+        seen: dict[bytes, int] = {}
+        numbers = [seen.setdefault(bits[i * size : (i + 1) * size], i) for i in range(shape[0])]
+        return numbers if self._shared_rows else list(range(shape[0]))
+
+    def _grow(self, rows: int) -> None:
+        grown = -(-(self._capacity + rows) // _STEP) * _STEP
+        self._free += range(self._capacity, grown)
+        self._capacity = grown
+
+    def _evict(self, needed: int, wanted: Any) -> None:
+        """Frees rows of the longest unused entries until there are ``needed``."""
+        if len(self._free) >= needed:
+            return
+        alive = {thread.ident for thread in threading.enumerate()}
+        self._in_use = defaultdict(lambda: deque(maxlen=_IN_USE), {t: keys for t, keys in self._in_use.items() if t in alive})
+        kept = {key for keys in self._in_use.values() for key in keys}
+        for key in [key for key in self._entries if key not in kept and key not in wanted]:
+            if len(self._free) >= needed:
+                break
+            self._forget(self._entries.pop(key).rows)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # other streams may still read these rows
+
+    def _fill(self, work: list[tuple[Tensor, Entry]], device: torch.device) -> bool:
+        """Makes the rows, module by module. False where equal samples of a batch gave other bits, so that they can't share a row."""
+        unequal = torch.zeros((), dtype=torch.bool, device=device)
+        for _, holder, _ in self.holders:
+            send_home(holder)
+        for _, holder, halved in _progress(streamed(self.holders, device), len(self.holders)):
+            rows, made = [], []
+            for embedding, entry in work:
+                seen = embedding.chunk(2)[0] if halved else embedding
+                index = entry.index[: len(seen)]
+                y = holder.modulation_from_weights(seen, self.dtype)
+                first = [index.index(row) for row in dict.fromkeys(index)]
+                rows += [index[i] for i in first]
+                if len(first) < len(index):
+                    position = torch.tensor([index.index(row) for row in index], device=y.device)
+                    unequal |= (_bits(y) != _bits(y)[position]).any().to(device)
+                    y = y[torch.tensor(first, device=y.device)]
+                made.append(y)
+            table = self._table_of(holder, made[0])
+            table.index_copy_(0, torch.tensor(rows, device=table.device), torch.cat(made))
+        if unequal.item():
+            return False
+        for embedding, entry in work:
+            self._remember(embedding, entry)
+        taken = {row for _, entry in work for row in entry.rows}
+        self._free = [row for row in self._free if row not in taken]
+        return True
+
+    def _table_of(self, holder: Any, like: Tensor) -> Tensor:
+        """The table of a module, new or larger where need be, with the rows that it has."""
+        table: Tensor = holder.modulation_table
+        if table.shape[:1] == (self._capacity + 1,) and (table.dtype, table.device) == (like.dtype, like.device):
+            return table
+        new = like.new_full((self._capacity + 1, like.shape[-1]), float("nan"))
+        if table.ndim == 2 and (table.dtype, table.device) == (like.dtype, like.device):
+            new[: len(table) - 1] = table[:-1]
+        holder.__dict__["modulation_table"] = new
+        return new
+
+    # Noticing changes.
+
+    def _look_for_changes(self) -> None:
+        signature = self._signed()
+        if signature != self._signature:
+            self.changes += bool(self._entries)
+            self._clear()
+            self._signature = signature
+
+    def _clear(self) -> None:
+        self._entries.clear()
+        self._free.clear()
+        self._forget(list(range(self._capacity)))
+
+    def _signed(self) -> list[Any]:
+        signature: list[Any] = []
+        for _, holder, _ in self.holders:
+            signature.append(holder.modulation_changes)
+            for module in holder.modulation_modules():
+                if module._modules:
+                    for inner in module.modules():
+                        self._sign(inner, signature)
+                else:
+                    self._sign(module, signature)
+        return signature
+
+    def _sign(self, module: nn.Module, signature: list[Any]) -> None:
+        signature += (id(module), id(module.__dict__.get("forward")), len(module._forward_hooks), len(module._forward_pre_hooks))
+        if module._modules:
+            signature.append(_adapters(module))
+        for p in module._parameters.values():
+            if p is not None:
+                signature += (id(p), p._version, p.dtype, self._probe(p))
+
+    def _probe(self, p: Tensor) -> bytes | None:
+        """Some bytes of a tensor in host memory."""
+        if p.device.type != "cpu" or type(p) is not nn.Parameter or not p.numel():
+            return None
+        key = (id(p), p.data_ptr(), tuple(p.shape))
+        found = self._probes.get(key)
+        if found is None:
+            memory = p.detach().as_strided((p.numel(),), (1,)) if p.is_contiguous() else p.detach().reshape(-1)
+            view = memory.view(torch.uint8).numpy()
+            found = self._probes[key] = (view[:: max(1, len(view) // 61)], p.data_ptr())
+        return found[0].tobytes()
+
+    # CUDA graphs.
+
+    def _captured(self, embedding: Tensor) -> Tensor:
+        """The look-up as operations on the device, for a graph: what has no row when the graph is replayed becomes NaN."""
+        self._look_for_changes()
+        if not self._entries or self._keys is None or self._batches is None:
+            raise RuntimeError("ditnorm: modulations are made in the first run: run the model once before its capture")
+        if not self._shared_rows:
+            raise RuntimeError("ditnorm: on this device equal samples of a batch have unequal modulations, which a graph can't look up")
+        self._fixed = True
+        same = (_bits(self._keys) == _bits(embedding)[:, None]).all(-1) & (self._batches == len(embedding))
+        return torch.where(same.any(1), same.int().argmax(1), self._capacity)
+
+    def _remember(self, embedding: Tensor, entry: Entry) -> None:
+        shape = (self._capacity, *embedding.shape[1:])
+        if self._keys is None or self._keys.shape != shape or (self._keys.dtype, self._keys.device) != (embedding.dtype, embedding.device):
+            self._keys = embedding.new_zeros(shape)
+            self._batches = torch.zeros(self._capacity, dtype=torch.int64, device=embedding.device)
+        index = entry.tensor(embedding.device)
+        self._keys[index] = embedding
+        self._batches[index] = len(embedding)  # type: ignore[index]
+
+    def _forget(self, rows: list[int]) -> None:
+        self._free += rows
+        if self._batches is not None:
+            self._batches[torch.tensor(rows, device=self._batches.device)] = 0
+
+
+def send_home(holder: Any) -> None:
+    """Brings the weights of a module to host memory, pinned where CUDA is in use."""
+    for p in holder.modulation_weights():
+        if p.device.type != "meta":
+            p.data = _home(p.data)
+
+
+def _home(t: Tensor) -> Tensor:
+    if not torch.cuda.is_initialized():
+        return t.cpu()
+    if t.device.type == "cpu" and t.is_pinned():
+        return t
+    try:
+        home = torch.empty_like(t, device="cpu", pin_memory=True)
+    except RuntimeError:  # no more memory may be pinned: the copies take longer
+        return t.cpu()
+    return home.copy_(t)
+
+
+def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> Iterator[tuple[str, Any, bool]]:
+    """Each of ``holders`` in turn with its weights on ``device``, those of the next one on their way. They are at home afterwards."""
+    if device.type == "cpu":
+        yield from holders
+        return
+    weights = [[p for p in holder.modulation_weights() if p.device.type == "cpu"] for _, holder, _ in holders]
+    if device.type != "cuda":
+        for item, parameters in zip(holders, weights, strict=True):
+            with _replaced(parameters, [p.data.to(device) for p in parameters]):
+                yield item
+        return
+    copying, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    size = max(sum(_aligned(p.nbytes) for p in parameters) for parameters in weights)
+    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    copying.wait_stream(current)  # whoever had this memory before
+
+    def fetch(i: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        views, offset = [], 0
+        with torch.cuda.stream(copying):
+            for p in weights[i]:
+                view = buffers[i % 2][offset : offset + p.nbytes].view(p.dtype).view(p.shape)
+                views.append(view.copy_(p.data, non_blocking=True))
+                offset += _aligned(p.nbytes)
+        return views, copying.record_event()
+
+    arriving = fetch(0)
+    for i, item in enumerate(holders):
+        views, arrived = arriving
+        if i + 1 < len(holders):
+            if i:
+                copying.wait_event(read)  # noqa: F821  # of the module before, whose buffer is next
+            arriving = fetch(i + 1)
+        current.wait_event(arrived)
+        with _replaced(weights[i], views):
+            yield item
+        read = current.record_event()  # noqa: F841
+
+
+class _replaced:
+    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        self.parameters, self.values = parameters, values
+
+    def __enter__(self) -> None:
+        self.homes = [p.data for p in self.parameters]
+        for p, value in zip(self.parameters, self.values, strict=True):
+            p.data = value
+
+    def __exit__(self, *_: object) -> None:
+        for p, home in zip(self.parameters, self.homes, strict=True):
+            p.data = home
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 512) * 512  # as PyTorch's allocator aligns, which cuBLAS's choice of kernel may depend on
+
+
+def _key(embedding: Tensor) -> Key:
+    """The bits, read from the device."""
+    return tuple(embedding.shape), embedding.dtype, embedding.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """What pipelines make of the timesteps of a scheduler before a model gets them."""
+    yield timesteps.to(dtype)
+    if dtype.is_floating_point:
+        yield timesteps.to(dtype) / 1000
+        yield (timesteps / 1000).to(dtype)
+
+
+def _adapters(module: nn.Module) -> Any:
+    """The state of a PEFT layer that its output depends on."""
+    if not hasattr(module, "active_adapters"):
+        return None
+    state: Any = module
+    scaling = getattr(state, "scaling", {})
+    return (
+        tuple(state.active_adapters),
+        bool(getattr(state, "disable_adapters", False)),
+        tuple(getattr(state, "merged_adapters", ())),
+        tuple(sorted(scaling.items())) if isinstance(scaling, dict) else None,
+    )
+
+
+def _progress(items: Iterator[Any], total: int) -> Iterator[Any]:
+    """Shows a bar from the first second on, unless diffusers' progress bars are off."""
+    from diffusers.utils import logging
+
+    yield from logging.tqdm(items, total=total, desc="ditnorm: modulations", delay=1.0, leave=False)
+
+
+_handles = itertools.count()
+_tables: "weakref.WeakValueDictionary[int, ModulationTable]" = weakref.WeakValueDictionary()
+
+
+def _rows(embedding: Tensor, inputs: list[Tensor | None], output: int, handle: int) -> Tensor:
+    table = _tables[handle]
+    table._fixed = True  # the compiled code holds the tables that it saw
+    return table.rows(embedding, inputs, output).clone()
+
+
+def _rows_fake(embedding: Tensor, inputs: list[Tensor | None], output: int, handle: int) -> Tensor:
+    return embedding.new_empty(embedding.shape[0], dtype=torch.int64)
+
+
+_library = torch.library.Library("ditnorm", "FRAGMENT")
+_library.define("modulation_rows(Tensor embedding, Tensor?[] inputs, int output, int handle) -> Tensor")
+_library.impl("modulation_rows", _rows, "CompositeExplicitAutograd")
+torch.library.register_fake("ditnorm::modulation_rows", _rows_fake, lib=_library)

@@ -1,0 +1,211 @@
+"""Takes the Linears that make modulations off the device, a table in their place, and brings them back."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
+from ..fused.modulation_table import ModulationTable, send_home
+from ..models import MODULATED
+from ..swapping import generated
+from ..swapping.fingerprint import fingerprint
+from ..swapping.hook_chains import set_class
+from . import patch, verification
+from .targets import listed, modules_of, targets
+from .units import Unit, generated_by_others, untouchable, upstream_of
+
+T = TypeVar("T")
+
+_log = logging.getLogger("ditnorm")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done in one model."""
+
+    name: str
+    model: nn.Module
+    facts: ModulatedModel
+    units: list[Unit]
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_submodule(self.facts.embedding)
+
+
+def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
+    """Takes the weights that turn the timestep into scale, shift and gate off the device, a table of their results in their place.
+
+    They are a third of Qwen-Image and HunyuanVideo-1.5, more than a quarter of HunyuanVideo and HunyuanImage. They stay the model's
+    Parameters, in host memory, pinned where CUDA is in use. Before the first step of a generation they pass through the device once, a
+    module at a time, and make the rows of the whole schedule, with the bits that the model would compute. What the table has no row for
+    is made from the weights when it comes. Changed weights and adapters empty the table. :func:`ditnorm.report` counts.
+
+    ``target``: a diffusers pipeline, whose scheduler says the schedule, or a model, patched or not: it is patched as
+    :func:`ditnorm.patch_pipeline` does. ``timesteps``, 1-D: those that a model without a pipeline will be given. Calling it again adds a
+    pipeline that shares the model, or other timesteps.
+
+    Returns ``target``. Raises ``TypeError`` for anything else, ``ValueError`` where there is nothing to gain, and ``RuntimeError`` with
+    the reason where it can't be done; nothing is changed then.
+    """
+    if timesteps is not None and not (isinstance(timesteps, Tensor) and timesteps.ndim == 1):
+        raise TypeError("timesteps: expected a 1-D tensor, as the model is given them one at a time")
+    models = modules_of(target)
+    found = targets(models)
+    plans = [plan for name, (model, units) in found.items() for plan in _plans(name, model, units)]
+    if not plans:
+        families = sorted({unit.body.family for _, units in found.values() for unit in units if unit.body.block})
+        names = ", ".join(type(model).__name__ for model, _ in found.values())
+        raise ValueError(f"nothing to gain in {names}: the modulations of {', '.join(families)} are tables, or small already")
+    obstacles = [f"{plan.name}: {reason}" for plan in plans if (reason := _obstacle(plan)) is not None]
+    if obstacles:
+        raise RuntimeError("ditnorm: nothing was changed: " + "; ".join(obstacles))
+    unpatched = {name: models[name] for name, (_, units) in found.items() if not all(unit.fused for unit in units if unit.refusal is None)}
+    if unpatched:
+        roundings = {unit.rounding for _, units in found.values() for unit in units if unit.rounding is not None}
+        patch.patch_models(unpatched, rounding=roundings.pop() if len(roundings) == 1 else "eager")
+    for plan in plans:
+        table = _table_of(plan) or _set_up(plan)
+        if timesteps is not None:
+            table.timesteps = timesteps
+        if not isinstance(target, nn.Module):
+            table.follow(target)
+    return target
+
+
+def restore_modulation(target: T) -> T:
+    """Undoes :func:`precompute_modulation`: the weights go to the device where the model is by now, and run in every step again.
+
+    Returns ``target``, which stays patched; without effect where nothing was precomputed. ``TypeError`` for anything but a pipeline or
+    a model.
+    """
+    restore(modules_of(target))
+    return target
+
+
+def restore(models: Mapping[str, nn.Module]) -> None:
+    for name, model in models.items():
+        for inner in model.modules():
+            embedding = next((m for m in inner.children() if "modulations" in m.__dict__), None)
+            if embedding is not None:
+                _restore(name, inner, embedding)
+
+
+def tables(model: nn.Module) -> list[ModulationTable]:
+    """Of a model and of the models inside it."""
+    return [module.__dict__["modulations"] for module in model.modules() if "modulations" in module.__dict__]
+
+
+def _plans(name: str, model: nn.Module, units: list[Unit]) -> Iterator[Plan]:
+    for path, module in model.named_modules():
+        upstream = upstream_of(type(module))
+        facts = next((facts for facts in MODULATED if upstream.__name__ in facts.names), None)
+        if facts is not None:
+            inside = [unit for unit in units if f"{unit.name}.".startswith(f"{path}." if path else "")]
+            yield Plan(f"{name}.{path}" if path else name, module, facts, inside)
+
+
+def _obstacle(plan: Plan) -> str | None:
+    """Why the embedding of this model can't be replaced by row numbers, or None."""
+    upstream: Any = upstream_of(type(plan.model))
+    digest = fingerprint(inspect.unwrap(upstream.forward))
+    if digest not in plan.facts.forward:
+        return f"{upstream.__module__}.{upstream.__qualname__} is not a version that ditnorm knows (fingerprint: forward {digest})"
+    by_module = {id(unit.module): unit for unit in plan.units}
+    for name, taker in _takers(plan):
+        unit = by_module.get(id(taker))
+        if unit is None:
+            return f"{name} is a {type(taker).__name__}, which ditnorm doesn't know"
+        if unit.refusal is not None:
+            return f"{name} can't be fused: {unit.refusal}"
+    reason = generated_by_others(type(plan.embedding)) if _table_of(plan) is None else None
+    reason = reason or untouchable(plan.embedding)
+    if reason is not None:
+        return f"{plan.facts.embedding}: {reason}"
+    if plan.embedding._forward_hooks:
+        return f"{plan.facts.embedding} has a forward hook, which would be shown row numbers"
+    return _weights_obstacle(plan)
+
+
+def _weights_obstacle(plan: Plan) -> str | None:
+    devices = set()
+    for path, module in plan.model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if hasattr(p, "placements") or type(p).__module__.startswith("torch.distributed"):
+                return f"{path}.{name} is spread over several devices ({type(p).__name__})"
+    for name, modulation in _modulations(plan.model, plan.units):
+        for part in modulation.modules():
+            hook = getattr(part, "_diffusers_hook", None)
+            if hook is not None and hook.get_hook("group_offloading") is not None:
+                return (
+                    f"{name} is under group offloading, which moves the weights of modulations in its own order: it keeps them off the "
+                    "device as it is"
+                )
+        devices |= {p.device for p in modulation.parameters() if p.device.type not in ("cpu", "meta")}
+    if len(devices) > 1:
+        return f"the weights of its modulations are on several devices ({', '.join(map(str, sorted(devices, key=str)))})"
+    if verification.stream_dtype(plan.model) is None:
+        return "it computes in none of float32, float16 and bfloat16"
+    return None
+
+
+def _takers(plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    for path in plan.facts.takers:
+        taker = getattr(plan.model, path, None)
+        if isinstance(taker, nn.ModuleList):
+            yield from ((f"{path}.{i}", block) for i, block in enumerate(taker))
+        elif taker is not None:
+            yield path, taker
+
+
+def _modulations(model: nn.Module, units: list[Unit]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of ``units`` that make modulations, under their names in ``model``."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for unit in units:
+        for swap in unit.swaps:
+            found = [swap.module] if issubclass(swap.body, Modulating) else []
+            found += [swap.module.get_submodule(path) for path in getattr(swap.body, "modulations", ())]
+            yield from ((names[id(module)], module) for module in found)
+
+
+def _table_of(plan: Plan) -> ModulationTable | None:
+    return plan.embedding.__dict__.get("modulations")
+
+
+def _set_up(plan: Plan) -> ModulationTable:
+    halves = plan.facts.halved if plan.facts.halved_if and getattr(plan.model, plan.facts.halved_if) else ()
+    holders = []
+    for name, module in _modulations(plan.model, plan.units):
+        if not isinstance(module, Modulating):
+            set_class(module, generated.subclass(ModulationSequential, type(module), "eager"))
+        send_home(module)
+        holders.append((name, module, name.endswith(halves) if halves else False))
+    dtype = verification.stream_dtype(plan.model)
+    assert dtype is not None
+    embedding = plan.embedding
+    embedding.__dict__["modulations"] = table = ModulationTable(embedding, holders, dtype)
+    set_class(embedding, generated.subclass(RowEmbedding, type(embedding), "eager"))
+    _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)
+    return table
+
+
+def _restore(name: str, model: nn.Module, embedding: nn.Module) -> None:
+    table: ModulationTable = embedding.__dict__["modulations"]
+    ours = {id(p) for _, holder, _ in table.holders for p in holder.modulation_weights()}
+    device = next((p.device for p in model.parameters() if id(p) not in ours and p.device.type != "meta"), torch.device("cpu"))
+    set_class(embedding, upstream_of(type(embedding)))
+    del embedding.__dict__["modulations"]
+    for _, holder, _ in table.holders:
+        for p in holder.modulation_weights():
+            if p.device.type == "cpu":
+                p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
+        for attribute in ("modulation_table", "modulation_changes"):
+            holder.__dict__.pop(attribute, None)
+        if isinstance(holder, ModulationSequential):
+            set_class(holder, upstream_of(type(holder)))
+    _log.info("%s: %d modulations restored on %s", name, len(table.holders), listed([str(device)]))
