@@ -5,7 +5,16 @@ from typing import Any
 
 from .functional import joint_qk_norm_rope, norm_scale_shift, qk_norm_rope, scale_residual, scale_residual_norm_scale_shift
 from .layers import LayerNormScaleShift, RMSNormScaleShift, ScaleResidualNormScaleShift
-from .patching import patch_model, patch_pipeline, report, unpatch_model, unpatch_pipeline, verify
+from .patching import (
+    patch_model,
+    patch_pipeline,
+    precompute_modulation,
+    report,
+    restore_modulation,
+    unpatch_model,
+    unpatch_pipeline,
+    verify,
+)
 
 __version__ = "0.1.0"
 
@@ -18,8 +27,10 @@ __all__ = [
     "norm_scale_shift",
     "patch_model",
     "patch_pipeline",
+    "precompute_modulation",
     "qk_norm_rope",
     "report",
+    "restore_modulation",
     "scale_residual",
     "scale_residual_norm_scale_shift",
     "unpatch_model",

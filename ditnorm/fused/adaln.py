@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..layers import LayerNormScaleShift
 from .block import FusedUnit
+from .modulation import Modulating
 
 
-class AdaLayerNormZero(FusedUnit):
+class AdaLayerNormZero(Modulating, FusedUnit):
     """diffusers' ``AdaLayerNormZero``."""
 
     family = "adaLN"
@@ -28,13 +29,13 @@ class AdaLayerNormZero(FusedUnit):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-        emb = self.linear(self.silu(emb))
+        emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
         x = self.norm(x, scale=scale_msa, shift=shift_msa)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-class AdaLayerNormZeroSingle(FusedUnit):
+class AdaLayerNormZeroSingle(Modulating, FusedUnit):
     """diffusers' ``AdaLayerNormZeroSingle``."""
 
     family = "adaLN"
@@ -43,13 +44,13 @@ class AdaLayerNormZeroSingle(FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        emb = self.linear(self.silu(emb))
+        emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
         x = self.norm(x, scale=scale_msa, shift=shift_msa)
         return x, gate_msa
 
 
-class AdaLayerNormContinuous(FusedUnit):
+class AdaLayerNormContinuous(Modulating, FusedUnit):
     """diffusers' ``AdaLayerNormContinuous``, the output norm of Qwen-Image and HunyuanVideo."""
 
     family = "adaLN"
@@ -58,6 +59,6 @@ class AdaLayerNormContinuous(FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-        emb = self.linear(self.silu(conditioning_embedding).to(x.dtype))
+        emb = self.modulation(conditioning_embedding, x.dtype)
         scale, shift = emb.chunk(2, dim=1)
         return self.norm(x, scale=scale, shift=shift)

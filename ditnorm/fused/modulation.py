@@ -147,7 +147,7 @@ def call_on(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def _dense(p: nn.Parameter) -> bool:
-    return type(p) is nn.Parameter and p.layout is torch.strided
+    return type(p) is nn.Parameter and p.layout is torch.strided and p.is_contiguous()
 
 
 def _in_host_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..swapping.generated import origin_of
-from .modulation import Modulating
 
 Key = tuple[tuple[int, ...], torch.dtype, bytes]
 Inputs = Sequence[Tensor | None]
@@ -70,7 +69,12 @@ class ModulationTable:
         self.timesteps: Tensor | None = None
         self.hits = self.misses = self.schedules = self.changes = 0
         self.seconds = 0.0
+        self._capacity = _ROWS
         self._start()
+        device = next((p.device for p in embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        for _, holder, _ in self.holders:  # already now: what is compiled or captured holds them
+            out_features: int = holder.modulation_modules()[-1].out_features
+            self._table_of(holder, torch.empty(0, out_features, dtype=dtype, device=device))
 
     def _start(self) -> None:
         self.pipelines: list[weakref.ref[Any]] = []
@@ -80,21 +84,16 @@ class ModulationTable:
         self._in_use: dict[int, deque[Key]] = defaultdict(lambda: deque(maxlen=_IN_USE))
         self._shared_rows = True
         self._fixed = False
-        self._capacity = _ROWS
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
-        self._free: list[int] = list(range(_ROWS))
+        self._free: list[int] = list(range(self._capacity))
         self._signature: list[Any] = []
         self._keys: Tensor | None = None
         self._batches: Tensor | None = None
-        device = next((p.device for p in self.embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        for _, holder, _ in self.holders:  # already now: what is compiled or captured holds them
-            out_features: int = holder.modulation_modules()[-1].out_features
-            self._table_of(holder, torch.empty(0, out_features, dtype=self.dtype, device=device))
         self._probes: dict[tuple[int, int, tuple[int, ...]], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't known."""
-        kept = ("embedding", "holders", "dtype", "inputs", "timesteps", "hits", "misses", "schedules", "changes", "seconds")
+        kept = ("embedding", "holders", "dtype", "inputs", "timesteps", "hits", "misses", "schedules", "changes", "seconds", "_capacity")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,6 +112,14 @@ class ModulationTable:
     def host_bytes(self) -> int:
         """Bytes of the weights that are in host memory."""
         return sum(p.nbytes for _, holder, _ in self.holders for p in holder.modulation_weights() if p.device.type == "cpu")
+
+    def __str__(self) -> str:
+        host, table = self.host_bytes, self.nbytes
+        return (
+            f"{len(self.holders)} precomputed, {host / 1e9:.2f} GB of weights in host memory, {(host - table) / 1e9:.2f} GB saved; "
+            f"{self.row_count} rows, table of {table / 1e9:.3f} GB; {self.hits} hits, {self.schedules} schedules and {self.misses} other "
+            f"timesteps made in {self.seconds:.2f} s, {self.changes} changes of weights"
+        )
 
     def follow(self, pipeline: Any) -> None:
         """Takes schedules from the scheduler that ``pipeline`` has at the time."""
@@ -263,11 +270,12 @@ class ModulationTable:
 
     def _table_of(self, holder: Any, like: Tensor) -> Tensor:
         """The table of a module, new or larger where need be, with the rows that it has."""
-        table: Tensor = holder.modulation_table
-        if table.shape[:1] == (self._capacity + 1,) and (table.dtype, table.device) == (like.dtype, like.device):
+        table: Tensor | None = holder.modulation_table
+        fits = table is not None and (table.dtype, table.device) == (like.dtype, like.device)
+        if table is not None and fits and len(table) == self._capacity + 1:
             return table
         new = like.new_full((self._capacity + 1, like.shape[-1]), float("nan"))
-        if table.ndim == 2 and (table.dtype, table.device) == (like.dtype, like.device):
+        if table is not None and fits:
             new[: len(table) - 1] = table[:-1]
         holder.__dict__["modulation_table"] = new
         return new
@@ -391,16 +399,17 @@ def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> 
         return views, copying.record_event()
 
     arriving = fetch(0)
+    read: torch.cuda.Event | None = None
     for i, item in enumerate(holders):
         views, arrived = arriving
         if i + 1 < len(holders):
-            if i:
-                copying.wait_event(read)  # noqa: F821  # of the module before, whose buffer is next
+            if read is not None:
+                copying.wait_event(read)  # the module before, whose buffer is next
             arriving = fetch(i + 1)
         current.wait_event(arrived)
         with _replaced(weights[i], views):
             yield item
-        read = current.record_event()  # noqa: F841
+        read = current.record_event()
 
 
 class _replaced:

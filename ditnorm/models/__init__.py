@@ -5,13 +5,15 @@ import pkgutil
 
 from ..fused import adaln
 from ..fused.block import FusedBlock, FusedUnit
+from ..fused.modulation import ModulatedModel
+
+_MODULES = [adaln, *(importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))]
 
 
 def _bodies() -> tuple[type[FusedUnit], ...]:
-    modules = [adaln, *(importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))]
     return tuple(
         body
-        for module in modules
+        for module in _MODULES
         for body in vars(module).values()
         if isinstance(body, type) and issubclass(body, FusedUnit) and body.__module__ == module.__name__
     )
@@ -19,6 +21,9 @@ def _bodies() -> tuple[type[FusedUnit], ...]:
 
 BODIES = _bodies()
 """All bodies of units."""
+
+MODULATED: tuple[ModulatedModel, ...] = tuple(facts for module in _MODULES for facts in getattr(module, "MODULATED", ()))
+"""The models whose modulations can be precomputed."""
 
 
 def body_for(upstream: type) -> type[FusedUnit] | None:

@@ -10,8 +10,31 @@ from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.gelu import activated
+from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.pairwise_mask import mask_form, pairwise_mask
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+
+MODULATED = (
+    ModulatedModel(
+        names=frozenset({"HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"}),
+        forward=frozenset({"30f3bd1c7313", "26e5a6cf8721"}),  # 0.37.0 to 0.42.1
+        embedding="time_text_embed",
+        takers=("transformer_blocks", "single_transformer_blocks", "norm_out"),
+    ),
+    ModulatedModel(
+        names=frozenset({"HunyuanVideo15Transformer3DModel"}),
+        forward=frozenset({"490537a446a4"}),  # 0.37.0 to 0.42.1
+        embedding="time_embed",
+        takers=("transformer_blocks", "norm_out"),
+    ),
+    ModulatedModel(
+        names=frozenset({"HunyuanImageTransformer2DModel"}),
+        forward=frozenset({"55d1a12efe80"}),  # 0.37.0 to 0.42.1
+        embedding="time_guidance_embed",
+        takers=("transformer_blocks", "single_transformer_blocks", "norm_out"),
+    ),
+)
+"""The refiners of the text have an embedding of their own, and one modulation each: they stay as they are."""
 
 
 class HunyuanVideoAttention(FusedAttention):
@@ -191,7 +214,7 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
         return _scale_residuals(hidden_states, encoder_hidden_states, x, gate, rounding=self.rounding)
 
 
-class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedUnit):
+class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
     """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their modulation from ``token_replace_emb``."""
 
     family = "HunyuanVideo"
@@ -200,8 +223,8 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int) -> tuple[Tensor, ...]:
-        emb = self.linear(self.silu(emb))
-        token_replace_emb = self.linear(self.silu(token_replace_emb))
+        emb = self.modulation(emb)
+        token_replace_emb = self.modulation(token_replace_emb)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
         tr_shift_msa, tr_scale_msa, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = token_replace_emb.chunk(6, dim=1)
 
@@ -210,7 +233,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(FusedUnit):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp
 
 
-class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(FusedUnit):
+class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
     """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their modulation from ``token_replace_emb``."""
 
     family = "HunyuanVideo"
@@ -221,8 +244,8 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(FusedUnit):
     def forward(
         self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        emb = self.linear(self.silu(emb))
-        token_replace_emb = self.linear(self.silu(token_replace_emb))
+        emb = self.modulation(emb)
+        token_replace_emb = self.modulation(token_replace_emb)
         shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
         tr_shift_msa, tr_scale_msa, tr_gate_msa = token_replace_emb.chunk(3, dim=1)
 

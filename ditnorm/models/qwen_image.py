@@ -8,7 +8,25 @@ from torch import Tensor
 from ..functional import joint_qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock
+from ..fused.modulation import ModulatedModel
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+
+MODULATED = (
+    ModulatedModel(
+        names=frozenset({"QwenImageTransformer2DModel"}),
+        forward=frozenset({"9f7f35b26230", "a8d45c0f203b", "9d0dfb7e01ef"}),  # 0.37.0; 0.38.0; 0.39.0 to 0.42.1
+        embedding="time_text_embed",
+        takers=("transformer_blocks", "norm_out"),
+        halved_if="zero_cond_t",
+        halved=("txt_mod", "norm_out"),
+    ),
+    ModulatedModel(
+        names=frozenset({"QwenImageControlNetModel"}),
+        forward=frozenset({"24d11ac24b40", "d9bd67691870", "8807cbc00fb0"}),  # 0.37.0, 0.38.0; 0.39.0, 0.40.0; 0.41.0 to 0.42.1
+        embedding="time_text_embed",
+        takers=("transformer_blocks",),
+    ),
+)
 
 
 class QwenImageAttention(FusedAttention):
@@ -100,6 +118,7 @@ class QwenImageTransformerBlock(FusedBlock):
 
     family = "Qwen-Image"
     names = frozenset({"QwenImageTransformerBlock"})
+    modulations = ("img_mod", "txt_mod")
     fingerprints = {"forward": frozenset({"da7d42c5625b"}), "_modulate": frozenset({"2c2fb35e6967"})}  # 0.37.0 to 0.42.1
     sites = {
         "img_norm1": LayerNormScaleShift,

@@ -2,11 +2,10 @@
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
@@ -15,9 +14,11 @@ from ..models import MODULATED
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
 from ..swapping.hook_chains import set_class
-from . import patch, verification
-from .targets import listed, modules_of, targets
-from .units import Unit, generated_by_others, untouchable, upstream_of
+from . import verification
+from .patch import patch_model
+from .restoring import restore
+from .targets import modules_of, targets
+from .units import Unit, _untouchable, upstream_of
 
 T = TypeVar("T")
 
@@ -59,16 +60,16 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
     found = targets(models)
     plans = [plan for name, (model, units) in found.items() for plan in _plans(name, model, units)]
     if not plans:
-        families = sorted({unit.body.family for _, units in found.values() for unit in units if unit.body.block})
+        families = sorted({unit.body.family for _, units in found.values() for unit in units if unit.is_block})
         names = ", ".join(type(model).__name__ for model, _ in found.values())
         raise ValueError(f"nothing to gain in {names}: the modulations of {', '.join(families)} are tables, or small already")
     obstacles = [f"{plan.name}: {reason}" for plan in plans if (reason := _obstacle(plan)) is not None]
     if obstacles:
         raise RuntimeError("ditnorm: nothing was changed: " + "; ".join(obstacles))
-    unpatched = {name: models[name] for name, (_, units) in found.items() if not all(unit.fused for unit in units if unit.refusal is None)}
-    if unpatched:
-        roundings = {unit.rounding for _, units in found.values() for unit in units if unit.rounding is not None}
-        patch.patch_models(unpatched, rounding=roundings.pop() if len(roundings) == 1 else "eager")
+    for model, units in found.values():
+        roundings = {unit.rounding for unit in units if unit.rounding is not None}
+        if not all(unit.fused for unit in units if unit.refusal is None):
+            patch_model(model, rounding=roundings.pop() if len(roundings) == 1 else "eager")
     for plan in plans:
         table = _table_of(plan) or _set_up(plan)
         if timesteps is not None:
@@ -86,19 +87,6 @@ def restore_modulation(target: T) -> T:
     """
     restore(modules_of(target))
     return target
-
-
-def restore(models: Mapping[str, nn.Module]) -> None:
-    for name, model in models.items():
-        for inner in model.modules():
-            embedding = next((m for m in inner.children() if "modulations" in m.__dict__), None)
-            if embedding is not None:
-                _restore(name, inner, embedding)
-
-
-def tables(model: nn.Module) -> list[ModulationTable]:
-    """Of a model and of the models inside it."""
-    return [module.__dict__["modulations"] for module in model.modules() if "modulations" in module.__dict__]
 
 
 def _plans(name: str, model: nn.Module, units: list[Unit]) -> Iterator[Plan]:
@@ -123,8 +111,7 @@ def _obstacle(plan: Plan) -> str | None:
             return f"{name} is a {type(taker).__name__}, which ditnorm doesn't know"
         if unit.refusal is not None:
             return f"{name} can't be fused: {unit.refusal}"
-    reason = generated_by_others(type(plan.embedding)) if _table_of(plan) is None else None
-    reason = reason or untouchable(plan.embedding)
+    reason = _untouchable(plan.embedding)
     if reason is not None:
         return f"{plan.facts.embedding}: {reason}"
     if plan.embedding._forward_hooks:
@@ -182,30 +169,14 @@ def _set_up(plan: Plan) -> ModulationTable:
     holders = []
     for name, module in _modulations(plan.model, plan.units):
         if not isinstance(module, Modulating):
-            set_class(module, generated.subclass(ModulationSequential, type(module), "eager"))
+            set_class(module, generated.subclass(ModulationSequential, nn.Sequential, "eager"))
         send_home(module)
         holders.append((name, module, name.endswith(halves) if halves else False))
     dtype = verification.stream_dtype(plan.model)
     assert dtype is not None
     embedding = plan.embedding
     embedding.__dict__["modulations"] = table = ModulationTable(embedding, holders, dtype)
-    set_class(embedding, generated.subclass(RowEmbedding, type(embedding), "eager"))
+    upstream: Any = type(embedding)
+    set_class(embedding, generated.subclass(RowEmbedding, upstream, "eager"))
     _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)
     return table
-
-
-def _restore(name: str, model: nn.Module, embedding: nn.Module) -> None:
-    table: ModulationTable = embedding.__dict__["modulations"]
-    ours = {id(p) for _, holder, _ in table.holders for p in holder.modulation_weights()}
-    device = next((p.device for p in model.parameters() if id(p) not in ours and p.device.type != "meta"), torch.device("cpu"))
-    set_class(embedding, upstream_of(type(embedding)))
-    del embedding.__dict__["modulations"]
-    for _, holder, _ in table.holders:
-        for p in holder.modulation_weights():
-            if p.device.type == "cpu":
-                p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
-        for attribute in ("modulation_table", "modulation_changes"):
-            holder.__dict__.pop(attribute, None)
-        if isinstance(holder, ModulationSequential):
-            set_class(holder, upstream_of(type(holder)))
-    _log.info("%s: %d modulations restored on %s", name, len(table.holders), listed([str(device)]))

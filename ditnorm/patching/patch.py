@@ -15,6 +15,7 @@ from ..ops.calls import ROUNDINGS
 from ..swapping import generated
 from ..swapping.hook_chains import Untraceable, captured, set_class
 from . import verification
+from .restoring import restore
 from .targets import Targets, components, listed, single, targets
 from .units import Unit, generated_by_others, upstream_of
 
@@ -116,6 +117,7 @@ def _unpatch(models: Mapping[str, nn.Module]) -> None:
     obstacles = [f"{name}: {reason}" for name, module in ours if (reason := _obstacle(module)) is not None]
     if obstacles:
         raise RuntimeError("ditnorm: nothing was unpatched: " + "; ".join(obstacles))
+    restore(models)
     for _, module in ours:
         set_class(module, upstream_of(type(module)))
     for model in models.values():

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import kernels
 from . import patch, verification
+from .restoring import tables
 from .targets import listed, modules_of, number_of, targets
 from .units import Unit
 from .verification import Verification
@@ -46,6 +47,8 @@ class TransformerReport:
     """Attention modules of the fusable or fused blocks whose query and key are fused too."""
     unfused_attentions: Mapping[str, list[str]]
     """Reason -> the attention modules that stay upstream's for it."""
+    modulations: tuple[str, ...] = ()
+    """What the tables of precomputed modulations hold, and what they were asked for."""
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Label and text of each row of the table."""
@@ -63,6 +66,8 @@ class TransformerReport:
             yield "  query and key", f"{when}normed and rotated in one call in {number_of(self.attentions, 'attention module')}"
         for reason, attentions in self.unfused_attentions.items():
             yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
+        for text in self.modulations:
+            yield "  modulations", text
         for reason, units in self.refused.items():
             yield "  refused", f"{listed(units)}: {reason}"
         for reason, units in self.changed.items():
@@ -127,6 +132,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and _hooked(swap.module)],
         attentions=sum(call.op.endswith("qk_norm_rope") for call in calls),
         unfused_attentions=_grouped((part.name, part.reason) for unit in counted for part in unit.unfused),
+        modulations=tuple(map(str, tables(model))),
     )
 
 
