@@ -47,8 +47,8 @@ class Modulating:
     """The sub-modules whose weights the table stands in for."""
     modulation_table: Tensor | None = None
     """[rows + 1, out_features]; the last row is NaN. None where nothing is precomputed, without rows where none was made yet."""
-    modulation_changes: int = 0
-    """Grows when a part is replaced or its dtype changes."""
+    modulation_changes: int
+    """Beside a table: grows when a part is replaced or its dtype changes."""
 
     if TYPE_CHECKING:
 
@@ -88,15 +88,15 @@ class Modulating:
             if child is not None:
                 child._apply(_in_host_memory(fn) if child in parts else fn)
         if before != [p.dtype for p in self.modulation_weights()]:
-            self.__dict__["modulation_changes"] = self.modulation_changes + 1
+            self.__dict__["modulation_changes"] += 1
         table = fn(self.modulation_table)
         self.__dict__["modulation_table"] = table if table.dtype is self.modulation_table.dtype else self.modulation_table
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self.__dict__["modulation_changes"] = self.modulation_changes + 1
+        if "modulation_changes" in self.__dict__ and isinstance(value, nn.Module):
+            self.__dict__["modulation_changes"] += 1
 
 
 class ModulationSequential(Modulating):
@@ -131,6 +131,8 @@ class RowEmbedding:
             rows = [None if t is None else torch.ops.ditnorm.modulation_rows(t, inputs, i, table.handle) for i, t in enumerate(tensors)]
         else:
             rows = [None if t is None else table.rows(t, inputs, i) for i, t in enumerate(tensors)]
+            if rows[0] is None:  # given up: the weights are back
+                return embedded
         return tuple(rows) if isinstance(embedded, tuple) else rows[0]
 
     def _is_read_by_others(self, device: str) -> bool:

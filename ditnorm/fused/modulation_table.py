@@ -4,6 +4,7 @@ import inspect
 import itertools
 import threading
 import time
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..swapping.generated import origin_of
+from ..swapping.hook_chains import set_class
+from .modulation import Modulating, ModulationSequential
+from .module import upstream_of
 
 Key = tuple[tuple[int, ...], torch.dtype, bytes]
 Inputs = Sequence[Tensor | None]
@@ -59,9 +63,9 @@ class ModulationTable:
     Threads take turns at look-ups. Rows that a thread may still read are not given to others.
     """
 
-    def __init__(self, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype: torch.dtype) -> None:
         """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of the embedding only."""
-        self.embedding = embedding
+        self.model, self.embedding = model, embedding
         self.holders = list(holders)
         self.dtype = dtype
         upstream: Any = origin_of(type(embedding)) or type(embedding)
@@ -73,6 +77,7 @@ class ModulationTable:
         self._start()
         device = next((p.device for p in embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
         for _, holder, _ in self.holders:  # already now: what is compiled or captured holds them
+            holder.__dict__["modulation_changes"] = 0
             out_features: int = holder.modulation_modules()[-1].out_features
             self._table_of(holder, torch.empty(0, out_features, dtype=dtype, device=device))
 
@@ -87,14 +92,16 @@ class ModulationTable:
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._free: list[int] = list(range(self._capacity))
         self._signature: list[Any] = []
+        self._path: list[tuple[str, dict[str, Any], str, nn.Module]] = []
         self._keys: Tensor | None = None
         self._batches: Tensor | None = None
         self._probes: dict[tuple[int, int, tuple[int, ...]], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't known."""
-        kept = ("embedding", "holders", "dtype", "inputs", "timesteps", "hits", "misses", "schedules", "changes", "seconds", "_capacity")
-        return {name: self.__dict__[name] for name in kept}
+        kept = ("model", "embedding", "holders", "dtype", "inputs", "timesteps", "_capacity")
+        counters = ("hits", "misses", "schedules", "changes", "seconds")
+        return {name: self.__dict__[name] for name in (*kept, *counters)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -127,11 +134,21 @@ class ModulationTable:
             self.pipelines = [known for known in self.pipelines if known() is not None] + [weakref.ref(pipeline)]
 
     @torch.no_grad()
-    def rows(self, embedding: Tensor, inputs: Inputs, output: int) -> Tensor:
-        """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module makes of ``inputs``: int64 [B]."""
+    def rows(self, embedding: Tensor, inputs: Inputs, output: int) -> Tensor | None:
+        """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module makes of ``inputs``: int64 [B].
+
+        None where the model was changed so that it can't take them: everything is restored then, with a warning.
+        """
         if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._captured(embedding)
         with self._lock, torch.inference_mode(False):
+            reason = self._reason_to_give_up()
+            if reason is not None:
+                self.restore()
+                warnings.warn(
+                    f"ditnorm: modulations of {type(self.model).__name__} aren't precomputed any more: {reason}", UserWarning, stacklevel=2
+                )
+                return None
             self._look_for_changes()
             key = _key(embedding)
             self._in_use[threading.get_ident()].append(key)
@@ -282,6 +299,39 @@ class ModulationTable:
 
     # Noticing changes.
 
+    def _reason_to_give_up(self) -> str | None:
+        """Whether somebody who doesn't know of row numbers would be given some now."""
+        if not self._path:
+            names = dict.fromkeys(".".join(name.split(".")[:n]) for name, _, _ in self.holders for n in range(1, name.count(".") + 2))
+            self._path = [(name, *_link(self.model, name)) for name in names]
+        for name, siblings, key, module in self._path:
+            if siblings.get(key) is not module and getattr(siblings.get(key), "_orig_mod", None) is not module:
+                return f"{name} was replaced"
+        for name, holder, _ in self.holders:
+            if not isinstance(holder, Modulating):
+                return f"{name} isn't fused any more"
+            for part in holder.modulation_modules():
+                if "_diffusers_hook" in part.__dict__ and part._diffusers_hook.get_hook("group_offloading") is not None:  # type: ignore[operator, union-attr]
+                    return "group offloading moves their weights in its own order, and keeps them off the device as it is"
+                if any(hasattr(p, "placements") for p in part._parameters.values()):
+                    return f"the weights of {name} are spread over several devices"
+        return None
+
+    def restore(self) -> None:
+        """Brings the weights to where the model is by now, and upstream's classes back."""
+        ours = {id(p) for _, holder, _ in self.holders if isinstance(holder, Modulating) for p in holder.modulation_weights()}
+        device = next((p.device for p in self.model.parameters() if id(p) not in ours and p.device.type != "meta"), torch.device("cpu"))
+        set_class(self.embedding, upstream_of(type(self.embedding)))
+        del self.embedding.__dict__["modulations"]
+        for _, holder, _ in self.holders:
+            parts = holder.modulation_modules() if isinstance(holder, Modulating) else list(holder.children())
+            for p in (p for part in parts for p in part.parameters() if p.device.type == "cpu"):
+                p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
+            for attribute in ("modulation_table", "modulation_changes"):
+                holder.__dict__.pop(attribute, None)
+            if issubclass(type(holder), ModulationSequential):
+                set_class(holder, upstream_of(type(holder)))
+
     def _look_for_changes(self) -> None:
         signature = self._signed()
         if signature != self._signature:
@@ -352,6 +402,13 @@ class ModulationTable:
         self._free += rows
         if self._batches is not None:
             self._batches[torch.tensor(rows, device=self._batches.device)] = 0
+
+
+def _link(model: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module]:
+    """The dict that holds the module ``name`` of ``model``, its key there, and the module."""
+    parent, _, key = name.rpartition(".")
+    siblings: dict[str, Any] = model.get_submodule(parent)._modules
+    return siblings, key, siblings[key]
 
 
 def send_home(holder: Any) -> None:
@@ -475,7 +532,10 @@ _tables: "weakref.WeakValueDictionary[int, ModulationTable]" = weakref.WeakValue
 def _rows(embedding: Tensor, inputs: list[Tensor | None], output: int, handle: int) -> Tensor:
     table = _tables[handle]
     table._fixed = True  # the compiled code holds the tables that it saw
-    return table.rows(embedding, inputs, output).clone()
+    rows = table.rows(embedding, inputs, output)
+    if rows is None:
+        raise RuntimeError("ditnorm: modulations aren't precomputed any more (a warning says why): compile the model again")
+    return rows.clone()
 
 
 def _rows_fake(embedding: Tensor, inputs: list[Tensor | None], output: int, handle: int) -> Tensor:

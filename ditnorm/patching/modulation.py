@@ -175,7 +175,7 @@ def _set_up(plan: Plan) -> ModulationTable:
     dtype = verification.stream_dtype(plan.model)
     assert dtype is not None
     embedding = plan.embedding
-    embedding.__dict__["modulations"] = table = ModulationTable(embedding, holders, dtype)
+    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, dtype)
     upstream: Any = type(embedding)
     set_class(embedding, generated.subclass(RowEmbedding, upstream, "eager"))
     _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)
