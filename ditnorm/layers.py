@@ -308,11 +308,12 @@ class ScaleResidualIdentity(nn.Identity):
         gate_table: Tensor | None = None,
         index: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """``(r, r)`` with ``r = residual + gate * x``, or ``residual`` itself where ``x`` is None."""
+        """``(r, r)`` with ``r = residual + gate * x``, the first a copy in half precision, or ``residual`` itself where ``x`` is None."""
         if x is None:
             return residual
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
-        return r, r
+        # Upstream casts to float32 and back here, so that what it hands on is another tensor than the residual unless that is float32.
+        return r if r.dtype is torch.float32 else r.clone(), r
 
 
 def _kind(module: Any) -> tuple[str, tuple[int, ...]]:

@@ -1,10 +1,14 @@
 """GELUs in place: where nobody can tell they are, and the memory that this saves; and with "single" rounding in the product's kernel."""
 
+import contextlib
 import copy
+import functools
 import pickle
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -13,9 +17,11 @@ from diffusers.models.activations import GELU
 from support import model_checks, tiny
 from support.live_bytes import LiveBytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import patch_model, unpatch_model
+from ditnorm.fused import gelu as gelu_module
 from ditnorm.fused.gelu import FusedGELU, linear_gelu
 from ditnorm.fused.module import matches
 from ditnorm.swapping import generated
@@ -24,22 +30,29 @@ DTYPE = torch.bfloat16
 IN_PLACE = {"wan-t2v": 3, "wan-vace": 5, "qwen-image": 6, "hunyuan-video": 6, "hunyuan-video-token-replace": 6, "hunyuan-video-1.5": 4}
 
 
-class Gelus(TorchDispatchMode):
-    """Counts the calls of both kinds of GELU."""
+@contextlib.contextmanager
+def gelus() -> Iterator[Counter[str]]:
+    """Counts the calls of ours, by name. No mode does: where one is, nothing is overwritten."""
+    calls: Counter[str] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        return call
+
+    with (
+        mock.patch.object(torch.ops.aten, "gelu_", counted("gelu_", torch.ops.aten.gelu_)),
+        mock.patch.object(gelu_module, "addmm_activation", counted("addmm_activation", gelu_module.addmm_activation)),
+    ):
+        yield calls
 
 
 def in_place(model: nn.Module, name: str) -> int:
-    with Gelus() as gelus:
+    with gelus() as calls:
         tiny.run(model, tiny.inputs(name, 1, DTYPE))
-    return gelus.calls["gelu_"]
+    return calls["gelu_"]
 
 
 def run(model: nn.Module, name: str) -> Tensor:
@@ -61,7 +74,8 @@ def test_every_gelu_of_a_patched_block_is_in_place_and_no_other(name: str) -> No
     assert in_place(unpatch_model(model), name) == 0
 
 
-def test_an_mlp_holds_its_inner_tensor_once() -> None:
+def test_an_mlp_holds_its_inner_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gelu_module, "seen_by_a_mode", lambda: False)  # what counts the bytes is a mode
     block = tiny.load("wan-t2v", DTYPE).blocks[0]
     x = torch.randn(1, 64, 24, dtype=DTYPE)
 
@@ -99,6 +113,83 @@ def test_hooks_on_the_activation_of_a_single_stream_block_are_called_with_its_va
     assert torch.equal(run(patch_model(model), "hunyuan-video"), expected)
     assert all(torch.equal(patched, upstream) for upstream, patched in zip(seen[:3], seen[3:], strict=True))
     assert in_place(model, "hunyuan-video") == IN_PLACE["hunyuan-video"] - 2
+
+
+class Kept(TorchDispatchMode):
+    """Keeps what linears return, and what it was when they did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("addmm", "linear"):
+            self.outputs.append((result, result.clone()))
+        return result
+
+
+class KeptOfFunctions(TorchFunctionMode):
+    """The same, of calls in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear:
+            self.outputs.append((result, result.clone()))
+        return result
+
+
+@pytest.mark.parametrize("mode", [Kept, KeptOfFunctions])
+@pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
+def test_modes_keep_what_they_have_seen(name: str, mode: type) -> None:
+    model = patch_model(tiny.load(name, DTYPE))
+    with mode() as kept:
+        run(model, name)
+    assert kept.outputs
+    assert all(torch.equal(output, before) for output, before in kept.outputs)
+    with torch.device("cpu"):  # a mode that keeps nothing
+        assert in_place(model, name)
+
+
+@pytest.mark.parametrize("how", ["subclass", "wrapped on the class", "wrapped call"])
+@pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
+def test_linears_of_other_classes_keep_what_they_return(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(tiny.load(name, DTYPE))
+    expected, outputs = run(model, name), []
+    method = "__call__" if how == "wrapped call" else "forward"
+    original = getattr(nn.Linear, method)
+
+    def remember(self: nn.Linear, x: Tensor) -> Tensor:
+        output = original(self, x)
+        outputs.append((output, output.clone()))
+        return output
+
+    if how == "subclass":
+        remembering = type("Remembering", (nn.Linear,), {"forward": remember})
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = remembering
+    else:
+        monkeypatch.setattr(nn.Linear, method, functools.wraps(original)(remember))
+    assert torch.equal(run(model, name), expected)
+    assert outputs
+    assert all(torch.equal(output, before) for output, before in outputs)
+
+
+@pytest.mark.parametrize(("owner", "attribute"), [(nn.functional, "gelu"), (nn.GELU, "forward")])
+@pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_gelu_replaced_for_all_is_called(order: str, name: str, owner: Any, attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original = tiny.load(name, DTYPE), getattr(owner, attribute)
+    if order == "after":
+        patch_model(model)
+    monkeypatch.setattr(owner, attribute, lambda *args, **kwargs: original(*args, **kwargs) * 0.5)
+    expected = run(tiny.load(name, DTYPE), name)
+    assert torch.equal(run(patch_model(model), name), expected)
 
 
 def test_hooks_on_all_modules_keep_the_values_that_they_see() -> None:
@@ -141,13 +232,13 @@ def test_adapters_run_as_upstream_does(name: str) -> None:
 @pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
 def test_nothing_is_overwritten_where_a_gradient_flows(name: str) -> None:
     model = patch_model(tiny.load(name, DTYPE))
-    with Gelus() as gelus:
+    with gelus() as calls:
         model(**tiny.inputs(name, 1, DTYPE))
-    assert gelus.calls["gelu_"] == 0
+    assert calls["gelu_"] == 0
     model.requires_grad_(False)
-    with Gelus() as gelus:
+    with gelus() as calls:
         model(**tiny.inputs(name, 1, DTYPE))
-    assert gelus.calls["gelu_"] == IN_PLACE[name]
+    assert calls["gelu_"] == IN_PLACE[name]
 
 
 def test_the_compiler_sees_upstreams_code() -> None:
@@ -165,9 +256,9 @@ def test_the_compiler_sees_upstreams_code() -> None:
 
 
 def in_epilogue(model: nn.Module, arguments: dict[str, Any]) -> int:
-    with Gelus() as gelus:
+    with gelus() as calls:
         tiny.run(model, arguments)
-    return gelus.calls["_addmm_activation"]
+    return calls["addmm_activation"]
 
 
 @pytest.mark.gpu
@@ -195,9 +286,9 @@ def test_the_kernel_of_the_product_is_left_alone_where_somebody_could_tell(chang
         for module in (gelu, upstream):
             torch.manual_seed(0)
             module.proj = peft.tuners.lora.Linear(module.proj, "default", peft.LoraConfig(), r=2, lora_alpha=2)
-    with torch.set_grad_enabled(change == "gradient"), torch.autocast("cuda", DTYPE, enabled=change == "autocast"), Gelus() as gelus:
+    with torch.set_grad_enabled(change == "gradient"), torch.autocast("cuda", DTYPE, enabled=change == "autocast"), gelus() as calls:
         output, expected = gelu(x), upstream(x)
-    assert gelus.calls["_addmm_activation"] == 0
+    assert calls["addmm_activation"] == 0
     assert torch.equal(output, expected)
 
 

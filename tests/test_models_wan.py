@@ -8,12 +8,13 @@ import pytest
 import torch
 from packaging.version import Version
 from support import model_checks, tiny
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import kernels, layers
-from ditnorm.patching import patch_model, report
+from ditnorm.patching import patch_model, report, unpatch_model
 
 # Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix product depend on the layout of its operands.
 _STRIDED = pytest.mark.skipif(
@@ -250,3 +251,40 @@ def test_text_of_one_sample_serves_a_batch_of_videos_as_upstream():
     before = kernels.counts()["qk_norm_rope", "reference"]
     assert torch.equal(tiny.run(model, arguments), expected)
     assert kernels.counts()["qk_norm_rope", "reference"] - before == 3 * 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_norms_of_query_and_key_without_a_weight_are_across_heads(when: str) -> None:
+    model, arguments = tiny.load("wan-t2v", torch.bfloat16), tiny.inputs("wan-t2v", 2, torch.bfloat16)
+    if when == "after":
+        patch_model(model)
+    model.blocks[0].attn1.norm_q.weight = None
+    model.blocks[1].attn2.norm_k.weight = None
+    patched = tiny.run(patch_model(model, strict=True), arguments)
+    assert torch.equal(patched, tiny.run(unpatch_model(model), arguments))
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "wan-vace"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_table_for_each_sample_is_added_as_upstream_adds_it(name: str, when: str) -> None:
+    model, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 2, torch.bfloat16)
+    if when == "after":
+        patch_model(model)
+    table = model.blocks[0].scale_shift_table
+    model.blocks[0].scale_shift_table = nn.Parameter(torch.cat([table.data, 2 * table.data]))
+    patched = tiny.run(patch_model(model, strict=True), arguments)
+    assert torch.equal(patched, tiny.run(unpatch_model(model), arguments))
+
+
+@_STRIDED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_a_norm_before_it_gets_a_copy_where_upstream_makes_one(dtype: torch.dtype) -> None:
+    model, arguments = tiny.load("wan-without-cross-attn-norm", dtype), tiny.inputs("wan-without-cross-attn-norm", 2, dtype)
+
+    def scribble(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].mul_(0.5)
+
+    for block in model.blocks:
+        block.attn2.register_forward_pre_hook(scribble)
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)

@@ -1,6 +1,7 @@
 """What patching and unpatching leave alone: they name it and why, and under ``strict`` change nothing."""
 
 import copy
+import functools
 import types
 import warnings
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
+from diffusers.models import embeddings
 from support import tiny
-from support.patched import DTYPE, WanTransformerBlock, classes, is_patched, pipeline
+from support.patched import DTYPE, WanTransformerBlock, classes, is_patched, pipeline, run
 from torch import nn
 
 from ditnorm.patching import patch_model, patch_pipeline, report, unpatch_model
@@ -141,3 +143,93 @@ def test_a_refused_transformer_keeps_a_strict_pipeline_as_it_is(model: nn.Module
     with pytest.raises(RuntimeError, match=r"transformer_2: blocks.0 not fused"):
         patch_pipeline(pipeline(model, second), strict=True)
     assert not is_patched(model)
+
+
+# What is fused must be what was looked at
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "norm"),
+    [
+        ("wan-t2v", "blocks.0.norm3", nn.Identity()),
+        ("wan-t2v", "blocks.0.norm2", nn.RMSNorm(24)),
+        ("wan-t2v", "blocks.0.norm1", nn.RMSNorm(24)),
+        ("qwen-image", "transformer_blocks.0.img_norm2", nn.Identity()),
+        ("qwen-image", "transformer_blocks.0.img_norm2", nn.RMSNorm(48)),
+        ("hunyuan-video", "transformer_blocks.0.norm1.norm", nn.Identity()),
+    ],
+)
+def test_a_norm_of_another_kind_than_the_site_needs_refuses_its_block(name: str, path: str, norm: nn.Module) -> None:
+    model = tiny.load(name, DTYPE)
+    model.set_submodule(path, norm.to(DTYPE))
+    expected = run(model, name)
+    with pytest.warns(UserWarning, match=rf"\.0 not fused: .*norm.*: no fused layer stands in for .*{type(norm).__name__} here"):
+        patch_model(model)
+    assert torch.equal(run(model, name), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute"),
+    [
+        ("qwen-image", nn.LayerNorm, "forward"),
+        ("qwen-image", nn.LayerNorm, "__call__"),
+        ("qwen-image", nn.functional, "layer_norm"),
+        ("wan-t2v", nn.functional, "layer_norm"),
+        ("wan-t2v", nn.RMSNorm, "forward"),
+        ("wan-t2v", nn.functional, "rms_norm"),
+        ("hunyuan-video", nn.LayerNorm, "forward"),
+    ],
+)
+@pytest.mark.parametrize("disguised", [False, True])
+def test_a_norm_replaced_for_the_process_is_called_and_its_reason_named(
+    name: str, owner: Any, attribute: str, disguised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, original = tiny.load(name, DTYPE), getattr(owner, attribute)
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) * 0.5
+
+    monkeypatch.setattr(owner, attribute, functools.wraps(original)(halved) if disguised else halved)
+    expected = run(model, name)
+    with pytest.warns(UserWarning, match=rf"not fused: .*{attribute} was replaced"):
+        patch_model(model)
+    assert torch.equal(run(model, name), expected)
+
+
+def test_a_rotary_helper_that_a_processor_imports_in_its_call_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original = tiny.load("hunyuan-video", DTYPE), embeddings.apply_rotary_emb
+    monkeypatch.setattr(embeddings, "apply_rotary_emb", lambda x, *args, **kwargs: original(x * 2, *args, **kwargs))
+    expected = run(model, "hunyuan-video")
+    with pytest.warns(UserWarning, match="its processor .*HunyuanVideoAttnProcessor2_0 calls an unknown apply_rotary_emb"):
+        patch_model(model)
+    assert torch.equal(run(model, "hunyuan-video"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "one", "other"),
+    [("wan-t2v", "blocks.0", "norm1", "norm3"), ("qwen-image", "transformer_blocks.0", "img_norm1", "img_norm2")],
+)
+def test_a_norm_at_two_different_sites_refuses_its_block(name: str, block: str, one: str, other: str) -> None:
+    model = tiny.load(name, DTYPE)
+    setattr(model.get_submodule(block), other, model.get_submodule(f"{block}.{one}"))
+    expected = run(model, name)
+    with pytest.warns(UserWarning, match=rf"{block} not fused: {block}.{one} and {block}.{other} are one module"):
+        patch_model(model)
+    assert is_patched(model)
+    assert torch.equal(run(model, name), expected)
+
+
+@pytest.mark.parametrize(("one", "other"), [("norm1", "norm3"), ("norm3", "norm1")])
+def test_a_fused_norm_put_at_another_site_gives_its_block_back(model: nn.Module, one: str, other: str) -> None:
+    upstream = copy.deepcopy(model)
+    setattr(upstream.blocks[0], other, getattr(upstream.blocks[0], one))
+    patch_model(model)
+    with pytest.warns(UserWarning, match=f"isn't fused any more: its {other} was replaced"):
+        setattr(model.blocks[0], other, getattr(model.blocks[0], one))
+    assert torch.equal(run(model), run(upstream))
+
+
+def test_a_norm_that_two_blocks_share_at_the_same_site_is_fused(model: nn.Module) -> None:
+    model.blocks[0].norm1 = model.blocks[1].norm1
+    expected = run(model)
+    assert torch.equal(run(patch_model(model, strict=True)), expected)

@@ -23,6 +23,7 @@ NAMES: list[tuple[Any, str]] = [
     (torch._C._functorch, "peek_interpreter_stack"),
     (torch._C, "_get_dispatch_mode"),
     (torch._C, "_TorchDispatchModeKey"),
+    (torch._C, "_len_torch_dispatch_stack"),
 ]
 
 
@@ -34,6 +35,7 @@ def answers(private: ModuleType) -> dict[str, bool]:
         "hooks_for_all_modules": private.hooks_for_all_modules(),
         "function_transform": private.function_transform(),
         "traced_to_graph": private.traced_to_graph(),
+        "seen_by_a_mode": private.seen_by_a_mode(),
     }
 
 

@@ -6,6 +6,7 @@ before or after patching, are respected: one that isn't known runs as upstream r
 
 import importlib
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +60,8 @@ class FusedAttention(FusedModule):
     """Class of a processor, ``"module:name"`` or a name in the module of the attention class -> fingerprint of its ``__call__`` -> how it
     builds its mask, a method of the body (None: it takes what it is given)."""
     helpers: ClassVar[Mapping[str, frozenset[str]]]
-    """Functions that the processors call and the body doesn't -> their accepted fingerprints."""
+    """Functions that the processors call and the body doesn't -> their accepted fingerprints. ``"module:name"`` for one that a processor
+    imports in its call, else a name in the processor's module."""
     norm: ClassVar[str]
     """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
     rotary: ClassVar[str]
@@ -93,21 +95,27 @@ class FusedAttention(FusedModule):
                 continue
             call = vars(processor).get("__call__")
             digest = fingerprint(call) or ""
-            if digest in forms and cls._helpers_known(call):
+            if digest in forms and cls._unknown_helper(call) is None:
                 known[processor] = forms[digest]
         return known
 
     @classmethod
-    def _helpers_known(cls, call: Any) -> bool:
-        found = {name: call.__globals__.get(name) for name in cls.helpers}
-        return all(function is None or fingerprint(function) in cls.helpers[name] for name, function in found.items())
+    def _unknown_helper(cls, call: Any) -> str | None:
+        for path, accepted in cls.helpers.items():
+            module, _, name = path.rpartition(":")
+            function = getattr(importlib.import_module(module), name) if module else call.__globals__.get(name)
+            if function is not None and fingerprint(function) not in accepted:
+                return name
+        return None
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
         origin = upstream_of(type(module))
         processor = type(getattr(module, "processor", None))
         if processor not in cls.known_processors(origin):
-            return f"its processor {processor.__module__}.{processor.__qualname__} is not one that ditnorm knows"
+            name, call = f"{processor.__module__}.{processor.__qualname__}", vars(processor).get("__call__")
+            helper = cls._unknown_helper(call) if isinstance(call, FunctionType) else None
+            return f"its processor {name} " + ("is not one that ditnorm knows" if helper is None else f"calls an unknown {helper}")
         norms = {name: getattr(module, name, None) for name in cls.norms(module)}
         for name, norm in norms.items():
             reason = cls._norm_unsupported(norm)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
+from ..layers import ScaleResidualIdentity
 from ..swapping.generated import origin_of
 from ..swapping.hook_chains import set_class
 from .gelu import FusedGELU
@@ -25,7 +26,7 @@ class FusedUnit(FusedModule):
         """Gives a module back to upstream's ``forward`` when somebody replaces one of its norms by a module that takes no modulation."""
         super().__setattr__(name, value)
         upstream = origin_of(type(self))
-        if upstream is None or name not in self.sites or issubclass(self.sites[name], FusedModule) or origin_of(type(value)) is not None:
+        if upstream is None or name not in self.sites or issubclass(self.sites[name], FusedModule) or self._takes(name, value):
             return
         set_class(cast(nn.Module, self), upstream)
         warnings.warn(
@@ -34,6 +35,12 @@ class FusedUnit(FusedModule):
             UserWarning,
             stacklevel=2,
         )
+
+    @classmethod
+    def _takes(cls, site: str, value: Any) -> bool:
+        """Whether ``value``, put where the norm of ``site`` was, is a layer that takes the same modulation."""
+        unmodulated = (ScaleResidualIdentity,) if site in cls.unmodulated else ()
+        return origin_of(type(value)) is not None and isinstance(value, (cls.sites[site], *unmodulated))
 
 
 class FusedBlock(FusedUnit):

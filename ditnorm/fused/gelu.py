@@ -2,14 +2,26 @@
 ``rounding="single"``, before the product's rounding, in the kernel of the matrix product.
 """
 
+from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import autocasts, transformed
-from ..swapping.torch_private import addmm_activation, hooks_for_all_modules
+from ..swapping.originals import defined_in, replaced, replaced_functional
+from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, seen_by_a_mode
 from .module import FusedModule
+
+# What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes through it.
+_LINEAR_FORWARD = nn.Linear.forward if replaced(nn.Linear, "forward") is None else None
+_GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else None
+_GELU = F.gelu if replaced_functional("gelu") is None else None
+_CALL = nn.Module.__call__
+
+_QUANTISERS = ("bitsandbytes", "diffusers", "optimum")
+"""Libraries whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another weight.)"""
 
 
 class FusedGELU(FusedModule):
@@ -34,7 +46,7 @@ class FusedGELU(FusedModule):
 
 def activated(activation: nn.Module, linear: nn.Module, x: Tensor, rounding: str) -> Tensor:
     """``activation(linear(x))`` for a block that calls the two apart."""
-    known = type(activation) is nn.GELU and "forward" not in activation.__dict__ and not _hooks(activation)
+    known = type(activation).forward is _GELU_FORWARD and _called_as_module(activation)
     if known and rounding == "single" and _fits_epilogue(linear, x, activation.approximate):
         return linear_gelu(linear, x)
     x = linear(x)
@@ -69,14 +81,31 @@ def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGua
 
 
 def _overwritable(linear: nn.Module, x: Tensor) -> bool:
-    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no hook or wrapper, no adapter."""
+    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no hook, wrapper or mode, no adapter."""
     # The compiler reuses memory by itself.
     return not torch.compiler.is_compiling() and not x.requires_grad and _plain(linear, x)
 
 
 def _plain(linear: nn.Module, x: Tensor) -> bool:
     """Whether nothing but a linear's own code sees its input and output, with ``x`` being one of them."""
-    return type(x) is Tensor and isinstance(linear, nn.Linear) and "forward" not in linear.__dict__ and not _hooks(linear)
+    cls = type(linear)
+    return (
+        type(x) is Tensor
+        and (cls.forward is _LINEAR_FORWARD or _quantised(cls.forward))
+        and _called_as_module(linear)
+        and F.gelu is _GELU
+        and not seen_by_a_mode()
+    )
+
+
+def _called_as_module(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is one of its class's ``forward``, and nothing else."""
+    return type(module).__call__ is _CALL and "forward" not in module.__dict__ and not _hooks(module)
+
+
+def _quantised(forward: Any) -> bool:
+    """Whether a linear's ``forward`` is of a library whose linears are known to keep nothing of what they return."""
+    return isinstance(forward, FunctionType) and any(defined_in(forward, package) for package in _QUANTISERS)
 
 
 def _hooks(module: nn.Module) -> bool:

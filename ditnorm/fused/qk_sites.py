@@ -51,9 +51,9 @@ class QKSite:
             return [(random(1, tokens, width) * random(1, tokens, 1).exp() + random(1, tokens, 1)).to(self.dtype) for _ in range(count)]
 
         def weights() -> list[Tensor | None]:
-            return [
-                None if self.weight is None else (1 + random(width if self.across else self.head_dim)).to(self.weight) for _ in range(2)
-            ]
+            if self.weight is None:
+                return [torch.ones(width, device=device, dtype=self.dtype) if self.across else None] * 2
+            return [(1 + random(width if self.across else self.head_dim)).to(self.weight) for _ in range(2)]
 
         fused: Any = getattr(functional, self.op)
         unfused: Any = OPS[self.op].expression

@@ -50,7 +50,7 @@ class HunyuanVideoAttention(FusedAttention):
         "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageAttnProcessor": {"f78cf0232315": None},
         "diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15AttnProcessor2_0": {"0ed3628ba196": "pairwise_mask"},
     }
-    helpers = {"apply_rotary_emb": frozenset({"16054305ef24"})}
+    helpers = {"diffusers.models.embeddings:apply_rotary_emb": frozenset({"16054305ef24"})}
     norm = "diffusers_rms"
     rotary = "per_element"
 

@@ -41,6 +41,10 @@ class WanAttention(FusedAttention):
             image_states, encoder_hidden_states = encoder_hidden_states[:, :image_tokens], encoder_hidden_states[:, image_tokens:]  # type: ignore[index]
 
         query, key, value = self.upstream("_get_qkv_projections")(self, hidden_states, encoder_hidden_states)
+        query_weight, key_weight = weight_of(self.norm_q), weight_of(self.norm_k)
+        if query_weight is None or key_weight is None:  # by their length the op sees that the norm is across heads; ones change no bit
+            query_weight = query.new_ones(query.shape[-1]) if query_weight is None else query_weight
+            key_weight = key.new_ones(key.shape[-1]) if key_weight is None else key_weight
         rotary = None
         if rotary_emb is not None:
             cos, sin = rotary_emb
@@ -48,8 +52,8 @@ class WanAttention(FusedAttention):
         query, key = qk_norm_rope(
             query,
             key,
-            weight_of(self.norm_q),
-            weight_of(self.norm_k),
+            query_weight,
+            key_weight,
             rotary,
             head_dim=query.shape[-1] // self.heads,
             norm="rms",
@@ -188,6 +192,9 @@ def _rows_are_equal(rows: Tensor) -> bool:
 
 def _modulation(temb: Tensor, table: Tensor) -> tuple[dict[str, Tensor], ...]:
     """Arguments of norm1, of the gate after attn1, of norm3, of the gate after ffn. All are views: the kernels add the table [1, 6, D]."""
+    if table.shape[0] != 1:  # a table for each sample, which no kernel adds
+        shift1, scale1, gate1, shift3, scale3, gate3 = (table + temb.float()).unbind(-2)
+        return {"scale": scale1, "shift": shift1}, {"gate": gate1}, {"scale": scale3, "shift": shift3}, {"gate": gate3}
     shift1, scale1, gate1, shift3, scale3, gate3 = temb.unbind(-2)
     shift1_table, scale1_table, gate1_table, shift3_table, scale3_table, gate3_table = table[0].unbind()
     return (

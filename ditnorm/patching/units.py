@@ -98,8 +98,22 @@ class _Refused(Exception):
 def find_units(model: nn.Module) -> list[Unit]:
     """The topmost modules of ``model`` with a fused body, or that look as if they had one, in the model's order."""
     units = list(_walk("", model, None, None, set()))
+    _refuse_shared(units)
     blocks = any(unit.is_block and unit.refusal is None for unit in units)
     return [unit for unit in units if blocks or not unit.body.holders]
+
+
+def _refuse_shared(units: list[Unit]) -> None:
+    """Refuses units one of whose modules would have to be of two classes: a norm at two different sites."""
+    bodies: dict[nn.Module, dict[type, str]] = {}
+    for unit in units:
+        for swap in unit.swaps:
+            bodies.setdefault(swap.module, {}).setdefault(swap.body, swap.name)
+    for unit in units:
+        shared = next((swap.module for swap in unit.swaps if len(bodies[swap.module]) > 1), None)
+        if shared is not None:
+            unit.refusal = f"{' and '.join(bodies[shared].values())} are one module"
+            unit.swaps = []
 
 
 def _walk(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str | None, seen: set[int]) -> Iterator[Unit]:

@@ -31,6 +31,8 @@ def unknown_norm(cls: type) -> str:
 
 def _look(cls: type) -> tuple[str | None, str | None]:
     name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__call__ is not nn.Module.__call__:
+        return None, f"{name}.__call__ was replaced"
     if cls in _OF_TORCH:
         kind, function = _OF_TORCH[cls]
         reason = replaced(cls, "forward") or (None if function is None else replaced_functional(function))

@@ -23,11 +23,17 @@ def replaced_functional(name: str) -> str | None:
 def _replaced(path: str, found: Any, qualname: str, module: str) -> str | None:
     if isinstance(found, BuiltinFunctionType) and found.__name__ == qualname:
         return None
-    if isinstance(found, FunctionType) and found.__qualname__ == qualname and _defined_in(found, module):
+    if isinstance(found, FunctionType) and found.__qualname__ == qualname and _is_of(found, f"{module.replace('.', '/')}.py"):
         return None
     return f"{path} was replaced by {getattr(found, '__module__', None)}.{getattr(found, '__qualname__', type(found).__name__)}"
 
 
-def _defined_in(function: FunctionType, module: str) -> bool:
+def defined_in(function: FunctionType, package: str) -> bool:
+    """Whether the code of ``function``, and not of something that wraps it, comes from a package."""
+    module = function.__module__
+    return module.partition(".")[0] == package and _is_of(function, f"{module.replace('.', '/')}.py")
+
+
+def _is_of(function: FunctionType, file: str) -> bool:
     code = function.__code__
-    return code.co_name == function.__name__ and code.co_filename.replace("\\", "/").endswith(f"{module.replace('.', '/')}.py")
+    return code.co_name == function.__name__ and code.co_filename.replace("\\", "/").endswith(file)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad
+import torch.overrides
+import torch.utils._device
 from torch.nn.modules import module as _module
 
 
@@ -58,3 +60,20 @@ def traced_to_graph() -> bool:
     mode = getattr(torch._C, "_get_dispatch_mode", None)
     proxy = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
     return mode is None or proxy is None or mode(proxy) is not None
+
+
+def seen_by_a_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` or ``TorchFunctionMode`` sees the operations, and may keep their results: that of
+    ``torch.set_default_device`` doesn't. Where that can't be seen: yes.
+    """
+    return _dispatch_modes() > 0 or (_function_modes() > 0 and not all(type(mode) is _DeviceContext for mode in _function_mode_stack()))
+
+
+def _one() -> int:
+    return 1
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _one)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", _one)
+_function_mode_stack: Callable[[], list[Any]] = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [None])
+_DeviceContext: Any = getattr(torch.utils._device, "DeviceContext", None)
