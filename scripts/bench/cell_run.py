@@ -1,27 +1,40 @@
 """Runs one cell: every contestant that serves it, checked and timed side by side."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .cells import Cell, Inputs
-from .contestants import EAGER, OURS, UNFUSED, Contestant, results
+from .cell import C, Inputs, tensors
+from .contestants import EAGER, OURS, UNFUSED, Call, Contestant
 from .light import Light
-from .precision import errors
 from .results import CellResult, Entry
-from .timing import Call, Recording, calls_in_graph, input_sets, measure, record
-
-WRONG = 0.05  # relative error: ten times that of the coarsest honest contestant, bfloat16 rounded after every step
+from .timing import Recording, calls_in_graph, input_sets, measure, record
 
 
-def run_cell(cell: Cell, contestants: Sequence[Contestant], light: Light) -> CellResult:
+@dataclass
+class Verdict:
+    """How exact a result is; relative L2 errors, None where a benchmark measures none."""
+
+    error: float | None = None
+    """Against the exact result."""
+    excess: float | None = None
+    """The error given what else the call stored, over that of rounding the exact value once: 1 is the best that the dtype allows."""
+
+
+Check = Callable[[Any, Inputs], Callable[[Any], Verdict]]
+"""For a cell and its inputs, what judges the result of a call; it raises where that is wrong."""
+
+
+def run_cell(cell: C, contestants: Sequence[Contestant], light: Light, check: Check) -> CellResult[C]:
     """Measures one cell. What a contestant raises is its result; the others go on."""
     torch.compiler.reset()  # every cell compiles for its own sizes
     first = cell.inputs()
-    sets = input_sets(sum(t.numel() * t.itemsize for t in first.values()))
+    sets = input_sets(sum(t.numel() * t.itemsize for t in tensors(first)))
     calls = calls_in_graph(sets, cell.bytes)
     inputs = [first, *(cell.inputs() for _ in range(sets - 1))]
+    judge = check(cell, first)
     entries: dict[str, Entry] = {}
     recordings: dict[str, Recording] = {}
     for contestant in contestants:
@@ -29,22 +42,24 @@ def run_cell(cell: Cell, contestants: Sequence[Contestant], light: Light) -> Cel
             bound = _bind(contestant, cell, inputs)
             if bound is None:
                 continue
-            entries[contestant.name] = _checked(contestant.name, cell, first, bound[0])
+            found = judge(bound[0]())
+            torch.cuda.empty_cache()  # a graph can't use the memory that the check has kept
             recordings[contestant.name] = record(bound, calls)
+            entries[contestant.name] = Entry(error=found.error, excess=found.excess if contestant.name in OURS else None)
         except Exception as error:
             entries[contestant.name] = Entry(message=_brief(error))
-    streaming = light.finalists(cell.streams, sets, calls)  # holds the tensors that the graphs read
-    plain = {name: record(bound, calls) for name, bound in streaming.items()}
+    plain = {name: record(bound, calls) for name, bound in light.finalists(cell.streams, sets, calls).items()}
     timings = measure(recordings | plain)
     for name in recordings:
         entry, timing = entries[name], timings[name]
         entry.us, entry.low, entry.high = (seconds * 1e6 for seconds in (timing.median, timing.low, timing.high))
+    if {EAGER, UNFUSED} <= recordings.keys():
+        entries[EAGER].bits_equal = _equal(recordings[EAGER].bound[0], recordings[UNFUSED].bound[0])
     fastest = min(plain, key=lambda name: timings[name].median)
-    _compare_bits(cell, contestants, first, entries)
     return CellResult(cell, timings[fastest].median * 1e6, fastest, entries)
 
 
-def _bind(contestant: Contestant, cell: Cell, inputs: Sequence[Inputs]) -> list[Call] | None:
+def _bind(contestant: Contestant, cell: C, inputs: Sequence[Inputs]) -> list[Call] | None:
     make = contestant.bind(cell)
     bound: list[Call] = []
     for one in inputs:
@@ -55,23 +70,8 @@ def _bind(contestant: Contestant, cell: Cell, inputs: Sequence[Inputs]) -> list[
     return bound
 
 
-def _checked(name: str, cell: Cell, inputs: Inputs, call: Callable[[], Any]) -> Entry:
-    found = errors(cell, inputs, *results(cell.op, call()))
-    if not found.total < WRONG:  # NaN too
-        raise ValueError(f"the result is wrong: its error against float64 is {found.total:.2g}")
-    return Entry(error=found.total, excess=found.excess if name in OURS else None)
-
-
-def _compare_bits(cell: Cell, contestants: Sequence[Contestant], inputs: Inputs, entries: dict[str, Entry]) -> None:
-    if EAGER not in entries or UNFUSED not in entries:
-        return
-    try:
-        both = [next(c for c in contestants if c.name == name).bind(cell)(inputs) for name in (EAGER, UNFUSED)]
-        ours, unfused = (results(cell.op, call()) for call in both if call is not None)
-    except Exception:  # it has been reported where it was first called
-        return
-    pairs = [(a, b) for a, b in zip(ours, unfused, strict=True) if a is not None and b is not None]
-    entries[EAGER].bits_equal = all(torch.equal(a, b) for a, b in pairs)
+def _equal(ours: Call, unfused: Call) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors(ours()), tensors(unfused()), strict=True))
 
 
 def _brief(error: Exception) -> str:

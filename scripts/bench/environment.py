@@ -1,7 +1,6 @@
 """Where a run took place."""
 
 import datetime
-import importlib.metadata
 import platform
 import shlex
 import subprocess
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .peers import Found
+from .libraries import Found
 
 
 def describe(peers: Found) -> dict[str, Any]:
@@ -28,8 +27,8 @@ def describe(peers: Found) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "peers": {peer.package: importlib.metadata.version(peer.package) for peer in peers.available},
-        "missing": {peer.name: peer.reason for peer in peers.missing},
+        "peers": peers.versions,
+        "missing": peers.missing,
     }
 
 

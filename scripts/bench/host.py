@@ -4,28 +4,27 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from common.tables import text_table
 
-from .cells import NSS, SR, SRNSS, Cell
-from .contestants import AUTOTUNED, Contestant
+from .cell import EPS, Cell
+from .contestants import AUTOTUNED, Call, Contestant
 from .timing import SLEEP_CYCLES_PER_SECOND
 
-CELL = (128, 3072)
-CALLS = 50  # the launches of as many calls of an unfused chain fit into the driver's queue of 1024
+SIZE = (128, 3072)
+CALLS = 50  # the launches of as many calls of an unfused norm fit into the driver's queue of 1024
 REPEATS = 15
 SLOWEST_CALL = 400e-6
 LAYER_NORM, ADD = "F.layer_norm", "x + x"
 
 
-def measure(contestants: list[Contestant], warn: Callable[[str], None]) -> dict[str, float]:
-    """Seconds of one call: the median over rotating repeats, by ``"op: contestant"``."""
-    calls: dict[str, Callable[[], Any]] = {}
-    for op in (NSS, SRNSS, SR):
-        cell = Cell(op, *CELL, group="anchors")
+def measure(cells: Mapping[str, Cell], contestants: Sequence[Contestant], warn: Callable[[str], None]) -> dict[str, float]:
+    """Seconds of one call: the median over rotating repeats, by ``"op: contestant"``. ``cells``: of each op one of :data:`SIZE`."""
+    calls: dict[str, Call] = {}
+    for op, cell in cells.items():
         inputs = cell.inputs()
         for contestant in contestants:
             if contestant.name == AUTOTUNED:
@@ -38,13 +37,9 @@ def measure(contestants: list[Contestant], warn: Callable[[str], None]) -> dict[
                     calls[name] = call
             except Exception as error:
                 warn(f"{name}: {error}")
-    x = Cell(NSS, *CELL).inputs()["x"]
-    calls[LAYER_NORM] = functools.partial(F.layer_norm, x, CELL[1:], None, None, 1e-6)
+    x = torch.randn(1, *SIZE, dtype=torch.bfloat16, device="cuda")
+    calls[LAYER_NORM] = functools.partial(F.layer_norm, x, SIZE[1:], None, None, EPS)
     calls[ADD] = functools.partial(torch.add, x, x)
-    return rotate(calls)
-
-
-def rotate(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.disable()
@@ -57,7 +52,7 @@ def rotate(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _once(call: Callable[[], Any]) -> float:
+def _once(call: Call) -> float:
     call()
     torch.cuda.synchronize()
     torch.cuda._sleep(int(CALLS * SLOWEST_CALL * SLEEP_CYCLES_PER_SECOND))
@@ -71,8 +66,7 @@ def _once(call: Callable[[], Any]) -> float:
 
 def table(seconds: Mapping[str, float]) -> str:
     """Microseconds of a call and the ratio to ``F.layer_norm``."""
-    norm = seconds[LAYER_NORM]
-    lines = [f"{'host time of a call at 128 x 3072, GPU kept behind':<62}      us   / F.layer_norm"]
+    rows = [[f"host time of a call at {SIZE[0]} x {SIZE[1]}, GPU kept behind", "us", f"/ {LAYER_NORM}"]]
     order = sorted(seconds, key=lambda name: (": " in name, name.split(": ")[0], seconds[name]))
-    lines += [f"{name:<62}{seconds[name] * 1e6:8.2f}{seconds[name] / norm:9.2f}" for name in order]
-    return "\n".join(lines)
+    rows += [[name, f"{seconds[name] * 1e6:.2f}", f"{seconds[name] / seconds[LAYER_NORM]:.2f}"] for name in order]
+    return text_table(rows)

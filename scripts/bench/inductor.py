@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .cells import Cell
-from .contestants import compiled
+from .cell import Cell
+from .contestants import Contestant
 
 MOST_WORKERS = 12
 LOCK = "DITNORM_BENCH_LOCK"
@@ -21,7 +21,7 @@ LOCK = "DITNORM_BENCH_LOCK"
 
 def start_workers(script: Path, cells: Sequence[Cell], report: Callable[[str], None]) -> int:
     """Compiles the cells' expressions in processes of their own; returns how many cells that was."""
-    chosen = [cell.name for cell in cells if cell.group == "anchors"]
+    chosen = [cell.name for cell in cells if cell.compiled]
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)), len(chosen))
     if workers < 2:
         return 0
@@ -41,12 +41,12 @@ def start_workers(script: Path, cells: Sequence[Cell], report: Callable[[str], N
     return len(chosen)
 
 
-def fill(cells: Sequence[Cell]) -> None:
+def fill(cells: Sequence[Cell], compiled: Sequence[Contestant]) -> None:
     """The work of one process: calls every compiled contestant once in each cell."""
     _time_alone(os.environ[LOCK])
     for cell in cells:
         inputs = cell.inputs()
-        for contestant in compiled():
+        for contestant in compiled:
             torch.compiler.reset()
             try:
                 call = contestant.bind(cell)(inputs)

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-from .cells import Cell
+from common.tables import text_table
+
+from .cell import C
 from .contestants import AUTOTUNED, COMPILED, EAGER, OURS, SINGLE, UNFUSED
 
 
@@ -19,7 +21,7 @@ class Entry:
     low: float = math.nan
     high: float = math.nan
     error: float | None = None
-    """Relative L2 error of y against float64, of r for scale_residual."""
+    """Relative L2 error against float64: of y, of r for scale_residual. Of query and key none is measured."""
     excess: float | None = None
     """The error given the stored r, over that of rounding the exact value once."""
     bits_equal: bool | None = None
@@ -29,12 +31,13 @@ class Entry:
 
 
 @dataclass
-class CellResult:
+class CellResult(Generic[C]):
     """One cell: the speed of light and every contestant that serves it."""
 
-    cell: Cell
+    cell: C
     light_us: float
-    light_kernel: str
+    light_kernel: str | None
+    """None where it wasn't recorded."""
     entries: dict[str, Entry] = field(default_factory=dict)
 
     @property
@@ -52,22 +55,22 @@ class CellResult:
 
 
 @dataclass
-class Run:
+class Run(Generic[C]):
     """Everything of one run."""
 
     environment: dict[str, Any]
     copy_bytes_per_second: float
-    results: list[CellResult] = field(default_factory=list)
+    results: list[CellResult[C]] = field(default_factory=list)
     host_seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: Path, bars: Sequence[Mapping[str, Any]]) -> None:
         """Writes JSON: what was measured, and the bars as judged."""
         cells = [
             {
-                **asdict(r.cell),
+                **asdict(r.cell),  # type: ignore[call-overload]  # a protocol can't say that it is a dataclass
                 "name": r.cell.name,
                 "bytes": r.cell.bytes,
-                "light": {"us": r.light_us, "kernel": r.light_kernel},
+                "light": {"us": r.light_us} | ({} if r.light_kernel is None else {"kernel": r.light_kernel}),
                 "contestants": {name: {k: v for k, v in asdict(e).items() if v is not None and v == v} for name, e in r.entries.items()},
             }
             for r in self.results
@@ -82,15 +85,15 @@ class Run:
         path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def load(path: Path) -> Run:
-    """Reads what ``save`` wrote."""
+def load(path: Path, cell: type[C]) -> Run[C]:
+    """Reads what ``save`` wrote of cells of this type."""
     document = json.loads(path.read_text())
-    names = Cell.__dataclass_fields__
+    names = {field.name for field in fields(cell)}  # type: ignore[arg-type]
     results = [
         CellResult(
-            Cell(**{k: v for k, v in c.items() if k in names}),
+            cell(**{name: value for name, value in c.items() if name in names}),
             c["light"]["us"],
-            c["light"]["kernel"],
+            c["light"].get("kernel"),
             {name: Entry(**entry) for name, entry in c["contestants"].items()},
         )
         for c in document["cells"]
@@ -99,12 +102,12 @@ def load(path: Path) -> Run:
     return Run(document["environment"], document["copy_bytes_per_second"], results, host)
 
 
-def details(result: CellResult, copy_bytes_per_second: float) -> str:
+def details(result: CellResult[Any], copy_bytes_per_second: float) -> str:
     """The table of one cell: a line for each contestant."""
     size = result.cell.bytes
     fastest = result.fastest_peer()
     lines = [
-        f"{result.cell.name}   {result.megabytes:.1f} MB   light {result.light_us:.2f} us ({result.light_kernel})",
+        f"{result.cell.name}   {result.megabytes:.1f} MB   light {result.light_us:.2f} us ({result.light_kernel or 'kernel not recorded'})",
         f"  {'':<16}{'us':>9} {'quartiles':>17}{'GB/s':>7}{'of copy':>9}{'of light':>9}{'/ peer':>8}{'error':>10}{'/ once':>8}  bits",
     ]
     for name, entry in result.entries.items():
@@ -129,17 +132,16 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def overview(results: Iterable[CellResult]) -> str:
+def overview(results: Sequence[CellResult[Any]]) -> str:
     """A line for each cell: microseconds, and how much of the speed of light ditnorm reaches."""
-    columns = [SINGLE, EAGER, UNFUSED, COMPILED, AUTOTUNED]
-    peers = list(dict.fromkeys(name for r in results for name in r.entries if name not in columns))
-    columns += peers
-    lines = [f"{'us of a call':<46}{'MB':>7}{'light':>8}" + "".join(f"{name[:14]:>15}" for name in columns)]
+    names = [SINGLE, EAGER, UNFUSED, COMPILED, AUTOTUNED]
+    names += dict.fromkeys(name for r in results for name in r.entries if name not in names)
+    rows = [["us of a call", "MB", "light", *names]]
     for r in results:
         shown = []
-        for name in columns:
+        for name in names:
             us = r.us(name)
             share = f" {r.light_us / us:4.0%}" if us is not None and name in OURS else ""
             shown.append("failed" if name in r.entries and us is None else "-" if us is None else f"{us:.2f}{share}")
-        lines.append(f"{r.cell.name:<46}{r.megabytes:7.1f}{r.light_us:8.2f}" + "".join(f"{text:>15}" for text in shown))
-    return "\n".join(lines)
+        rows.append([r.cell.name, f"{r.megabytes:.1f}", f"{r.light_us:.2f}", *shown])
+    return text_table(rows)

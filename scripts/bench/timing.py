@@ -3,19 +3,19 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .contestants import Call
 
 GRAPH_SECONDS = 1.5e-3  # of GPU work in a graph: its start and the two events are then below one per cent
 ASSUMED_BANDWIDTH = 3.5e12
 MOST_REPLAYS, LEAST_REPLAYS, REPLAY_SECONDS = 20, 7, 0.1
 SLEEP_CYCLES_PER_SECOND = 2e9
 MARGIN = 1.5
-
-Call = Callable[[], Any]
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Recording:
 
     graph: torch.cuda.CUDAGraph
     calls: int
+    bound: Sequence[Call]
+    """The calls that were captured; they keep alive what the graph reads."""
 
 
 def record(bound: Sequence[Call], calls: int) -> Recording:
@@ -61,7 +63,7 @@ def record(bound: Sequence[Call], calls: int) -> Recording:
     with torch.cuda.graph(graph):
         for i in range(calls):
             results.append(bound[i % len(bound)]())
-    return Recording(graph, calls)
+    return Recording(graph, calls, bound)
 
 
 def measure(recordings: Mapping[str, Recording], replays: int | None = None) -> dict[str, Timing]:

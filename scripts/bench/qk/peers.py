@@ -1,4 +1,4 @@
-"""Other libraries' kernels for QK normalisation with rotary embedding: called, never required, as in ``peers``.
+"""How other libraries' kernels norm and rotate query and key.
 
 sglang           its fused CUDA kernels, into new tensors: one for both streams and the values (Qwen-Image's), one for query and key
 sglang in place  the latter over its own inputs, as its models call it
@@ -12,62 +12,34 @@ unrotated: those have tables of no rotation, which are read besides. What works 
 and again: the traffic is the same, and the norm keeps the values bounded. No peer serves the norm alone.
 """
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cells import EPS
-from .peers import Found, Makers, enter, look_for, sglang_module
-from .timing import Call
-
-if TYPE_CHECKING:
-    from bench_rope import RopeCell
-
-Bind = Callable[["RopeCell", Mapping[str, Any]], Call | None]
-"""Makes a call without arguments of a cell's inputs, which returns what ditnorm's function does; None where the cell isn't served."""
-
-MOST_ULPS, MOST_ULPS_FP32 = 4, 16
-"""Honest half-precision contestants round four times, half a unit each; float32 ones differ in how they sum and take the root."""
+from ..cell import EPS, Inputs
+from ..contestants import Binding, Call, Maker, nothing
+from ..libraries import Found, comfy_kitchen, enter, look_for, sglang_module
+from .cells import QKCell
 
 
 @cache
 def found() -> Found:
-    makers: Makers = {
-        ("sglang", "sglang"): _sglang,
-        ("sglang in place", "sglang"): _sglang_in_place,
-        ("sglang CuTe", "sglang"): _sglang_cute,
-        ("sglang triton", "sglang"): _sglang_triton,
-        ("comfy-kitchen", "comfy-kitchen"): _comfy_kitchen,
-    }
-    return look_for(makers)
+    """The peers that this process can import."""
+    return look_for(
+        {
+            ("sglang", "sglang"): _sglang,
+            ("sglang in place", "sglang"): _sglang_in_place,
+            ("sglang CuTe", "sglang"): _sglang_cute,
+            ("sglang triton", "sglang"): _sglang_triton,
+            ("comfy-kitchen", "comfy-kitchen"): _comfy_kitchen,
+        }
+    )
 
 
-def check(returned: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """Raises unless each result is within a few units in the last place, at the length of its rotated pair, of the exact one."""
-    for name, result, wanted in zip(("query", "key", "value"), returned, exact, strict=False):
-        if (result.shape, result.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"the {name} is {result.dtype} {list(result.shape)}, not {wanted.dtype} {list(wanted.shape)}")
-        ulps = torch.stack([_ulps(*some) for some in zip(result.split(4096, 1), wanted.split(4096, 1), strict=True)]).max().item()
-        if not ulps <= (MOST_ULPS_FP32 if wanted.dtype is torch.float32 else MOST_ULPS):  # NaN too
-            raise ValueError(f"the result is wrong: the {name} is off by {ulps:.3g} units in the last place")
-    if len(returned) != len(exact):
-        raise ValueError(f"{len(returned)} results, not {len(exact)}")
-
-
-def _ulps(result: Tensor, exact: Tensor) -> Tensor:
-    a, b = (t.double().unflatten(-1, (-1, 2)) for t in (result, exact))
-    return ((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-9)).max() / torch.finfo(exact.dtype).eps
-
-
-# the inputs in the peers' forms
-
-
-def _heads(cell: "RopeCell", inputs: Mapping[str, Any], *names: str) -> list[Tensor]:
+def _heads(cell: QKCell, inputs: Inputs, *names: str) -> list[Tensor]:
     """[1, S, H, d]"""
     return [inputs[name].unflatten(-1, (-1, cell.head_dim)) for name in names]
 
@@ -85,12 +57,12 @@ def halves(rotary: Any, tokens: int, head_dim: int, device: torch.device) -> tup
     return torch.cat([cos, none + 1]), torch.cat([sin, none])
 
 
-def _halves(cell: "RopeCell", inputs: Mapping[str, Any], prefix: str = "") -> tuple[Tensor, Tensor]:
+def _halves(cell: QKCell, inputs: Inputs, prefix: str = "") -> tuple[Tensor, Tensor]:
     tokens = cell.encoder if prefix else cell.tokens
     return halves(inputs[f"{prefix}rotary"], tokens, cell.head_dim, inputs["query"].device)
 
 
-def _cache(cell: "RopeCell", inputs: Mapping[str, Any], prefix: str = "") -> Tensor:
+def _cache(cell: QKCell, inputs: Inputs, prefix: str = "") -> Tensor:
     """sglang's, [S, d]: the cosines of a token, then its sines."""
     return torch.cat(_halves(cell, inputs, prefix), dim=1)
 
@@ -100,59 +72,55 @@ def matrices(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
 
 
-# sglang
-
-
-def _per_head(cell: "RopeCell") -> bool:
+def _per_head(cell: QKCell) -> bool:
     """Whether sglang's CUDA kernels serve the cell."""
     return cell.rotary is not None and not cell.across and cell.head_dim in (64, 128, 256) and cell.dtype != "fp32"
 
 
-def _sglang() -> Bind:
+def _sglang() -> Binding:
     joint = sglang_module("ops.diffusion.rope.qwen_qkv_epilogue_jit").try_fused_qwen_qkv_epilogue
     alone = sglang_module("ops.diffusion.rope.qknorm_rope_jit").fused_qknorm_rope_out_of_place
 
-    def bind(cell: "RopeCell", inputs: Mapping[str, Any]) -> Call | None:
-        if not _per_head(cell):
-            return None
-        weights = [inputs["query_weight"], inputs["key_weight"]]
-        if not cell.encoder:
-            query, key = _heads(cell, inputs, "query", "key")
-            tables, positions = _cache(cell, inputs), torch.arange(cell.tokens, device=query.device)
+    def make_alone(cell: QKCell, inputs: Inputs) -> Call:
+        query, key = _heads(cell, inputs, "query", "key")
+        weights = inputs["query_weight"], inputs["key_weight"]
+        tables, positions = _cache(cell, inputs), torch.arange(cell.tokens, device=query.device)
 
-            def call() -> tuple[Tensor, Tensor]:
-                q, k = torch.empty_like(query), torch.empty_like(key)
-                alone(query[0], key[0], q[0], k[0], *weights, tables, positions, is_neox=False, eps=EPS)
-                return q, k
+        def call() -> tuple[Tensor, Tensor]:
+            q, k = torch.empty_like(query), torch.empty_like(key)
+            alone(query[0], key[0], q[0], k[0], *weights, tables, positions, is_neox=False, eps=EPS)
+            return q, k
 
-            return call
+        return call
+
+    def make_joint(cell: QKCell, inputs: Inputs) -> Call:
         # Its second stream, the text, comes first in the result; it treats the two alike.
         streams = [
             *_heads(cell, inputs, "encoder_query", "encoder_key", "encoder_value"),
             *_heads(cell, inputs, "query", "key", "value"),
-            *(inputs[f"encoder_{name}_weight"] for name in ("query", "key")),
-            *weights,
+            *(inputs[f"{prefix}{name}_weight"] for prefix in ("encoder_", "") for name in ("query", "key")),
             _cache(cell, inputs, "encoder_"),
             _cache(cell, inputs),
         ]
 
-        def both() -> Any:
+        def call() -> Any:
             results = joint(*streams, EPS, EPS)
             if results is None:
                 raise ValueError("try_fused_qwen_qkv_epilogue declines these inputs")
             return results
 
-        return both
+        return call
+
+    def bind(cell: QKCell) -> Maker:
+        return partial(make_joint if cell.encoder else make_alone, cell) if _per_head(cell) else nothing
 
     return bind
 
 
-def _sglang_in_place() -> Bind:
+def _sglang_in_place() -> Binding:
     alone = sglang_module("ops.diffusion.rope.qknorm_rope_jit").fused_inplace_qknorm_rope
 
-    def bind(cell: "RopeCell", inputs: Mapping[str, Any]) -> Call | None:
-        if cell.encoder or not _per_head(cell):
-            return None
+    def make(cell: QKCell, inputs: Inputs) -> Call:
         query, key = (t.clone() for t in _heads(cell, inputs, "query", "key"))
         tables, positions = _cache(cell, inputs), torch.arange(cell.tokens, device=query.device)
         weights = inputs["query_weight"], inputs["key_weight"]
@@ -163,16 +131,14 @@ def _sglang_in_place() -> Bind:
 
         return call
 
-    return bind
+    return lambda cell: partial(make, cell) if _per_head(cell) and not cell.encoder else nothing
 
 
-def _sglang_cute() -> Bind:
+def _sglang_cute() -> Binding:
     enter("flashinfer", ("", "norm", "cute_dsl"))  # for one module that the kernel borrows from
     kernels = sglang_module("ops.diffusion.rope.rmsnorm_interleaved_rope_cutedsl")
 
-    def bind(cell: "RopeCell", inputs: Mapping[str, Any]) -> Call | None:
-        if not cell.across or cell.rotary is None or cell.dtype == "fp32":
-            return None
+    def make(cell: QKCell, inputs: Inputs) -> Call | None:
         query, key = (inputs[name].clone() for name in ("query", "key"))
         tables = _cache(cell, inputs)
         pairs = [(query[0], inputs["query_weight"]), (key[0], inputs["key_weight"])]
@@ -186,30 +152,25 @@ def _sglang_cute() -> Bind:
 
         return call
 
-    return bind
+    return lambda cell: partial(make, cell) if cell.across and cell.rotary is not None and cell.dtype != "fp32" else nothing
 
 
-def _sglang_triton() -> Bind:
+def _sglang_triton() -> Binding:
     kernel = sglang_module("ops.diffusion.rope.qknorm_complex_rope_triton").qknorm_complex_rope
 
-    def bind(cell: "RopeCell", inputs: Mapping[str, Any]) -> Call | None:
-        if cell.encoder or not _per_head(cell) or cell.head_dim != 128:
-            return None
+    def make(cell: QKCell, inputs: Inputs) -> Call:
         query, key = _heads(cell, inputs, "query", "key")
         table = torch.complex(*_halves(cell, inputs))
         weights = inputs["query_weight"], inputs["key_weight"]
         return lambda: [kernel(x, weight, table, EPS) for x, weight in zip((query, key), weights, strict=True)]
 
-    return bind
+    return lambda cell: partial(make, cell) if _per_head(cell) and not cell.encoder and cell.head_dim == 128 else nothing
 
 
-# others
+def _comfy_kitchen() -> Binding:
+    library = comfy_kitchen()
 
-
-def _comfy_kitchen() -> Bind:
-    library = importlib.import_module("comfy_kitchen")
-
-    def stream(cell: "RopeCell", inputs: Mapping[str, Any], prefix: str) -> Call:
+    def stream(cell: QKCell, inputs: Inputs, prefix: str) -> Call:
         query, key = _heads(cell, inputs, f"{prefix}query", f"{prefix}key")
         weights = inputs[f"{prefix}query_weight"], inputs[f"{prefix}key_weight"]
         turns = matrices(*_halves(cell, inputs, prefix))
@@ -223,13 +184,11 @@ def _comfy_kitchen() -> Bind:
 
         return call
 
-    def bind(cell: "RopeCell", inputs: Mapping[str, Any]) -> Call | None:
-        if cell.rotary is None:
-            return None
+    def make(cell: QKCell, inputs: Inputs) -> Call:
         own = stream(cell, inputs, "")
         if not cell.encoder:
             return own
         encoder, values = stream(cell, inputs, "encoder_"), _heads(cell, inputs, "value", "encoder_value")
         return lambda: [torch.cat(list(parts), dim=1) for parts in (*zip(own(), encoder(), strict=True), values)]
 
-    return bind
+    return lambda cell: partial(make, cell) if cell.rotary is not None else nothing

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cells import NSS, SR, SRNSS
-from .contestants import COMPILED, EAGER, OURS, SINGLE, UNFUSED
-from .host import LAYER_NORM
-from .results import CellResult, Run
+from ..contestants import COMPILED, EAGER, OURS, SINGLE, UNFUSED
+from ..host import LAYER_NORM
+from ..results import CellResult, Run
+from .cells import NSS, SR, SRNSS, Cell
+
+Result = CellResult[Cell]
 
 NOISE = 1.02
 LARGE, MIDDLE = 200e6, 50e6  # bytes
@@ -41,7 +43,7 @@ class Bar:
         return {"bar": self.name, "judged": self.judged, "held": self.held, "misses": self.misses}
 
 
-def judge(run: Run) -> list[Bar]:
+def judge(run: Run[Cell]) -> list[Bar]:
     """Every bar; those that nothing in this run speaks of are left out."""
     aligned = [r for r in run.results if r.cell.aligned]
     bars = [
@@ -68,17 +70,17 @@ def summary(bars: Sequence[Bar]) -> str:
     return "\n".join(lines)
 
 
-def _single_limit(r: CellResult) -> float:
+def _single_limit(r: Result) -> float:
     if r.cell.rows <= LATENCY_ROWS:
         return r.light_us + LATENCY_ALLOWANCE
     return r.light_us / (0.95 if r.cell.bytes >= MIDDLE else 0.85)
 
 
-def _eager_limit(r: CellResult) -> float:
+def _eager_limit(r: Result) -> float:
     return r.light_us / (0.95 if r.cell.bytes >= LARGE else 0.90 if r.cell.bytes >= MIDDLE else 0.75)
 
 
-def _against_light(results: Iterable[CellResult], name: str, limit: Callable[[CellResult], float]) -> Bar:
+def _against_light(results: Iterable[Result], name: str, limit: Callable[[Result], float]) -> Bar:
     bar = Bar(f"{name}: close to the speed of light")
     for r in results:
         us = r.us(name)
@@ -87,7 +89,7 @@ def _against_light(results: Iterable[CellResult], name: str, limit: Callable[[Ce
     return bar
 
 
-def _bits(results: Iterable[CellResult]) -> Bar:
+def _bits(results: Iterable[Result]) -> Bar:
     bar = Bar("ditnorm eager: bit-identical to the unfused expression, D a multiple of 4")
     for r in results:
         entry = r.entries.get(EAGER)
@@ -98,7 +100,7 @@ def _bits(results: Iterable[CellResult]) -> Bar:
     return bar
 
 
-def _against_peers(results: Iterable[CellResult], name: str, factor: Callable[[CellResult], float]) -> Bar:
+def _against_peers(results: Iterable[Result], name: str, factor: Callable[[Result], float]) -> Bar:
     bar = Bar(f"{name}: against the fastest peer")
     for r in results:
         us, peer = r.us(name), r.fastest_peer()
@@ -107,7 +109,7 @@ def _against_peers(results: Iterable[CellResult], name: str, factor: Callable[[C
     return bar
 
 
-def geometric_mean(results: Iterable[CellResult], peer: str, time: Callable[[CellResult], float | None]) -> tuple[float, int]:
+def geometric_mean(results: Iterable[Result], peer: str, time: Callable[[Result], float | None]) -> tuple[float, int]:
     """How many times faster ``time`` is than a peer over the anchors' cells with modulations per sample; and of how many cells."""
     logs = []
     for r in results:
@@ -117,7 +119,7 @@ def geometric_mean(results: Iterable[CellResult], peer: str, time: Callable[[Cel
     return (math.exp(math.fsum(logs) / len(logs)), len(logs)) if logs else (math.nan, 0)
 
 
-def _geometric(results: Sequence[CellResult], peer: str, factor: float) -> Bar:
+def _geometric(results: Sequence[Result], peer: str, factor: float) -> Bar:
     mean, cells = geometric_mean(results, peer, lambda r: r.us(SINGLE))
     light, _ = geometric_mean(results, peer, lambda r: r.light_us)
     name = f"ditnorm single: geometric mean over {cells} per-sample cells {mean:.2f} times faster than {peer}, at least {factor}"
@@ -127,7 +129,7 @@ def _geometric(results: Sequence[CellResult], peer: str, factor: float) -> Bar:
     return bar
 
 
-def _generic(results: Sequence[CellResult]) -> Bar:
+def _generic(results: Sequence[Result]) -> Bar:
     bar = Bar(f"generic kernel: within {GENERIC_FACTOR:g} times the next aligned width, by bytes")
     for odd in (r for r in results if not r.cell.aligned):
         for r in results:
@@ -141,7 +143,7 @@ def _generic(results: Sequence[CellResult]) -> Bar:
     return bar
 
 
-def _errors(results: Iterable[CellResult]) -> Bar:
+def _errors(results: Iterable[Result]) -> Bar:
     bar = Bar("ditnorm single: error against float64 that of one rounding; in fp32 not above the unfused expression's")
     for r in results:
         entry, unfused = r.entries.get(SINGLE), r.entries.get(UNFUSED)
@@ -154,7 +156,7 @@ def _errors(results: Iterable[CellResult]) -> Bar:
     return bar
 
 
-def _host(run: Run) -> Bar:
+def _host(run: Run[Cell]) -> Bar:
     bar = Bar("host time of a call against F.layer_norm")
     norm = run.host_seconds.get(LAYER_NORM)
     for op, factor in HOST_LIMITS.items():
@@ -165,7 +167,7 @@ def _host(run: Run) -> Bar:
     return bar
 
 
-def _failures(results: Iterable[CellResult]) -> Bar:
+def _failures(results: Iterable[Result]) -> Bar:
     bar = Bar("ditnorm runs in every cell")
     for r in results:
         for name in OURS:

@@ -1,16 +1,14 @@
 """What is measured: the table of cells, as data, and the tensors of a cell."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Inputs = Mapping[str, Tensor]
-"""The tensor arguments of one call, by the names of ``ditnorm.functional``."""
+from ..cell import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODULATIONS = {
     "norm_scale_shift": ("scale", "shift"),
     "scale_residual_norm_scale_shift": ("gate", "scale", "shift"),
@@ -19,7 +17,6 @@ MODULATIONS = {
 NSS, SRNSS, SR = MODULATIONS
 ABBREVIATIONS = {NSS: "nss", SRNSS: "srnss", SR: "sr"}
 INDEX_ROWS = 2  # Qwen-Image-Edit and HunyuanVideo's token replace choose between two modulations
-EPS = 1e-6
 FAST_WIDTH_STEP = 8  # elements: the fast kernels take multiples of it
 
 
@@ -52,6 +49,11 @@ class Cell:
     @property
     def modulation_dtype(self) -> str:
         return self.modulation or self.dtype
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile takes part: hundreds of other cells would take it hours."""
+        return self.group == "anchors"
 
     @property
     def per_sample(self) -> bool:

@@ -1,25 +1,40 @@
 """Errors against the exact result in float64, a few thousand rows at a time so that large cells fit."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cells import EPS, NSS, SR, Cell, Inputs
+from ..cell import EPS, Inputs
+from ..cell_run import Verdict
+from .cells import NSS, SR, SRNSS, Cell
 
 ELEMENTS_AT_ONCE = 1 << 25
 
 
-@dataclass
-class Errors:
-    """Relative L2 errors of one result."""
+WRONG = 0.05  # relative error: ten times that of the coarsest honest contestant, bfloat16 rounded after every step
 
-    total: float
-    """Of y (of r for scale_residual) against the exact result."""
-    excess: float
-    """The error of y given the stored r, over that of rounding the exact value once: 1 is the best that the dtype allows."""
+
+def check(cell: Cell, inputs: Inputs) -> Callable[[Any], Verdict]:
+    """What measures a result and raises if it is far off."""
+
+    def judge(returned: Any) -> Verdict:
+        found = errors(cell, inputs, *results(cell.op, returned))
+        if found.error is None or not found.error < WRONG:  # NaN too
+            raise ValueError(f"the result is wrong: its error against float64 is {found.error:.2g}")
+        return found
+
+    return judge
+
+
+def results(op: str, returned: Any) -> tuple[Tensor | None, Tensor | None]:
+    """``(y, r)`` of what a call returned."""
+    if op == SRNSS:
+        y, r = returned
+        return y, r
+    return (None, returned) if op == SR else (returned, None)
 
 
 class _Distance:
@@ -35,7 +50,7 @@ class _Distance:
         return math.sqrt(self.squares[0] / self.squares[1])
 
 
-def errors(cell: Cell, inputs: Inputs, y: Tensor | None, r: Tensor | None) -> Errors:
+def errors(cell: Cell, inputs: Inputs, y: Tensor | None, r: Tensor | None) -> Verdict:
     """Compares the results of one call, [1, S, D], with the formulas of ``ditnorm.functional`` in float64."""
     total, given_r, once = _Distance(), _Distance(), _Distance()
     for rows in _chunks(cell):
@@ -55,7 +70,7 @@ def errors(cell: Cell, inputs: Inputs, y: Tensor | None, r: Tensor | None) -> Er
         exact = _norm(cell, inputs, v if r is None else r[0, rows].double(), rows)
         given_r.add(stored, exact)
         once.add(exact.to(stored.dtype), exact)
-    return Errors(total.relative, given_r.relative / once.relative)
+    return Verdict(total.relative, given_r.relative / once.relative)
 
 
 def _chunks(cell: Cell) -> Iterator[slice]:

@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .cells import ABBREVIATIONS
-from .contestants import AUTOTUNED, COMPILED, EAGER, SINGLE, UNFUSED
-from .results import CellResult, Run
+from ..contestants import AUTOTUNED, COMPILED, EAGER, SINGLE, UNFUSED
+from ..results import CellResult, Run
+from .cells import ABBREVIATIONS, Cell
 
 STYLES = {  # marker, colour (Okabe and Ito's, which colour-blind readers can tell apart), size; the last drawn lies on top
     UNFUSED: ("x", "#999999", 28),
@@ -27,7 +27,7 @@ STYLES = {  # marker, colour (Okabe and Ito's, which colour-blind readers can te
 BANDS = (0.85, 0.95)
 
 
-def draw(run: Run, path: Path) -> None:
+def draw(run: Run[Cell], path: Path) -> None:
     """One panel for each op; all cells of the run that the fast kernels serve."""
     results = [r for r in run.results if r.cell.aligned]
     ops = [op for op in ABBREVIATIONS if any(r.cell.op == op for r in results)]
@@ -48,7 +48,7 @@ def draw(run: Run, path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(panel: Axes, op: str, results: list[CellResult]) -> None:
+def _panel(panel: Axes, op: str, results: list[CellResult[Cell]]) -> None:
     for share in (*BANDS, 1.0):
         panel.axhline(share, color="black", linewidth=0.8 if share < 1 else 1.2, linestyle="--" if share < 1 else "-", zorder=1)
     for layer, (name, (marker, colour, size)) in enumerate(STYLES.items()):
