@@ -34,13 +34,15 @@ from torch import Tensor
 from . import kernels
 from .ops import checks, checks_qk
 from .ops.autograd import Recompute
-from .ops.calls import NORMS, QK_NORMS, ROUNDINGS
+from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS
+from .ops.quantization import CODES, Law, Quantized
 from .ops.table import OPS
 from .swapping.torch_private import any_autocast_enabled, forward_ad
 
 _NORM = {name: code for code, name in enumerate(NORMS)}
 _QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
 _ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
+_HALF = {dtype: code for code, dtype in enumerate(HALVES)}
 _REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad arguments raise on the way to the kernel
 
 # Looked up once: an overload packet costs a call half a microsecond.
@@ -49,6 +51,9 @@ _scale_residual_norm_scale_shift = kernels.ops.scale_residual_norm_scale_shift.d
 _scale_residual = kernels.ops.scale_residual.default
 _qk_norm_rope = kernels.ops.qk_norm_rope.default
 _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
+_quantize = kernels.ops.quantize.default
+_gelu_quantize = kernels.ops.gelu_quantize.default
+_dequantize_product = kernels.ops.dequantize_product.default
 
 # Under Dynamo an op that rejects its arguments ends the trace: nothing catches that, so what no kernel takes is found before.
 _traced_by_dynamo = torch.compiler.is_dynamo_compiling
@@ -226,6 +231,57 @@ def joint_qk_norm_rope(
         return _joint_qk_norm_rope(*tensors, *codes)
     except _REJECTED:
         return _rejected("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding))
+
+
+def quantize(x: Tensor, law: Law) -> Quantized:
+    """``x`` [..., D] as a linear layer with quantised weights reads it, by a law of :mod:`ditnorm.ops.quantization`.
+
+    Not differentiable. Errors: ``TypeError``, ``ValueError``, naming the argument; float8 needs compute capability 8.9.
+
+    Source: torchao's ``Float8Tensor.from_hp`` and ``Int8Tensor.from_hp``.
+    """
+    rows = x if x.dim() <= 3 else x.flatten(0, -2)
+    try:
+        values, scale = _quantize(rows, CODES[law])
+    except _REJECTED:
+        values, scale = _rejected("quantize", (rows,), (law,))
+    return Quantized(values, scale, x.shape, x.dtype, law)
+
+
+def norm_scale_shift_quantize(x: Tensor, *modulation: Tensor | None, law: Law, **options: Any) -> Quantized:
+    """:func:`norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize` does. Not differentiable."""
+    return quantize(norm_scale_shift(x, *modulation, **options), law)
+
+
+def scale_residual_norm_scale_shift_quantize(
+    residual: Tensor, x: Tensor, *modulation: Tensor | None, law: Law, **options: Any
+) -> tuple[Quantized, Tensor]:
+    """:func:`scale_residual_norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize` does. Not differentiable."""
+    y, r = scale_residual_norm_scale_shift(residual, x, *modulation, **options)
+    return quantize(y, law), r
+
+
+def gelu_quantize(x: Tensor, law: Law) -> Quantized:
+    """:func:`quantize` of GELU(x) in its tanh approximation (arXiv:1606.08415), rounded to the dtype of ``x`` before."""
+    rows = x if x.dim() <= 3 else x.flatten(0, -2)
+    try:
+        values, scale = _gelu_quantize(rows, CODES[law])
+    except _REJECTED:
+        values, scale = _rejected("gelu_quantize", (rows,), (law,))
+    return Quantized(values, scale, x.shape, x.dtype, law)
+
+
+def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What an int8 matrix product stands for: ``product`` [rows, N] int32, ``scale`` [rows, 1], ``weight_scale`` [N, 1] -> [rows, N].
+
+    ``dtype``: float16 or bfloat16, as the bias [N]. Not differentiable. Errors: ``TypeError``, ``ValueError``, naming the argument.
+
+    Source: the ``linear`` of torchao's ``Int8Tensor``.
+    """
+    try:
+        return _dequantize_product(product, scale, weight_scale, bias, _HALF[dtype])
+    except _REJECTED:
+        return _rejected("dequantize_product", (product, scale, weight_scale, bias), (dtype,))
 
 
 def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:

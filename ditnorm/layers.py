@@ -6,16 +6,25 @@ dtypes, rounding laws and errors of the modulation: see :mod:`ditnorm.functional
 A layer that carries a forward hook runs unfused: the hook sees what it would see on the norm, and PyTorch modulates the result.
 """
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from .functional import (
+    norm_scale_shift,
+    norm_scale_shift_quantize,
+    quantize,
+    scale_residual,
+    scale_residual_norm_scale_shift,
+    scale_residual_norm_scale_shift_quantize,
+)
 from .ops import reference
 from .ops.calls import ROUNDINGS
 from .ops.calls import NormScaleShift as _NormCall
 from .ops.calls import ScaleResidualNormScaleShift as _ResidualNormCall
+from .ops.quantization import Law, Quantized
 from .swapping.norm_kinds import norm_kind, unknown_norm
 
 L = TypeVar("L", bound="_Norm")
@@ -87,9 +96,11 @@ class _NormScaleShift(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
-    ) -> Tensor:
-        """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype."""
-        return norm_scale_shift(
+        law: Law | None = None,
+    ) -> Any:
+        """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype, or that quantised by ``law``."""
+        op: Any = norm_scale_shift if law is None else partial(norm_scale_shift_quantize, law=law)
+        return op(
             x,
             scale,
             shift,
@@ -103,7 +114,7 @@ class _NormScaleShift(_Norm):
             rounding=self.rounding,
         )
 
-    def __call__(self, x: Tensor, **modulation: Tensor | None) -> Any:
+    def __call__(self, x: Tensor, **modulation: Any) -> Any:
         if modulation and self._hooked():
             return self._unfused(x, **modulation)
         return super().__call__(x, **modulation)
@@ -116,6 +127,7 @@ class _NormScaleShift(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
+        law: Law | None = None,
     ) -> Tensor:
         affine = (self.weight, self.bias)
         call = _NormCall(x, scale, shift, *affine, scale_table, shift_table, index, self.norm, self.eps, self.rounding)
@@ -204,12 +216,14 @@ class ScaleResidualNormScaleShift(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """``(y, r)``, or the plain norm of ``residual`` where ``x`` is None."""
+        law: Law | None = None,
+    ) -> Tensor | tuple[Tensor | Quantized, Tensor]:
+        """``(y, r)``, ``y`` quantised by ``law`` if there is one, or the plain norm of ``residual`` where ``x`` is None."""
         eps = _DEFAULT_EPS if self.eps is None else self.eps
         if x is None:
             return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=eps, rounding=self.rounding)
-        return scale_residual_norm_scale_shift(
+        op: Any = scale_residual_norm_scale_shift if law is None else partial(scale_residual_norm_scale_shift_quantize, law=law)
+        return op(
             residual,
             x,
             gate,
@@ -226,7 +240,7 @@ class ScaleResidualNormScaleShift(_Norm):
             rounding=self.rounding,
         )
 
-    def __call__(self, residual: Tensor, x: Tensor | None = None, **modulation: Tensor | None) -> Any:
+    def __call__(self, residual: Tensor, x: Tensor | None = None, **modulation: Any) -> Any:
         if x is None:
             return super().__call__(residual)
         if self._hooked():
@@ -244,6 +258,7 @@ class ScaleResidualNormScaleShift(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
+        law: Law | None = None,
     ) -> tuple[Tensor, Tensor]:
         tables = (gate_table, scale_table, shift_table)
         call = _ResidualNormCall(
@@ -307,11 +322,17 @@ class ScaleResidualIdentity(nn.Identity):
         gate: Tensor | None = None,
         gate_table: Tensor | None = None,
         index: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """``(r, r)`` with ``r = residual + gate * x``, the first a copy in half precision, or ``residual`` itself where ``x`` is None."""
+        law: Law | None = None,
+    ) -> Tensor | tuple[Tensor | Quantized, Tensor]:
+        """``(r, r)`` with ``r = residual + gate * x``, or ``residual`` itself where ``x`` is None.
+
+        The first is a copy in half precision, or quantised by ``law``.
+        """
         if x is None:
             return residual
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
+        if law is not None:
+            return quantize(r, law), r
         # Upstream casts to float32 and back here, so that what it hands on is another tensor than the residual unless that is float32.
         return r if r.dtype is torch.float32 else r.clone(), r
 

@@ -68,7 +68,8 @@ def test_every_supported_class_finds_its_body(path, body):
     upstream = _upstream(path)
     assert models.body_for(upstream) is body
     assert models.near_miss(upstream) is (body if body.names else None)
-    assert list(inspect.signature(body.forward).parameters) == list(inspect.signature(upstream.forward).parameters)
+    ours = [name for name in inspect.signature(body.forward).parameters if name != "law"]
+    assert ours == list(inspect.signature(upstream.forward).parameters)
 
 
 def test_every_body_is_covered():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerNormScaleShift
+from ..ops.quantization import Law
 from .block import FusedUnit
 from .modulation import Modulating
 
@@ -26,12 +27,13 @@ class AdaLayerNormZero(Modulating, FusedUnit):
         class_labels: Tensor | None = None,
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
+        law: Law | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
-        x = self.norm(x, scale=scale_msa, shift=shift_msa)
+        x = self.norm(x, scale=scale_msa, shift=shift_msa, law=law)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
@@ -43,10 +45,10 @@ class AdaLayerNormZeroSingle(Modulating, FusedUnit):
     fingerprints = {"forward": frozenset({"549caa2570fa"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, emb: Tensor | None = None, law: Law | None = None) -> tuple[Tensor, Tensor]:
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
-        x = self.norm(x, scale=scale_msa, shift=shift_msa)
+        x = self.norm(x, scale=scale_msa, shift=shift_msa, law=law)
         return x, gate_msa
 
 

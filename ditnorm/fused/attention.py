@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..layers import _DEFAULT_EPS
+from ..ops.quantization import Law
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from .module import FusedModule, Part, upstream_of
 from .norms import dtype_of
 from .qk_sites import QKSite
+from .quantized_linear import QuantizedLinear, hooked, law_for
 from .sites import FusedCall
 
 
@@ -166,6 +168,16 @@ class FusedAttention(FusedModule):
                 return False
         return True
 
+    def law(self, x: Tensor, *names: str) -> Law | None:
+        """The law by which the projections ``names`` quantise what the module is given with the shape and dtype of ``x``.
+
+        None where something wants it as it is. Then, and if its call wouldn't take the fused path, it must not come quantised.
+        """
+        modules = self._modules
+        if not isinstance(modules.get(names[0]), QuantizedLinear) or "forward" in self.__dict__ or hooked(self) or not self.fuses():
+            return None
+        return law_for(x, *(modules[name] for name in names))
+
     def fits(self, op: str, condition: bool) -> bool:
         """``condition``, on which the fused call of ``op`` depends. Where it doesn't hold the call counts as one of PyTorch's path."""
         if not condition and not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
@@ -179,3 +191,8 @@ class FusedAttention(FusedModule):
     def upstream(self, name: str) -> Any:
         """A function of the processor's module, as the processor itself would call it."""
         return type(self.processor).__call__.__globals__[name]
+
+
+def law_in(attention: Any, x: Tensor, *names: str) -> Law | None:
+    """:meth:`FusedAttention.law` of an attention module that may be unfused."""
+    return attention.law(x, *names) if isinstance(attention, FusedAttention) else None

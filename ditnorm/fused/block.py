@@ -8,8 +8,10 @@ from torch import nn
 from ..layers import ScaleResidualIdentity
 from ..swapping.generated import origin_of
 from ..swapping.hook_chains import set_class
+from .feed_forward import FusedFeedForward
 from .gelu import FusedGELU
 from .module import FusedModule
+from .quantized_linear import QuantizedLinear
 
 
 class FusedUnit(FusedModule):
@@ -46,4 +48,4 @@ class FusedUnit(FusedModule):
 class FusedBlock(FusedUnit):
     """A transformer block. A new model is one file in :mod:`ditnorm.models` with such bodies."""
 
-    anywhere = (FusedGELU,)
+    anywhere = (FusedGELU, QuantizedLinear, FusedFeedForward)

@@ -35,16 +35,19 @@ class FusedGELU(FusedModule):
     approximate: str
     gelu: Any
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Any) -> Tensor:
         if self.rounding == "single" and _fits_epilogue(self.proj, hidden_states, self.approximate):
             return linear_gelu(self.proj, hidden_states)
-        hidden_states = self.proj(hidden_states)
-        if _overwritable(self.proj, hidden_states):
-            return torch.ops.aten.gelu_(hidden_states, approximate=self.approximate)
-        return self.gelu(hidden_states)
+        return self.activate(self.proj(hidden_states))
+
+    def activate(self, inner: Tensor) -> Tensor:
+        """GELU of what ``proj`` has just returned."""
+        if _overwritable(self.proj, inner):
+            return torch.ops.aten.gelu_(inner, approximate=self.approximate)
+        return self.gelu(inner)
 
 
-def activated(activation: nn.Module, linear: nn.Module, x: Tensor, rounding: str) -> Tensor:
+def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> Tensor:
     """``activation(linear(x))`` for a block that calls the two apart."""
     known = type(activation).forward is _GELU_FORWARD and _called_as_module(activation)
     if known and rounding == "single" and _fits_epilogue(linear, x, activation.approximate):
@@ -67,10 +70,10 @@ def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGua
     return (
         addmm_activation is not None
         and approximate == "tanh"
+        and type(linear) is nn.Linear
         and x.is_cuda
         and not transformed()
         and _plain(linear, x)
-        and type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter
         and linear.bias is not None
         and x.dtype in (torch.float16, torch.bfloat16)

@@ -67,6 +67,11 @@ class FusedModule:
         return matches(cls, upstream)
 
     @classmethod
+    def applies_to(cls, module: nn.Module) -> bool:
+        """Whether ``module`` is one that the body is looked for in."""
+        return cls.knows(upstream_of(type(module)))
+
+    @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
         """Why this instance of a matching class can't be fused, or None. Its parts are looked at on their own."""
         return None
@@ -81,7 +86,7 @@ class FusedModule:
             else:
                 yield Part(path, child, *layer_for(expected, child, upstream_of(type(child)), path not in cls.unmodulated))
         for body in cls.anywhere:
-            yield from (Part(path, m, body) for path, m in module.named_modules() if body.knows(upstream_of(type(m))))
+            yield from (Part(path, m, body) for path, m in module.named_modules() if body.applies_to(m))
 
     @classmethod
     def calls(cls, module: nn.Module, dtype: torch.dtype) -> Iterator[FusedCall]:
@@ -112,8 +117,12 @@ def upstream_of(cls: type) -> type:
 
 
 def matches(body: type[Any], cls: type) -> bool:
-    """Whether ``body`` computes what ``cls`` does, by fingerprint. Parameter names are compared first: reading source is slow."""
-    if _parameters(getattr(cls, "forward", None)) != _parameters(body.__dict__["forward"]):
+    """Whether ``body`` computes what ``cls`` does, by fingerprint. Parameter names are compared first: reading source is slow.
+
+    A body may have one parameter more, ``law``: how what it returns is to be quantised.
+    """
+    ours, theirs = _parameters(body.__dict__["forward"]), _parameters(getattr(cls, "forward", None))
+    if ours is None or tuple(name for name in ours if name != "law") != theirs:
         return False
     return all(fingerprint(getattr(cls, name, None)) in accepted for name, accepted in body.fingerprints.items())
 

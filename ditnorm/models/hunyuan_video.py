@@ -7,12 +7,16 @@ from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
-from ..fused.attention import FusedAttention, weight_of
+from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock, FusedUnit
+from ..fused.feed_forward import law_in_feed_forward
 from ..fused.gelu import activated
 from ..fused.modulation import ModulatedModel, Modulating
+from ..fused.module import FusedModule
 from ..fused.pairwise_mask import mask_form, pairwise_mask
+from ..fused.quantized_linear import law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from ..ops.quantization import Law
 
 MODULATED = (
     ModulatedModel(
@@ -152,13 +156,17 @@ class HunyuanVideoTransformerBlock(FusedBlock):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
-        c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+        given, c_given = _laws(self, hidden_states, encoder_hidden_states, freqs_cis)
+        x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb, **given)
+        c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb, **c_given)
 
         x, c = self.attn(hidden_states=x, encoder_hidden_states=c, attention_mask=attention_mask, image_rotary_emb=freqs_cis)
 
-        x, hidden_states = self.norm2(hidden_states, x, gate=gate_msa, scale=scale_mlp, shift=shift_mlp)
-        c, encoder_hidden_states = self.norm2_context(encoder_hidden_states, c, gate=c_gate_msa, scale=c_scale_mlp, shift=c_shift_mlp)
+        law, c_law = law_in_feed_forward(self.ff, hidden_states), law_in_feed_forward(self.ff_context, encoder_hidden_states)
+        x, hidden_states = self.norm2(hidden_states, x, gate=gate_msa, scale=scale_mlp, shift=shift_mlp, law=law)
+        c, encoder_hidden_states = self.norm2_context(
+            encoder_hidden_states, c, gate=c_gate_msa, scale=c_scale_mlp, shift=c_shift_mlp, law=c_law
+        )
 
         hidden_states = scale_residual(hidden_states, self.ff(x), gate_mlp, rounding=self.rounding)
         encoder_hidden_states = scale_residual(encoder_hidden_states, self.ff_context(c), c_gate_mlp, rounding=self.rounding)
@@ -204,7 +212,8 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         text_seq_length = encoder_hidden_states.shape[1]
-        x, gate = self.norm(torch.cat([hidden_states, encoder_hidden_states], dim=1), emb=temb)
+        x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        x, gate = self.norm(x, emb=temb, **_law_joined(self, x, image_rotary_emb))
         mlp = activated(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = torch.cat([x, mlp], dim=2)
@@ -222,14 +231,16 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
     fingerprints = {"forward": frozenset({"b5abc890a2a7"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
 
-    def forward(self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int) -> tuple[Tensor, ...]:
+    def forward(
+        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Law | None = None
+    ) -> tuple[Tensor, ...]:
         emb = self.modulation(emb)
         token_replace_emb = self.modulation(token_replace_emb)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
         tr_shift_msa, tr_scale_msa, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = token_replace_emb.chunk(6, dim=1)
 
         shift, scale = _rows((tr_shift_msa, shift_msa), (tr_scale_msa, scale_msa))
-        x = self.norm(hidden_states, scale=scale, shift=shift, index=_row_index(hidden_states, first_frame_num_tokens))
+        x = self.norm(hidden_states, scale=scale, shift=shift, index=_row_index(hidden_states, first_frame_num_tokens), law=law)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp
 
 
@@ -242,7 +253,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(
-        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int
+        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Law | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         emb = self.modulation(emb)
         token_replace_emb = self.modulation(token_replace_emb)
@@ -250,7 +261,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
         tr_shift_msa, tr_scale_msa, tr_gate_msa = token_replace_emb.chunk(3, dim=1)
 
         shift, scale = _rows((tr_shift_msa, shift_msa), (tr_scale_msa, scale_msa))
-        x = self.norm(hidden_states, scale=scale, shift=shift, index=_row_index(hidden_states, first_frame_num_tokens))
+        x = self.norm(hidden_states, scale=scale, shift=shift, index=_row_index(hidden_states, first_frame_num_tokens), law=law)
         return x, gate_msa, tr_gate_msa
 
 
@@ -279,10 +290,11 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         token_replace_emb: Tensor = None,  # type: ignore[assignment]  # upstream's default; always given
         num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
+        given, c_given = _laws(self, hidden_states, encoder_hidden_states, freqs_cis)
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = self.norm1(
-            hidden_states, temb, token_replace_emb, num_tokens
+            hidden_states, temb, token_replace_emb, num_tokens, **given
         )
-        c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+        c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb, **c_given)
 
         x, c = self.attn(hidden_states=x, encoder_hidden_states=c, attention_mask=attention_mask, image_rotary_emb=freqs_cis)
 
@@ -290,8 +302,11 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         gate1, shift, scale, gate2 = _rows(
             (tr_gate_msa, gate_msa), (tr_shift_mlp, shift_mlp), (tr_scale_mlp, scale_mlp), (tr_gate_mlp, gate_mlp)
         )
-        x, hidden_states = self.norm2(hidden_states, x, gate=gate1, scale=scale, shift=shift, index=index)
-        c, encoder_hidden_states = self.norm2_context(encoder_hidden_states, c, gate=c_gate_msa, scale=c_scale_mlp, shift=c_shift_mlp)
+        law, c_law = law_in_feed_forward(self.ff, hidden_states), law_in_feed_forward(self.ff_context, encoder_hidden_states)
+        x, hidden_states = self.norm2(hidden_states, x, gate=gate1, scale=scale, shift=shift, index=index, law=law)
+        c, encoder_hidden_states = self.norm2_context(
+            encoder_hidden_states, c, gate=c_gate_msa, scale=c_scale_mlp, shift=c_shift_mlp, law=c_law
+        )
 
         hidden_states = scale_residual(hidden_states, self.ff(x), gate2, index=index, rounding=self.rounding)
         encoder_hidden_states = scale_residual(encoder_hidden_states, self.ff_context(c), c_gate_mlp, rounding=self.rounding)
@@ -319,7 +334,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
     ) -> tuple[Tensor, Tensor]:
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens)
+        x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens, **_law_joined(self, x, image_rotary_emb))
         mlp = activated(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = torch.cat([x, mlp], dim=2)
@@ -328,6 +343,25 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
 
         (gate,) = _rows((tr_gate, gate))
         return _scale_residuals(hidden_states, encoder_hidden_states, x, gate, _row_index(x, num_tokens), rounding=self.rounding)
+
+
+def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[dict[str, Law], dict[str, Law]]:
+    """By which laws the attention module of a dual-stream block takes the two streams quantised, as arguments of their norms."""
+    law, text_law = law_in(block.attn, x, "to_q", "to_k", "to_v"), law_in(block.attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
+    if (law is None and text_law is None) or (rotary is not None and rotary[0].shape[0] != x.shape[1]):
+        return {}, {}
+    return _argument(block.norm1, law), _argument(block.norm1_context, text_law)
+
+
+def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Law]:
+    """By which law attention and MLP of a single-stream block take both streams in one piece, as an argument of its norm."""
+    law = law_in(block.attn, x, "to_q", "to_k", "to_v")
+    return _argument(block.norm, law) if law is not None and rotary is not None and law_for(x, block.proj_mlp) is law else {}
+
+
+def _argument(norm: Any, law: Law | None) -> dict[str, Law]:
+    """For ``norm``, which may have been replaced by one that takes none."""
+    return {"law": law} if law is not None and isinstance(norm, FusedModule) else {}
 
 
 def _attend_joined(

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, scale_residual
-from ..fused.attention import FusedAttention, weight_of
+from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock
+from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel
+from ..fused.quantized_linear import dense_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from ..ops.quantization import Law
 
 MODULATED = (
     ModulatedModel(
@@ -99,13 +102,21 @@ class QwenImageAttention(FusedAttention):
         )
         joint = joint.flatten(2, 3).to(query.dtype)
         text_tokens = encoder_hidden_states.shape[1]
-        image = self.to_out[0](joint[:, text_tokens:].contiguous())
+        image = self.to_out[0](dense_for(joint[:, text_tokens:], self.to_out[0]))
         if len(self.to_out) > 1:
             image = self.to_out[1](image)  # dropout
-        return image, self.to_add_out(joint[:, :text_tokens].contiguous())
+        return image, self.to_add_out(dense_for(joint[:, :text_tokens], self.to_add_out))
 
 
-def _aligned(image: Tensor, text: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> bool:
+def _laws(
+    attn: Any, image: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any] | None
+) -> tuple[Law | None, Law | None]:
+    """By which laws the attention module takes the two streams quantised."""
+    laws = law_in(attn, image, "to_q", "to_k", "to_v"), law_in(attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
+    return laws if laws == (None, None) or (not kwargs and _aligned(image, text, rotary)) else (None, None)
+
+
+def _aligned(image: Any, text: Any, rotary: tuple[Tensor, Tensor] | None) -> bool:
     """Whether the rotary tables are of the streams' lengths. Where they aren't, upstream says so in its own words."""
     return rotary is None or text is None or (rotary[0].shape[0] == image.shape[1] and rotary[1].shape[0] == text.shape[1])
 
@@ -149,21 +160,23 @@ class QwenImageTransformerBlock(FusedBlock):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod_params.chunk(6, dim=-1)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod_params.chunk(6, dim=-1)
 
+        img_law, txt_law = _laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs)
         img_attn_output, txt_attn_output = self.attn(
-            hidden_states=self.img_norm1(hidden_states, scale=img_scale1, shift=img_shift1, index=modulate_index),
-            encoder_hidden_states=self.txt_norm1(encoder_hidden_states, scale=txt_scale1, shift=txt_shift1),
+            hidden_states=self.img_norm1(hidden_states, scale=img_scale1, shift=img_shift1, index=modulate_index, law=img_law),
+            encoder_hidden_states=self.txt_norm1(encoder_hidden_states, scale=txt_scale1, shift=txt_shift1, law=txt_law),
             encoder_hidden_states_mask=encoder_hidden_states_mask,
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
 
+        img_law, txt_law = law_in_feed_forward(self.img_mlp, hidden_states), law_in_feed_forward(self.txt_mlp, encoder_hidden_states)
         img_modulated, hidden_states = self.img_norm2(
-            hidden_states, img_attn_output, gate=img_gate1, scale=img_scale2, shift=img_shift2, index=modulate_index
+            hidden_states, img_attn_output, gate=img_gate1, scale=img_scale2, shift=img_shift2, index=modulate_index, law=img_law
         )
         hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), img_gate2, index=modulate_index, rounding=self.rounding)
 
         txt_modulated, encoder_hidden_states = self.txt_norm2(
-            encoder_hidden_states, txt_attn_output, gate=txt_gate1, scale=txt_scale2, shift=txt_shift2
+            encoder_hidden_states, txt_attn_output, gate=txt_gate1, scale=txt_scale2, shift=txt_shift2, law=txt_law
         )
         encoder_hidden_states = scale_residual(encoder_hidden_states, self.txt_mlp(txt_modulated), txt_gate2, rounding=self.rounding)
 

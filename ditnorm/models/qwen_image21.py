@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
+from ..fused.feed_forward import law_in_feed_forward
+from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
@@ -55,7 +57,8 @@ class QwenImage21Attention(FusedAttention):
         aligned = rotary_emb is None or rotary_emb.shape[0] == hidden_states.shape[1]
         if not self.fuses() or not self.fits("qk_norm_rope", aligned):
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        shared = quantized_for(hidden_states, self.to_q, self.to_k, self.to_v)
+        query, key, value = self.to_q(shared), self.to_k(shared), self.to_v(shared)
         weights = weight_of(self.norm_q), weight_of(self.norm_k)
         # Upstream rounds a norm in another dtype before it rotates, which the op doesn't do.
         one_dtype = len({t.dtype for t in (query, key, value, *weights) if t is not None}) == 1
@@ -136,8 +139,9 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
             segments=segments,
             key_valid=key_valid,
         )
+        law = law_in_feed_forward(self.img_mlp, hidden_states)
         img_modulated, hidden_states = self.img_norm2(
-            hidden_states, attn_output, gate=gate1, scale=scale2, shift=no_shift, index=target_token_mask
+            hidden_states, attn_output, gate=gate1, scale=scale2, shift=no_shift, index=target_token_mask, law=law
         )
         hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), gate2, index=target_token_mask, rounding=self.rounding)
         return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states

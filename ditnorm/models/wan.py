@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
-from ..fused.attention import FusedAttention, weight_of
+from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock, FusedUnit
+from ..fused.feed_forward import law_in_feed_forward
 from ..fused.gelu import FusedGELU
+from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.checks import transformed
+from ..ops.quantization import Law
 
 
 class WanAttention(FusedAttention):
@@ -40,6 +43,8 @@ class WanAttention(FusedAttention):
             image_tokens = encoder_hidden_states.shape[1] - 512  # type: ignore[union-attr]
             image_states, encoder_hidden_states = encoder_hidden_states[:, :image_tokens], encoder_hidden_states[:, image_tokens:]  # type: ignore[index]
 
+        if encoder_hidden_states is not None and not self.fused_projections:
+            encoder_hidden_states = quantized_for(encoder_hidden_states, self.to_k, self.to_v)
         query, key, value = self.upstream("_get_qkv_projections")(self, hidden_states, encoder_hidden_states)
         query_weight, key_weight = weight_of(self.norm_q), weight_of(self.norm_k)
         if query_weight is None or key_weight is None:  # by their length the op sees that the norm is across heads; ones change no bit
@@ -79,6 +84,17 @@ class WanAttention(FusedAttention):
         return self.to_out[1](self.to_out[0](hidden_states))
 
 
+def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Law | None:
+    """By which law the self-attention takes its input, of the shape and dtype of ``x``, quantised."""
+    law = law_in(attn, x, *(("to_qkv",) if getattr(attn, "fused_projections", False) else ("to_q", "to_k", "to_v")))
+    return law if law is None or rotary_emb is None or rotary_emb[0].shape[1] == x.shape[1] else None
+
+
+def _law_across(attn: Any, x: Tensor, text: Tensor) -> Law | None:
+    """The same of the cross-attention, where only the query is made of ``x``."""
+    return law_in(attn, x, "to_q") if text.shape[0] == x.shape[0] else None
+
+
 _SITES = {
     "norm1": LayerNormScaleShift,
     "norm2": ScaleResidualNormScaleShift,
@@ -102,11 +118,11 @@ class WanTransformerBlock(FusedBlock):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table)
 
-        x = self.norm1(hidden_states, **modulation1)
+        x = self.norm1(hidden_states, **modulation1, law=_law(self.attn1, hidden_states, rotary_emb))
         x = self.attn1(x, None, None, rotary_emb)
-        x, hidden_states = self.norm2(hidden_states, x, **gate1)
+        x, hidden_states = self.norm2(hidden_states, x, **gate1, law=_law_across(self.attn2, hidden_states, encoder_hidden_states))
         x = self.attn2(x, encoder_hidden_states, None, None)
-        x, hidden_states = self.norm3(hidden_states, x, **modulation3)
+        x, hidden_states = self.norm3(hidden_states, x, **modulation3, law=law_in_feed_forward(self.ffn, hidden_states))
         return scale_residual(hidden_states, self.ffn(x), **gate3, rounding=self.rounding)
 
 
@@ -133,11 +149,13 @@ class WanVACETransformerBlock(FusedBlock):
             control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table.to(temb.device))
 
-        x = self.norm1(control_hidden_states, **modulation1)
+        x = self.norm1(control_hidden_states, **modulation1, law=_law(self.attn1, control_hidden_states, rotary_emb))
         x = self.attn1(x, None, None, rotary_emb)
-        x, control_hidden_states = self.norm2(control_hidden_states, x, **gate1)
+        law = _law_across(self.attn2, control_hidden_states, encoder_hidden_states)
+        x, control_hidden_states = self.norm2(control_hidden_states, x, **gate1, law=law)
         x = self.attn2(x, encoder_hidden_states, None, None)
-        x, control_hidden_states = self.norm3(control_hidden_states, x, **modulation3)
+        law = law_in_feed_forward(self.ffn, control_hidden_states)
+        x, control_hidden_states = self.norm3(control_hidden_states, x, **modulation3, law=law)
         control_hidden_states = scale_residual(control_hidden_states, self.ffn(x), **gate3, rounding=self.rounding)
 
         conditioning_states = None if self.proj_out is None else self.proj_out(control_hidden_states)

@@ -1,20 +1,27 @@
 """The arguments of each op as one structure: everything else that has to name them takes the structure.
 
-The fields are the op's arguments in the order of its schema, tensors first. What users write as a name ("layer", "eager") an op takes
-as a number, the place of the name in ``NORMS``, ``QK_NORMS`` or ``ROUNDINGS``; those of the C++ side are the same.
+The fields are the op's arguments in the order of its schema, tensors first. What users write as a name ("layer", "eager") or a value an
+op takes as a number, its place in ``NORMS``, ``QK_NORMS``, ``ROUNDINGS``, ``LAWS`` or ``HALVES``; those of the C++ side are the same.
 """
 
 from typing import Annotated, NamedTuple
 
+import torch
 from torch import Tensor
+
+from .quantization import LAWS, Law
 
 NORMS = ("layer", "rms", "fp32_layer")
 QK_NORMS = ("rms", "diffusers_rms")
 ROUNDINGS = ("single", "eager")
 
+HALVES = (torch.float16, torch.bfloat16)
+
 Norm = Annotated[str, NORMS]
 QKNorm = Annotated[str, QK_NORMS]
 Rounding = Annotated[str, ROUNDINGS]
+Quantiser = Annotated[Law, LAWS]
+Half = Annotated[torch.dtype, HALVES]
 
 
 class NormScaleShift(NamedTuple):
@@ -100,6 +107,23 @@ class JointQKNormRope(NamedTuple):
     eps: float
     encoder_first: bool
     rounding: Rounding
+
+
+class Quantize(NamedTuple):
+    """``x`` [..., D] quantised, or GELU of it."""
+
+    x: Tensor
+    law: Quantiser
+
+
+class DequantizeProduct(NamedTuple):
+    """What an int8 matrix product [rows, N] stands for: ``product * scale * weight_scale + bias``."""
+
+    product: Tensor
+    scale: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    dtype: Half
 
 
 SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual

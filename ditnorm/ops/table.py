@@ -11,8 +11,16 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from . import checks, checks_qk, reference, reference_qk
-from .calls import JointQKNormRope, NormScaleShift, QKNormRope, ScaleResidual, ScaleResidualNormScaleShift
+from . import checks, checks_qk, checks_quantize, reference, reference_qk, reference_quantize
+from .calls import (
+    DequantizeProduct,
+    JointQKNormRope,
+    NormScaleShift,
+    QKNormRope,
+    Quantize,
+    ScaleResidual,
+    ScaleResidualNormScaleShift,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Op:
     @cached_property
     def _names(self) -> tuple[tuple[str, ...] | None, ...]:
         return tuple(get_args(hint)[1] if get_origin(hint) is Annotated else None for hint in self._hints.values())
+
+
+def _fused(call: Any) -> None:
+    """A kernel takes every call."""
 
 
 def _like_joined(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,6 +116,30 @@ OPS: Mapping[str, Op] = {
             checks_qk.check,
             checks_qk.unfused,
             _like_joined,
+        ),
+        Op(
+            "quantize",
+            Quantize,
+            reference_quantize.quantize,
+            checks_quantize.check,
+            _fused,
+            lambda call: checks_quantize.like_quantized(call.x, call.law),
+        ),
+        Op(
+            "gelu_quantize",
+            Quantize,
+            reference_quantize.gelu_quantize,
+            checks_quantize.check,
+            _fused,
+            lambda call: checks_quantize.like_quantized(call.x, call.law),
+        ),
+        Op(
+            "dequantize_product",
+            DequantizeProduct,
+            reference_quantize.dequantize_product,
+            checks_quantize.check_product,
+            _fused,
+            lambda call: call.product.new_empty(call.product.shape, dtype=call.dtype),
         ),
     )
 }

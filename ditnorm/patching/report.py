@@ -3,12 +3,13 @@
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .. import kernels
+from ..fused.quantized_linear import QuantizedProduct
 from . import patch, verification
 from .restoring import tables
 from .targets import listed, modules_of, number_of, targets
@@ -47,6 +48,10 @@ class TransformerReport:
     """Attention modules of the fusable or fused blocks whose query and key are fused too."""
     unfused_attentions: Mapping[str, list[str]]
     """Reason -> the attention modules that stay upstream's for it."""
+    products: Mapping[str, int] = field(default_factory=dict)
+    """How activations are quantised -> the linear layers of the fusable or fused blocks that are fused so."""
+    unfused_products: Mapping[str, list[str]] = field(default_factory=dict)
+    """Reason -> the linear layers with quantised weights that their own library serves."""
     modulations: tuple[str, ...] = ()
     """What the tables of precomputed modulations hold, and what they were asked for."""
 
@@ -64,8 +69,12 @@ class TransformerReport:
         if self.attentions:
             when = "" if self.rounding else "would be "
             yield "  query and key", f"{when}normed and rotated in one call in {number_of(self.attentions, 'attention module')}"
+        for law, count in self.products.items():
+            yield "  quantised", f"{law}: {count} linear layers"
         for reason, attentions in self.unfused_attentions.items():
             yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
+        for reason, linears in self.unfused_products.items():
+            yield "  unfused", f"quantised linear layers {listed(linears)}: {reason}"
         for text in self.modulations:
             yield "  modulations", text
         for reason, units in self.refused.items():
@@ -123,7 +132,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         blocks=len(blocks),
         fused=sum(unit.fused for unit in blocks),
         fusable=sum(unit.refusal is None for unit in blocks),
-        sites=len(calls),
+        sites=sum(not isinstance(call, QuantizedProduct) for call in calls),
         rounding=roundings,
         backend=_backend(verification.execution_device(model)),
         verification=_verification(model, fused, roundings),
@@ -131,13 +140,19 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         changed=_by_reason(fused),
         hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and _hooked(swap.module)],
         attentions=sum(call.op.endswith("qk_norm_rope") for call in calls),
-        unfused_attentions=_grouped((part.name, part.reason) for unit in counted for part in unit.unfused),
+        unfused_attentions=_unfused(counted, "query and key"),
+        products=Counter(str(call.law) for call in calls if isinstance(call, QuantizedProduct)),
+        unfused_products=_unfused(counted, "matrix product"),
         modulations=tuple(map(str, tables(model))),
     )
 
 
 def _by_reason(units: Iterable[Unit]) -> dict[str, list[str]]:
     return _grouped((unit.name, unit.refusal) for unit in units if unit.refusal is not None)
+
+
+def _unfused(units: Iterable[Unit], what: str) -> dict[str, list[str]]:
+    return _grouped((part.name, part.reason) for unit in units for part in unit.unfused if part.what == what)
 
 
 def _grouped(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -186,7 +201,7 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 def _call_table(calls: Counter[tuple[str, str]]) -> list[str]:
     paths = sorted({path for _, path in kernels.counts()})
-    ops = list(dict.fromkeys(op for op, _ in kernels.counts()))
+    ops = [op for op in dict.fromkeys(op for op, _ in kernels.counts()) if "quantize" not in op or any(calls[op, path] for path in paths)]
     lines = [f"{'calls in this process since patching':<40}" + "".join(f"{path:>12}" for path in paths)]
     lines += [f"  {op:<38}" + "".join(f"{calls[op, path]:>12}" for path in paths) for op in ops]
     return [*lines, "  (replays of CUDA graphs aren't counted)"]

@@ -1,10 +1,12 @@
 """Fingerprints of functions: what a fused body relies on, named by content instead of by class or by version of diffusers."""
 
 import ast
+import functools
 import hashlib
+import importlib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
 
@@ -37,6 +39,31 @@ def _read(code: CodeType) -> str | None:
         return digest(ast.parse(source).body[0])
     except SyntaxError:  # a lambda in the middle of an expression
         return None
+
+
+def fingerprint_of_all(functions: Mapping[str, Iterable[str]]) -> str | None:
+    """One fingerprint of functions and methods, given by name for each module that defines them; None where one is missing.
+
+    It reads what the modules say, so it finds those too that a decorator has made something else of.
+    """
+    digests = []
+    for module, names in functions.items():
+        defined = _defined(module)
+        digests += [defined.get(name) for name in names]
+    return None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _defined(module: str) -> dict[str, str]:
+    """The functions and methods of a module -> their fingerprints."""
+    try:
+        tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+    except (ImportError, OSError, TypeError):
+        return {}
+    found = {node.name: digest(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        found |= {f"{cls.name}.{node.name}": digest(node) for node in cls.body if isinstance(node, ast.FunctionDef)}
+    return found
 
 
 def digest(node: ast.AST) -> str:

@@ -333,6 +333,11 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __frsqrt_rn(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
+inline float __int2float_rn(int a) { return static_cast<float>(a); }
+inline int __float2int_rn(float a) {
+  if (std::isnan(a)) return 0;
+  return a < -0x1p31f ? -0x7fffffff - 1 : a >= 0x1p31f ? 0x7fffffff : static_cast<int>(std::nearbyint(a));
+}
 inline float rsqrtf(float a) { return __frsqrt_rn(a); }  // a GPU's own is up to 2 ulp away
 
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {

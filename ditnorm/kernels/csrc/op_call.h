@@ -20,8 +20,9 @@ constexpr const char* kDispatchKey = "CUDA";
 
 enum Rounding : int64_t { single, eager };
 
-// norm_scale_shift, scale_residual_norm_scale_shift, scale_residual, qk_norm_rope, joint_qk_norm_rope
-inline std::atomic<int64_t> calls[5];
+// In the order of OPS in ditnorm/ops/table.py.
+constexpr int kOps = 8;
+inline std::atomic<int64_t> calls[kOps];
 
 inline DType float_dtype(const Tensor& t) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f16 = aoti_torch_dtype_float16(), bf16 = aoti_torch_dtype_bfloat16();

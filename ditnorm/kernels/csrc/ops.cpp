@@ -5,6 +5,7 @@
 
 #include "op_call.h"
 #include "qk_ops.h"
+#include "quantize_ops.h"
 
 namespace {
 
@@ -230,13 +231,14 @@ DITNORM_EXPORT int ditnorm_register() try {
   library->impl<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift");
   library->impl<&scale_residual_op>("scale_residual");
   ditnorm::register_qk_ops(*library);
+  ditnorm::register_quantize_ops(*library);
   library.release();
   return 0;
 } catch (const std::exception&) {
   return 1;
 }
 
-DITNORM_EXPORT void ditnorm_counts(int64_t out[5]) {
-  for (int i = 0; i < 5; ++i) out[i] = ditnorm::calls[i].load(std::memory_order_relaxed);
+DITNORM_EXPORT void ditnorm_counts(int64_t out[ditnorm::kOps]) {
+  for (int i = 0; i < ditnorm::kOps; ++i) out[i] = ditnorm::calls[i].load(std::memory_order_relaxed);
 }
 }

@@ -30,6 +30,7 @@ int32_t aoti_torch_dtype_int16();
 int32_t aoti_torch_dtype_int8();
 int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_bool();
+int32_t aoti_torch_dtype_float8_e4m3fn();
 
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret);

@@ -1,0 +1,64 @@
+"""diffusers' ``FeedForward`` with quantised weights: what its first layer is given may come quantised, and what GELU makes of its result
+goes to the last layer quantised in the same pass.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..functional import gelu_quantize
+from ..ops.quantization import Law, Quantized
+from .gelu import FusedGELU
+from .module import FusedModule
+from .quantized_linear import QuantizedLinear, hooked, law_for
+
+
+class FusedFeedForward(FusedModule):
+    """hidden_states [..., D], or what it was quantised to -> [..., D]."""
+
+    fingerprints = {"forward": frozenset({"5d1675303cd4"})}  # 0.37.0 to 0.42.1
+
+    optional = True
+
+    @classmethod
+    def applies_to(cls, module: nn.Module) -> bool:
+        """Where something in it is quantised."""
+        return super().applies_to(module) and any(QuantizedLinear.applies_to(m) for m in module.modules())
+
+    def forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:
+        layers = list(self.net._modules.values())
+        if args or kwargs or len(layers) != 3 or not _quantises(*layers):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        gelu, _, linear = layers
+        inner = gelu.proj(hidden_states)
+        law = law_for(inner, linear)
+        return linear(gelu.activate(inner) if law is None else gelu_quantize(inner, law))
+
+    def law(self, x: Tensor) -> Law | None:
+        """The law by which its first layer quantises what the module is given with the shape and dtype of ``x``; None: as it is."""
+        if "forward" in self.__dict__ or hooked(self):
+            return None
+        gelu: Any = self.net._modules["0"]
+        return law_for(x, gelu.proj) if isinstance(gelu, FusedGELU) and _unobserved(gelu) else None
+
+
+def law_in_feed_forward(module: Any, x: Tensor) -> Law | None:
+    """:meth:`FusedFeedForward.law` of a module that may be unfused."""
+    return module.law(x) if isinstance(module, FusedFeedForward) else None
+
+
+def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:
+    """Whether GELU may hand its result to ``linear`` quantised: nobody looks at it, and nothing is dropped."""
+    return (
+        isinstance(linear, QuantizedLinear)
+        and isinstance(gelu, FusedGELU)
+        and gelu.approximate == "tanh"
+        and _unobserved(gelu)
+        and type(dropout) is nn.Dropout
+        and (dropout.p == 0 or not dropout.training)
+        and _unobserved(dropout)
+    )
+
+
+def _unobserved(module: Any) -> bool:
+    return "forward" not in module.__dict__ and not hooked(module)

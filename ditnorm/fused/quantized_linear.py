@@ -1,0 +1,201 @@
+"""Linear layers whose weights are quantised, and their activations in each call: the matrix product, called without the detour over the
+weight's own dispatch, of an activation that is quantised in one pass, or behind the op that made it.
+
+What isn't served here, torchao serves: weights and configurations that aren't known, gradients, autocast, compilers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..functional import dequantize_product, quantize
+from ..ops import quantization
+from ..ops.checks import same_bits
+from ..ops.quantization import INT8_ROW, Law, Quantized
+from .module import FusedModule, upstream_of
+from .quantized_weights import from_torchao, law_of
+from .sites import FusedCall
+
+_HALVES = (torch.bfloat16, torch.float16)
+_FEWEST_INT8_ROWS = 17  # of which PyTorch multiplies int8 matrices on a GPU
+
+_is_compiling = torch.compiler.is_compiling
+_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+class QuantizedLinear(FusedModule):
+    """``nn.Linear`` with a quantised weight: [..., in_features], or what it was quantised to -> [..., out_features]."""
+
+    fingerprints = {"forward": frozenset({"bef9ffac7d19"})}
+
+    optional = True
+    reported_as = "matrix product"
+
+    @classmethod
+    def applies_to(cls, module: nn.Module) -> bool:
+        """Whether ``module`` has a weight that a library of quantisers made."""
+        weight = module._parameters.get("weight")
+        return weight is not None and upstream_of(type(module)) is nn.Linear and from_torchao(weight)
+
+    @classmethod
+    def unsupported(cls, module: nn.Module) -> str | None:
+        """Why torchao serves it."""
+        law = law_of(module.weight)  # type: ignore[arg-type]
+        if isinstance(law, str):
+            return law
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
+        return None if law is INT8_ROW or capability >= (8, 9) else f"float8 needs compute capability 8.9, this GPU has {capability}"
+
+    @classmethod
+    def calls(cls, module: Any, dtype: torch.dtype) -> Iterator[FusedCall]:
+        """One, on a stream of ``dtype``."""
+        law = law_of(module.weight)
+        if isinstance(law, Law):
+            yield QuantizedProduct(law, module.in_features, module.out_features, dtype, module.bias is not None, Weight(module))
+
+    def forward(self, input: Tensor | Quantized) -> Tensor:
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if isinstance(input, Quantized):
+            return product(input, weight, bias)
+        if _is_compiling() or not _serves(input):
+            return super().forward(input)  # type: ignore[misc]
+        law = law_of(weight)
+        if type(law) is not Law or not _fits(law, input, weight, bias):
+            return super().forward(input)  # type: ignore[misc]
+        return product(quantize(input, law), weight, bias)
+
+
+def product(x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+    """The matrix product as torchao calls it: [..., D] quantised by the law of ``weight`` [N, D] -> [..., N]."""
+    if x.law is INT8_ROW:
+        y = dequantize_product(torch._int_mm(x.values, weight.qdata.t()), x.scale, weight.scale, bias, x.dtype)
+    else:
+        y = torch._scaled_mm(
+            x.values,
+            weight.qdata.t(),
+            scale_a=x.scale,
+            scale_b=weight.scale.t(),
+            bias=bias,
+            out_dtype=x.dtype,
+            use_fast_accum=weight.mm_config.use_fast_accum,
+        )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def law_for(x: Tensor, *linears: Any) -> Law | None:
+    """The law by which all of ``linears`` quantise an activation with the shape and dtype of ``x``.
+
+    None where one of them wants it as it is: then nothing may be handed over quantised.
+    """
+    law: Law | None = None
+    for linear in linears:
+        if not isinstance(linear, QuantizedLinear) or "forward" in linear.__dict__ or hooked(linear):
+            return None
+        if law is None and (_is_compiling() or not _serves(x)):
+            return None
+        found = law_of(linear._parameters["weight"])
+        if type(found) is not Law or (law is not None and found is not law):
+            return None
+        if not _fits(found, x, linear._parameters["weight"], linear._parameters["bias"]):
+            return None
+        law = found
+    return law
+
+
+def quantized_for(x: Any, *linears: Any) -> Any:
+    """``x``, quantised where all of ``linears`` take it so; as it is where it comes quantised already."""
+    if type(x) is Quantized:
+        return x
+    law = law_for(x, *linears)
+    return x if law is None else quantize(x, law)
+
+
+def dense_for(x: Tensor, linear: Any) -> Any:
+    """``x``, a part of a tensor, as ``linear`` reads it best: quantised where it stands, or copied to be contiguous."""
+    law = law_for(x, linear)
+    return x.contiguous() if law is None else quantize(x, law)
+
+
+def hooked(module: Any) -> bool:
+    """Whether somebody looks at what goes into ``module`` or comes out of it."""
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _serves(x: Tensor) -> bool:
+    """Whether nothing but the values of ``x`` matters: no graph, no autocast, no tensor of another kind."""
+    return type(x) is Tensor and x.dtype in _HALVES and not torch.is_grad_enabled() and not _any_autocast_enabled()
+
+
+def _fits(law: Law, x: Tensor, weight: Any, bias: Tensor | None) -> bool:
+    width = weight.qdata.shape[1]
+    if x.shape[-1] != width or x.dim() < 2 or (bias is not None and bias.dtype is not x.dtype):
+        return False
+    return x.numel() > 0 and (law is not INT8_ROW or x.numel() >= _FEWEST_INT8_ROWS * width)
+
+
+class Weight:
+    """A linear layer whose weight a verification may use; all are equal, since its values don't matter."""
+
+    def __init__(self, linear: Any) -> None:
+        self.linear = linear
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Weight)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class QuantizedProduct:
+    """A quantised matrix product, with a quantiser of its activation."""
+
+    law: Law
+    width: int
+    out: int
+    dtype: torch.dtype
+    bias: bool
+    weight: Weight
+
+    @property
+    def op(self) -> str:
+        return "quantize"
+
+    @property
+    def fused(self) -> bool:
+        return self.dtype in _HALVES
+
+    def __str__(self) -> str:
+        return f"{self.law} ({self.dtype}, {self.width} to {self.out})".replace("torch.", "")
+
+    def same_bits(self, device: torch.device) -> bool:
+        """Values and scales against the law in PyTorch, and the product against torchao's own."""
+        linear = self.weight.linear
+        if linear.weight.device != device:  # offloaded: no weight to compare with
+            return self._same_values(device)
+        rows = self._rows(device)
+        law = law_for(rows, linear)
+        if law is None:
+            return self._same_values(device)
+        expected = nn.Linear.forward(linear, rows)
+        return self._same_values(device) and same_bits(product(quantize(rows, law), linear.weight, linear.bias), expected)
+
+    def _rows(self, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(_ROWS, self.width, generator=generator, device=device)
+        spread = torch.randn(_ROWS, 1, generator=generator, device=device).mul(2).exp()
+        return (x * spread).to(self.dtype)
+
+    def _same_values(self, device: torch.device) -> bool:
+        rows = self._rows(device)
+        found = quantize(rows, self.law)
+        return same_bits((found.values, found.scale), quantization.quantize(rows, self.law))
+
+
+_ROWS = 1024

@@ -1,0 +1,156 @@
+"""By which law a quantised weight has its activations quantised, where a fused linear layer computes what the weight's own library does.
+
+A weight of torchao tells its configuration itself; how the installed version computes with it is known by fingerprint. What isn't known
+is named, and torchao serves it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.quantization import FLOAT8_ROW, FLOAT8_TENSOR, INT8_ROW, Law
+from ..swapping.fingerprint import fingerprint_of_all
+
+_PRIMITIVES = "torchao.quantization.quant_primitives"
+_COMMON = {
+    "torchao.utils": ("_dispatch__torch_function__",),
+    "torchao.quantization.utils": ("get_block_size",),
+    "torchao.quantization.quantize_.common.quantize_tensor_kwargs": ("_choose_quant_func_and_quantize_tensor",),
+}
+_FLOAT8_MODULE = "torchao.quantization.quantize_.workflows.float8.float8_tensor"
+_FLOAT8: Mapping[str, tuple[str, ...]] = _COMMON | {
+    _FLOAT8_MODULE: ("Float8Tensor.from_hp", "_float8_addmm_impl"),
+    "torchao.float8.inference": (
+        "preprocess_data",
+        "preprocess_scale",
+        "addmm_float8_unwrapped_inference",
+        "_is_rowwise_scaled",
+        "_is_128_128_scaled",
+        "_is_tensorwise_scaled",
+    ),
+    "torchao.float8.float8_utils": ("is_row_major",),
+    _PRIMITIVES: (
+        "_choose_scale_float8",
+        "_get_reduction_params",
+        "_maybe_expand_scale_to_tensor_shape",
+        "_quantize_affine_float8",
+        "_RoundToFloat8.forward",
+    ),
+}
+_INT8_MODULE = "torchao.quantization.quantize_.workflows.int8.int8_tensor"
+_INT8: Mapping[str, tuple[str, ...]] = _COMMON | {
+    _INT8_MODULE: ("Int8Tensor.from_hp",),
+    "torchao.kernel.intmm": ("int_scaled_matmul", "safe_int_mm"),
+    _PRIMITIVES: (
+        "choose_qparams_affine",
+        "_choose_qparams_affine",
+        "_get_reduction_params",
+        "quantize_affine",
+        "_quantize_affine",
+        "_quantize_affine_no_dtype_cast",
+        "_Round.forward",
+    ),
+}
+# The function that serves F.linear has no name that could be looked up, so it stands beside the others.
+_KNOWN_FLOAT8 = frozenset({("f6806f318387", "cd32637bc883")})  # 0.18.0
+_KNOWN_INT8 = frozenset({("58f780637a59", "74711f18cb51")})  # 0.18.0
+
+Reader = Callable[[Any], Law | str]
+"""A weight -> the law of its activations, or why it has none that is fused."""
+
+
+def from_torchao(weight: Tensor) -> bool:
+    """Whether ``weight`` is one of torchao's tensors."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def law_of(weight: Tensor) -> Law | str:
+    """The law by which activations are quantised for ``weight``, or why torchao itself serves it."""
+    return _reader(type(weight))(weight)
+
+
+@functools.cache
+def _reader(kind: type) -> Reader:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__.partition(".")[0] == "torchao":
+        if kind.__qualname__ == "Float8Tensor":
+            return _float8_reader(kind)
+        if kind.__qualname__ == "Int8Tensor":
+            return _int8_reader(kind)
+    return lambda weight: f"{name} is not a weight that ditnorm knows"
+
+
+def _unknown(kind: type, functions: Mapping[str, tuple[str, ...]], known: frozenset[tuple[str, str]]) -> str | None:
+    """Why the installed torchao isn't one that ditnorm knows, or None."""
+    from ..swapping.fingerprint import fingerprint
+
+    linear = getattr(kind, "_TORCH_FN_TABLE", {}).get(kind, {}).get(F.linear)
+    found = fingerprint(getattr(linear, "__wrapped__", linear)), fingerprint_of_all(functions)
+    return None if found in known else f"this version of torchao is not one that ditnorm knows (fingerprint: {found[0]} {found[1]})"
+
+
+def _float8_reader(kind: type) -> Reader:
+    unknown = _unknown(kind, _FLOAT8, _KNOWN_FLOAT8)
+    if unknown is not None:
+        return lambda weight: unknown
+    module = importlib.import_module(_FLOAT8_MODULE)
+    per_row, per_tensor = module.PerRow, module.PerTensor
+    automatic, torch_kernels = module.KernelPreference.AUTO, module.KernelPreference.TORCH
+    mslk = module._is_mslk_available()
+
+    def read(weight: Any) -> Law | str:
+        how, config, values = weight.act_quant_kwargs, weight.mm_config, weight.qdata
+        if how is None:
+            return "only its weights are quantised"
+        granularity, (rows, width) = how.granularity, values.shape
+        if type(granularity) is per_row and granularity.dim == -1 and weight.block_size == [1, width]:
+            law = FLOAT8_ROW
+        elif type(granularity) is per_tensor and weight.block_size == [rows, width]:
+            law = FLOAT8_TENSOR
+        else:
+            return f"activations quantised {granularity}, weights in blocks of {weight.block_size}"
+        if how.float8_dtype is not torch.float8_e4m3fn or values.dtype is not torch.float8_e4m3fn:
+            return f"activations in {how.float8_dtype}, weights in {values.dtype}"
+        if how.hp_value_lb is not None or how.hp_value_ub is not None:
+            return "activations have bounds"
+        for preference in (how.kernel_preference, weight.kernel_preference):
+            if preference is automatic and mslk and law is FLOAT8_ROW:
+                return "torchao takes MSLK's kernels"
+            if preference is not automatic and preference is not torch_kernels:
+                return f"{preference}"
+        if config is None or config.pad_inner_dim or not values.is_contiguous():
+            return "torchao copies its weights in each call"
+        return law
+
+    return read
+
+
+def _int8_reader(kind: type) -> Reader:
+    unknown = _unknown(kind, _INT8, _KNOWN_INT8)
+    if unknown is not None:
+        return lambda weight: unknown
+    module = importlib.import_module(_INT8_MODULE)
+    per_row, symmetric = module.PerRow, module.MappingType.SYMMETRIC
+    tuned = importlib.import_module("torchao.kernel.intmm").AUTOTUNER_ENABLE
+
+    def read(weight: Any) -> Law | str:
+        how, values = weight.act_quant_kwargs, weight.qdata
+        if how is None:
+            return "only its weights are quantised"
+        granularity, (rows, width) = how.granularity, values.shape
+        if type(granularity) is not per_row or granularity.dim != -1 or weight.block_size != [1, width]:
+            return f"activations quantised {granularity}, weights in blocks of {weight.block_size}"
+        if how.mapping_type is not symmetric or how.reduce_range or weight.reduce_range:
+            return "activations quantised asymmetrically or in a reduced range"
+        if weight.act_pre_scale is not None or weight.act_quant_scale is not None:
+            return "activations quantised with scales known beforehand"
+        if rows % 8 or width % 8:
+            return "torchao multiplies on the CPU: its shape isn't a multiple of 8"
+        return "TORCHAO_AUTOTUNER_ENABLE" if tuned else INT8_ROW
+
+    return read

@@ -1,0 +1,225 @@
+// Quantising what a linear layer reads, alone or behind GELU, and the way back from an int8 matrix product.
+#include <cmath>
+
+#include "dispatch.cuh"
+#include "launch.h"
+#include "quantize.cuh"
+
+namespace ditnorm {
+
+// GELU in its tanh approximation as ATen computes it, its multiply-adds contracted as nvcc contracts them there.
+__device__ __forceinline__ float gelu(float x) {
+  constexpr float kBeta = static_cast<float>(M_SQRT2 * M_2_SQRTPI * 0.5), kKappa = 0.044715f;
+  const float cube = __fmul_rn(__fmul_rn(x, x), x);
+  const float inner = __fmul_rn(kBeta, __fmaf_rn(kKappa, cube, x));
+  return __fmul_rn(__fmul_rn(0.5f, x), __fadd_rn(1.0f, tanhf(inner)));
+}
+
+template <bool GELU, class T, int N>
+__device__ __forceinline__ Pack<T, N> activated(const Pack<T, N>& x) {
+  if constexpr (!GELU) return x;
+  float v[N];
+  to_floats(v, x);
+#pragma unroll
+  for (int j = 0; j < N; ++j) v[j] = gelu(v[j]);
+  return from_floats<T, N>(v);
+}
+
+// The largest |x| of all rows where the law has one scale: what the blocks of amax_kernel found.
+__device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
+  uint32_t bits = 0;
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(p.partial_count); i += blockDim.x) {
+    bits = Amax<float>::larger(bits, p.partials[i]);
+  }
+  return bits;
+}
+
+// One block a row, which stays in registers.
+template <class T, bool GELU, int ITEMS>
+__global__ void __launch_bounds__(kMaxQuantizeThreads) quantize_kernel(const QuantizeProblem p) {
+  constexpr int N = 16 / sizeof(T);
+  __shared__ uint32_t exchange[kMaxWarps];
+  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
+  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
+  const auto inside = [&](int i) { return first + i * step < width; };
+  wait_for_previous_kernel();
+  const int64_t token = blockIdx.x, batch = blockIdx.y, row = batch * p.tokens + token;
+  const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + token * p.x.token_stride + first;
+  Pack<T, N> v[ITEMS];
+  each(kEach, [&](auto i) {
+    if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * step);
+  });
+  uint32_t bits = p.partials == nullptr ? 0 : amax_of_all(p);
+  Amax<T> amax;
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    v[i] = activated<GELU>(v[i]);
+    amax.take(v[i]);
+  });
+  if (p.partials == nullptr) bits = amax.bits();
+  const Divisor by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.law), p.law);
+  if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.scale[row] = by.scale;
+  store_quantized(v, by, p.law, p.values + row * p.width + first, step, inside);
+}
+
+// The largest |x| of the rows of each block.
+template <class T, bool GELU>
+__global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const QuantizeProblem p) {
+  constexpr int N = 16 / sizeof(T);
+  __shared__ uint32_t exchange[kMaxWarps];
+  wait_for_previous_kernel();
+  Amax<T> amax;
+  for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x) {
+    const int64_t batch = row / p.tokens;
+    const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + (row - batch * p.tokens) * p.x.token_stride;
+    for (int64_t column = threadIdx.x * N; column < p.width; column += kAmaxThreads * N) {
+      amax.take(activated<GELU>(load_row<Cache::normal, T, N>(x + column)));
+    }
+  }
+  const uint32_t bits = reduce_max(amax.bits(), exchange);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = bits;
+}
+
+// Any width, alignment and dtype: element by element, a row is read twice.
+template <bool GELU>
+__device__ __forceinline__ float element(const QuantizeProblem& p, int64_t offset) {
+  float v[1];
+  load_elements(v, p.x.data, p.x.dtype, offset, 1);
+  return GELU ? round_to(gelu(v[0]), p.x.dtype) : v[0];
+}
+
+__device__ __forceinline__ float scale_of(float amax, Law law, DType dtype) {
+  switch (dtype) {
+    case DType::f32: return scale_of<float>(amax, law);
+    case DType::f16: return scale_of<__half>(amax, law);
+    default: return scale_of<__nv_bfloat16>(amax, law);
+  }
+}
+
+// `find`: whether this is the pass that finds the largest |x| of all rows, for a law that isn't per row.
+template <bool GELU>
+__global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const QuantizeProblem p, const bool find) {
+  __shared__ uint32_t exchange[2][kMaxWarps];
+  wait_for_previous_kernel();
+  uint32_t largest = find || p.partials == nullptr ? 0 : amax_of_all(p);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x, turn ^= 1) {
+    const int64_t batch = row / p.tokens, x = batch * p.x.batch_stride + (row - batch * p.tokens) * p.x.token_stride;
+    uint32_t bits = largest;
+    if (find || p.partials == nullptr) {
+      for (int64_t column = threadIdx.x; column < p.width; column += kAmaxThreads) {
+        bits = Amax<float>::larger(bits, bits_of(element<GELU>(p, x + column)) & 0x7fffffffu);
+      }
+    }
+    if (find) {
+      largest = bits;
+      continue;
+    }
+    const Divisor by(scale_of(float_of(reduce_max(bits, exchange[turn])), p.law, p.x.dtype), p.law);
+    if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.scale[row] = by.scale;
+    for (int64_t column = threadIdx.x; column < p.width; column += kAmaxThreads) {
+      const float v = element<GELU>(p, x + column);
+      p.values[row * p.width + column] =
+          static_cast<uint8_t>(p.law == Law::int8_row ? to_int8(v, by.reciprocal) : to_e4m3(by.quotient<false>(v)));
+    }
+  }
+  if (!find) return;
+  largest = reduce_max(largest, exchange[0]);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = largest;
+}
+
+template <class T, bool GELU>
+int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
+  constexpr int N = 16 / sizeof(T);
+  if (p.partials != nullptr) {
+    const int error = launch(&amax_kernel<T, GELU>, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
+    if (error != 0) return error;
+  }
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
+  const int64_t accesses = p.width / N;
+  const auto go = [&](auto items) {
+    const auto threads = static_cast<unsigned>((accesses + items * 32 - 1) / (items * 32) * 32);
+    return launch(&quantize_kernel<T, GELU, items>, grid, threads, stream, p);
+  };
+  if (accesses <= 256) return go(Constant<1>{});
+  if (accesses <= 768) return go(Constant<2>{});
+  if (accesses <= 2048) return go(Constant<4>{});
+  return go(Constant<8>{});
+}
+
+template <bool GELU>
+int launch_any_quantize_kernel(const QuantizeProblem& p, void* stream) {
+  if (p.partials != nullptr) {
+    const dim3 grid(static_cast<unsigned>(p.partial_count));
+    const int error = launch(&any_quantize_kernel<GELU>, grid, kAmaxThreads, stream, p, true);
+    if (error != 0) return error;
+  }
+  return launch(&any_quantize_kernel<GELU>, blocks(p.batch * p.tokens), kAmaxThreads, stream, p, false);
+}
+
+template <bool GELU>
+int quantize_after(const QuantizeProblem& p, void* stream) {
+  const bool fits = p.tokens <= 0x7fffffff && p.batch <= 0xffff && p.width * bytes(p.x.dtype) % 16 == 0 &&
+                    p.width * bytes(p.x.dtype) <= kMaxQuantizeThreads * 8 * 16 &&
+                    aligned16(p.x.data, p.x.dtype, p.x.batch_stride, p.x.token_stride);
+  if (fits && p.x.dtype == DType::bf16) return launch_quantize_kernel<__nv_bfloat16, GELU>(p, stream);
+  if (fits && p.x.dtype == DType::f16) return launch_quantize_kernel<__half, GELU>(p, stream);
+  return launch_any_quantize_kernel<GELU>(p, stream);
+}
+
+// Whether the current GPU multiplies float8 matrices.
+#ifdef __CUDACC__
+bool has_float8() {
+  constexpr int kDevices = 64;
+  static std::atomic<int8_t> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
+  int device, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int8_t answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    answer = major * 10 + minor >= 89 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+#else
+bool has_float8() { return true; }
+#endif
+
+int quantize(const QuantizeProblem& p, void* stream) {
+  if (p.law != Law::int8_row && !has_float8()) return cudaErrorNotSupported;
+  return p.gelu ? quantize_after<true>(p, stream) : quantize_after<false>(p, stream);
+}
+
+constexpr int kProductThreads = 256;
+
+// int32 [rows, width] -> T. One thread has 4 columns.
+template <class T>
+__global__ void __launch_bounds__(kProductThreads) dequantize_kernel(const ProductProblem p, const unsigned parts) {
+  const int64_t row = blockIdx.x / parts;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x - row * parts) * kProductThreads + threadIdx.x) * 4;
+  if (column >= p.width) return;
+  wait_for_previous_kernel();
+  const int4 product = __ldcs(reinterpret_cast<const int4*>(p.product + row * p.width + column));
+  const int sums[4] = {product.x, product.y, product.z, product.w};
+  const float scale = __ldg(p.scale + row);
+  float y[4], weight_scale[4], bias[4];
+  to_floats(weight_scale, load_pack<float, 4>(p.weight_scale + column));
+  if (p.bias != nullptr) to_floats(bias, load_pack<T, 4>(static_cast<const T*>(p.bias) + column));
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    y[j] = __fmul_rn(round_to<T>(__fmul_rn(__int2float_rn(sums[j]), scale)), weight_scale[j]);
+    if (p.bias != nullptr) y[j] = __fadd_rn(y[j], bias[j]);
+  }
+  store_row<Cache::normal>(static_cast<T*>(p.y) + row * p.width + column, from_floats<T, 4>(y));
+}
+
+int dequantize_product(const ProductProblem& p, void* stream) {
+  const auto parts = static_cast<unsigned>((p.width + kProductThreads * 4 - 1) / (kProductThreads * 4));
+  const dim3 grid(static_cast<unsigned>(p.rows) * parts);
+  if (p.dtype == DType::bf16) return launch(&dequantize_kernel<__nv_bfloat16>, grid, kProductThreads, stream, p, parts);
+  return launch(&dequantize_kernel<__half>, grid, kProductThreads, stream, p, parts);
+}
+
+}  // namespace ditnorm

@@ -1,0 +1,41 @@
+// What the quantising ops ask for, in plain C++: filled by quantize_ops.cpp, passed by value to the kernels. Strides count elements.
+#pragma once
+#include <cstdint>
+
+#include "problem.h"
+
+namespace ditnorm {
+
+// In the order of LAWS in ditnorm/ops/quantization.py.
+enum class Law : int32_t { float8_row, float8_tensor, int8_row, float8_row_bfl };
+constexpr int64_t kLaws = 4;
+
+constexpr unsigned kMaxQuantizeThreads = 512, kAmaxThreads = 256;
+constexpr int64_t kMaxPartials = 1024;
+
+struct QuantizeProblem {
+  int64_t batch, tokens, width;
+  Rows x;
+  Law law;
+  bool gelu;           // of x, with its tanh approximation, before it is quantised
+  uint8_t* values;     // [batch * tokens, width]
+  float* scale;        // [batch * tokens], or one
+  uint32_t* partials;  // room for partial_count numbers where the law has one scale for all rows, else null
+  int64_t partial_count;
+};
+
+// An int32 matrix product [rows, width] -> y in `dtype`.
+struct ProductProblem {
+  int64_t rows, width;
+  const int32_t* product;
+  const float *scale, *weight_scale;  // [rows], [width]
+  const void* bias;                   // [width] in `dtype`, or null
+  DType dtype;                        // half precision
+  void* y;
+};
+
+// As those of problem.h. A GPU before compute capability 8.9, which multiplies no float8 matrices, quantises to int8 only.
+int quantize(const QuantizeProblem& problem, void* stream);
+int dequantize_product(const ProductProblem& problem, void* stream);
+
+}  // namespace ditnorm

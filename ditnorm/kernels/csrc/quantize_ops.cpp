@@ -1,0 +1,96 @@
+// The quantising ops: as ops.cpp.
+#include "quantize_ops.h"
+
+#include <algorithm>
+
+#include "op_call.h"
+#include "quantize.h"
+
+namespace ditnorm {
+namespace {
+
+enum Counter { kQuantize = 5, kGeluQuantize, kDequantizeProduct };
+
+int32_t value_dtype(Law law) { return law == Law::int8_row ? aoti_torch_dtype_int8() : aoti_torch_dtype_float8_e4m3fn(); }
+
+std::tuple<Tensor, Tensor> quantized(const Tensor& x, int64_t law, bool gelu, Counter counter) {
+  const int64_t dim = x.dim();
+  check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
+  check(law >= 0 && law < kLaws, "ditnorm: law");
+  const int64_t* sizes = x.sizes();
+  const int64_t batch = dim == 3 ? sizes[0] : 1, tokens = sizes[dim - 2], width = sizes[dim - 1], rows = batch * tokens;
+  check(width >= 1, "ditnorm: x must have a last dim");
+  const Tensor copy = width == 1 || x.strides()[dim - 1] == 1 ? Tensor() : abi::contiguous(x);
+  const Tensor& source = copy.handle() == nullptr ? x : copy;
+  const int64_t* strides = source.strides();
+
+  QuantizeProblem problem{};
+  problem.batch = batch;
+  problem.tokens = tokens;
+  problem.width = width;
+  problem.x = {source.data(), float_dtype(x), dim == 3 ? strides[0] : 0, strides[dim - 2]};
+  problem.law = static_cast<Law>(law);
+  problem.gelu = gelu;
+  const bool per_row = problem.law != Law::float8_tensor;
+  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {per_row ? rows : 1, 1};
+  Tensor values = abi::empty(2, values_sizes, value_dtype(problem.law), x);
+  Tensor scale = abi::empty(2, scale_sizes, aoti_torch_dtype_float32(), x);
+  problem.values = static_cast<uint8_t*>(values.data());
+  problem.scale = static_cast<float*>(scale.data());
+  Tensor partials;
+  if (!per_row) {
+    check(rows > 0, "ditnorm: the largest value of nothing");
+    problem.partial_count = std::min(rows, kMaxPartials);
+    partials = abi::empty(1, &problem.partial_count, aoti_torch_dtype_int32(), x);
+    problem.partials = static_cast<uint32_t*>(partials.data());
+  }
+  calls[counter].fetch_add(1, std::memory_order_relaxed);
+  if (rows > 0) call_kernel(&quantize, problem, x.device_index());
+  return {std::move(values), std::move(scale)};
+}
+
+std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, false, kQuantize); }
+
+std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, true, kGeluQuantize); }
+
+Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const Tensor& weight_scale, const Optional& bias, int64_t dtype) {
+  const int32_t float32 = aoti_torch_dtype_float32(), out = dtype == 1 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
+  check(dtype == 0 || dtype == 1, "ditnorm: dtype");
+  check(product.dim() == 2 && product.dtype() == aoti_torch_dtype_int32(), "ditnorm: product must be int32 [rows, N]");
+  const int64_t rows = product.sizes()[0], width = product.sizes()[1];
+  const auto fits = [&](const Tensor& t, int64_t count, int32_t dtype) {
+    int64_t elements = 1, dense = 1;
+    for (int64_t i = t.dim() - 1; i >= 0; --i) {
+      check(t.sizes()[i] == 1 || t.strides()[i] == dense, "ditnorm: operands of a product must be contiguous");
+      elements *= t.sizes()[i], dense *= t.sizes()[i];
+    }
+    check(t.device_type() == product.device_type() && t.device_index() == product.device_index(), "ditnorm: tensors on different devices");
+    return elements == count && t.dtype() == dtype && reinterpret_cast<uintptr_t>(t.data()) % 16 == 0;
+  };
+  check(fits(product, rows * width, product.dtype()) && width % 4 == 0 && rows <= 0x7fffff, "ditnorm: shape of product");
+  check(fits(scale, rows, float32) && fits(weight_scale, width, float32), "ditnorm: scale or weight_scale");
+  check(!bias || fits(*bias, width, out), "ditnorm: bias");
+  const int64_t sizes[] = {rows, width};
+  Tensor y = abi::empty(2, sizes, out, product);
+  const ProductProblem problem{rows,
+                               width,
+                               static_cast<const int32_t*>(product.data()),
+                               static_cast<const float*>(scale.data()),
+                               static_cast<const float*>(weight_scale.data()),
+                               bias ? bias->data() : nullptr,
+                               dtype == 1 ? DType::bf16 : DType::f16,
+                               y.data()};
+  calls[kDequantizeProduct].fetch_add(1, std::memory_order_relaxed);
+  if (rows > 0 && width > 0) call_kernel(&dequantize_product, problem, product.device_index());
+  return y;
+}
+
+}  // namespace
+
+void register_quantize_ops(abi::Library& library) {
+  library.impl<&quantize_op>("quantize");
+  library.impl<&gelu_quantize_op>("gelu_quantize");
+  library.impl<&dequantize_product_op>("dequantize_product");
+}
+
+}  // namespace ditnorm

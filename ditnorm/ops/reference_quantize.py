@@ -1,0 +1,28 @@
+"""The quantising ops in plain PyTorch; their laws: :mod:`ditnorm.ops.quantization`."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import quantization
+from .calls import DequantizeProduct, Quantize
+
+
+def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
+    """``(values, scale)`` as of :class:`ditnorm.ops.quantization.Quantized`."""
+    return quantization.quantize(call.x, call.law)
+
+
+def gelu_quantize(call: Quantize) -> tuple[Tensor, Tensor]:
+    """The same of GELU(x) in its tanh approximation (arXiv:1606.08415), which is rounded to the dtype of ``x`` before."""
+    return quantization.quantize(F.gelu(call.x, approximate="tanh"), call.law)
+
+
+def dequantize_product(call: DequantizeProduct) -> Tensor:
+    """[rows, N] in ``dtype``.
+
+    Source: the ``linear`` of torchao's ``Int8Tensor``, with ``int_scaled_matmul``.
+    """
+    y = (call.product * call.scale).to(call.dtype) * call.weight_scale.flatten()
+    if call.bias is not None:
+        y += call.bias
+    return y.to(call.dtype)

@@ -1,0 +1,43 @@
+"""Models with quantised weights, as ``quantize_`` of torchao makes them on a GPU; some of its configurations ask for one."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_TENSOR, INT8_ROW, Law
+
+LAWS = (FLOAT8_ROW, FLOAT8_TENSOR, INT8_ROW)
+
+
+def config(law: Law) -> Any:
+    """Torchao's configuration with this law."""
+    torchao = pytest.importorskip("torchao.quantization")
+    if law is INT8_ROW:
+        return torchao.Int8DynamicActivationInt8WeightConfig()
+    granularity = torchao.PerRow() if law is FLOAT8_ROW else torchao.PerTensor()
+    return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity)
+
+
+def weight(plain: Tensor, law: Law, **options: Any) -> Any:
+    """``plain`` [N, K] with dynamically quantised activations; ``options`` are those of the activations' quantiser."""
+    torchao = pytest.importorskip("torchao.quantization")
+    if law is INT8_ROW:
+        kwargs = importlib.import_module("torchao.quantization.quantize_.workflows.int8.int8_tensor").QuantizeTensorToInt8Kwargs
+        return torchao.Int8Tensor.from_hp(plain.detach(), torchao.PerRow(), act_quant_kwargs=kwargs(torchao.PerRow(), **options))
+    kwargs = importlib.import_module("torchao.quantization.quantize_.workflows.float8.float8_tensor").QuantizeTensorToFloat8Kwargs
+    mm_config = importlib.import_module("torchao.float8.inference").Float8MMConfig(use_fast_accum=True)
+    granularity = torchao.PerRow() if law.per_row else torchao.PerTensor()
+    act = kwargs(torch.float8_e4m3fn, granularity, **options)
+    return torchao.Float8Tensor.from_hp(plain.detach(), granularity=granularity, mm_config=mm_config, act_quant_kwargs=act)
+
+
+def quantise(model: nn.Module, law: Law, which: Callable[[str], bool] = lambda name: True) -> nn.Module:
+    """Every linear layer of which the name passes ``which`` and the shape suits the matrix products."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and which(name) and not (linear.in_features % 8 or linear.out_features % 8):
+            linear.weight = nn.Parameter(weight(linear.weight, law), requires_grad=False)
+    return model
