@@ -4,26 +4,31 @@
     y = norm(r) * (1 + scale) + shift            adaptive LayerNorm or RMSNorm (arXiv:2212.09748, adaLN-Zero)
 
 Shapes. ``x`` and ``residual``: [B, S, D], or [S, D] meaning B = 1; any strides (a last dim that isn't dense is copied once).
-``scale``, ``shift``, ``gate``, each on its own: None, [D], [B or 1, D] and [B or 1, 1, D] (per sample), [B or 1, S, D] (per token),
-[B or 1, F, 1, D] with F dividing S (per frame); views with a dense last dim are read in place. With ``index`` (integer or bool,
-[S] or [B, S]) they are rows [M, D] or [B or 1, M, D], the same M for all, and token s takes row ``index[s]``.
+``scale``, ``shift``, ``gate``, each on its own: None, [D], [B or 1, D] and [B or 1, 1, D] (per sample), [B or 1, S, D] (per
+token), [B or 1, F, 1, D] with F dividing S (per frame); views with a dense last dim are read in place. With ``index`` (integer or
+bool, [S] or [B or 1, S]) they are rows [M, D] or [B or 1, M, D], the same M for all, and token s takes row ``index[s]``.
 ``weight``, ``bias``: the norm's affine, [D], each alone or together. ``*_table``: [D], added to its modulation in float32.
-``y`` and ``r`` are contiguous.
+``y`` and ``r`` are contiguous. An ``x`` or ``residual`` of batch 1 beside others of batch B is broadcast, unfused.
 
-Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of ``x``, ``r`` that of ``residual``.
+Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of ``x``, ``r`` that of ``residual``. Calls with a
+float64 among them run unfused.
 
 ``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``) or ``"fp32_layer"`` (diffusers' ``FP32LayerNorm``).
+``eps``: by default that of torch's function, 1e-5 for LayerNorm, the resolution of float32 for RMSNorm.
 
-``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and rounds ``y`` once. ``"eager"`` equals, bit
-for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It is fused for ``x`` and ``residual`` of one
-dtype T and modulations in T or float32; other mixtures run the unfused expression, and the results have the dtypes of upstream's. On
-CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's vectorised norms take them, and not for a bias without a
-weight; elsewhere the roundings are the same.
+``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and rounds ``y`` once. ``"eager"``
+equals, bit for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It is fused for ``x`` and
+``residual`` of one dtype T and modulations in T or float32; other mixtures run unfused, and the results have the dtypes of
+upstream's. On CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's vectorised norms take them, and not
+for a bias without a weight; elsewhere the roundings are the same.
 
-Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the argument. An index out of range is an
-``IndexError`` on the CPU and a row of NaN elsewhere.
+What runs unfused is upstream's expression in PyTorch's operations (:mod:`ditnorm.ops.reference`), counted as ``"reference"``.
 
-All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs the unfused expression.
+Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the argument. An index out of range is
+an ``IndexError`` on the CPU and a row of NaN elsewhere.
+
+All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs unfused. Under forward-mode
+differentiation both do.
 """
 
 from typing import Any
@@ -34,7 +39,7 @@ from torch import Tensor
 from . import kernels
 from .ops import checks, checks_qk
 from .ops.autograd import Recompute
-from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS
+from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS, default_eps
 from .ops.quantization import CODES, Law, Quantized
 from .ops.table import OPS
 from .swapping.torch_private import any_autocast_enabled, forward_ad
@@ -70,7 +75,7 @@ def norm_scale_shift(
     shift_table: Tensor | None = None,
     index: Tensor | None = None,
     norm: str = "layer",
-    eps: float = 1e-6,
+    eps: float | None = None,
     rounding: str = "single",
 ) -> Tensor:
     """``y = norm(x) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
@@ -79,6 +84,7 @@ def norm_scale_shift(
     """
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
+        eps = default_eps(norm, x) if eps is None else eps
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
         if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("norm_scale_shift", tensors, (norm, eps, rounding), codes)
@@ -103,7 +109,7 @@ def scale_residual_norm_scale_shift(
     shift_table: Tensor | None = None,
     index: Tensor | None = None,
     norm: str = "layer",
-    eps: float = 1e-6,
+    eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
     """``(y, r)``: ``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
@@ -112,6 +118,7 @@ def scale_residual_norm_scale_shift(
     """
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
+        eps = default_eps(norm, x) if eps is None else eps
         codes = (_NORM[norm], eps, _ROUNDING[rounding])
         if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
             return _differentiable("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding), codes)

@@ -29,7 +29,8 @@ from .swapping.norm_kinds import norm_kind, unknown_norm
 
 L = TypeVar("L", bound="_Norm")
 
-_DEFAULT_EPS = torch.finfo(torch.float32).eps  # what torch's rms_norm takes for eps=None, whatever the dtype of x
+_NAMES = {"layer": "a LayerNorm", "rms": "an RMSNorm", "fp32_layer": "an FP32LayerNorm"}
+_DEFAULT_EPS = torch.finfo(torch.float32).eps  # what torch's rms_norm takes for eps=None, but for float64
 
 
 class _Norm(nn.Module):
@@ -62,7 +63,7 @@ class _Norm(nn.Module):
     @classmethod
     def _make(cls: type[L], norm: str, shape: tuple[int, ...], eps: float | None, rounding: str) -> L:
         if norm.removeprefix("fp32_") != cls.norm:
-            raise TypeError(f"{cls.__name__}.from_norm: expected a {cls.norm} norm, got a {norm} norm")
+            raise TypeError(f"{cls.__name__}.from_norm: expected {_NAMES[cls.norm]}, got {_NAMES[norm]}")
         layer: Any = cls(shape, eps, False, rounding=rounding)
         layer._set("norm", norm)
         return layer
@@ -90,9 +91,9 @@ class _NormScaleShift(_Norm):
     def forward(
         self,
         x: Tensor,
-        *,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        *,
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
@@ -110,20 +111,21 @@ class _NormScaleShift(_Norm):
             shift_table=shift_table,
             index=index,
             norm=self.norm,
-            eps=_DEFAULT_EPS if self.eps is None else self.eps,
+            eps=self.eps,
             rounding=self.rounding,
         )
 
-    def __call__(self, x: Tensor, **modulation: Any) -> Any:
-        if modulation and self._hooked():
-            return self._unfused(x, **modulation)
-        return super().__call__(x, **modulation)
+    def __call__(self, x: Tensor, *scale_shift: Tensor | None, **modulation: Any) -> Any:
+        if (scale_shift or modulation) and self._hooked():
+            return self._unfused(x, *scale_shift, **modulation)
+        return super().__call__(x, *scale_shift, **modulation)
 
     def _unfused(
         self,
         x: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        *,
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
@@ -138,7 +140,7 @@ class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
     """``LayerNorm(x) * (1 + scale) + shift`` (adaLN, arXiv:2212.09748) in one kernel.
 
     Args: those of ``torch.nn.LayerNorm``, ``normalized_shape`` being the last dim D, and ``rounding``: ``"single"`` or ``"eager"``.
-    ``forward(x, *, scale, shift, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
+    ``forward(x, scale, shift, *, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
     """
 
     norm = "layer"
@@ -162,7 +164,7 @@ class RMSNormScaleShift(_NormScaleShift, nn.RMSNorm):
     """``RMSNorm(x) * (1 + scale) + shift`` (arXiv:1910.07467) in one kernel.
 
     Args: those of ``torch.nn.RMSNorm``, ``normalized_shape`` being the last dim D, and ``rounding``: ``"single"`` or ``"eager"``.
-    ``forward(x, *, scale, shift, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
+    ``forward(x, scale, shift, *, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
     """
 
     norm = "rms"
@@ -187,7 +189,7 @@ class ScaleResidualNormScaleShift(_Norm):
 
     ``norm_type="layer"`` (default) makes an instance that is also an ``nn.LayerNorm``, ``"rms"`` one that is also an ``nn.RMSNorm``;
     the other args are those of that class, and ``rounding``: ``"single"`` or ``"eager"``.
-    ``forward(residual, x, *, gate, scale, shift, gate_table, scale_table, shift_table, index)``: [B, S, D] -> two of [B, S, D];
+    ``forward(residual, x, gate, scale, shift, *, gate_table, scale_table, shift_table, index)``: [B, S, D] -> two of [B, S, D];
     with ``residual`` alone, the plain norm of it.
     """
 
@@ -208,10 +210,10 @@ class ScaleResidualNormScaleShift(_Norm):
         self,
         residual: Tensor,
         x: Tensor | None = None,
-        *,
         gate: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        *,
         gate_table: Tensor | None = None,
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
@@ -219,9 +221,9 @@ class ScaleResidualNormScaleShift(_Norm):
         law: Law | None = None,
     ) -> Tensor | tuple[Tensor | Quantized, Tensor]:
         """``(y, r)``, ``y`` quantised by ``law`` if there is one, or the plain norm of ``residual`` where ``x`` is None."""
-        eps = _DEFAULT_EPS if self.eps is None else self.eps
         if x is None:
-            return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=eps, rounding=self.rounding)
+            _nothing_modulated(gate, scale, shift, gate_table, scale_table, shift_table, index, law)
+            return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps, rounding=self.rounding)
         op: Any = scale_residual_norm_scale_shift if law is None else partial(scale_residual_norm_scale_shift_quantize, law=law)
         return op(
             residual,
@@ -236,16 +238,17 @@ class ScaleResidualNormScaleShift(_Norm):
             shift_table=shift_table,
             index=index,
             norm=self.norm,
-            eps=eps,
+            eps=self.eps,
             rounding=self.rounding,
         )
 
-    def __call__(self, residual: Tensor, x: Tensor | None = None, **modulation: Any) -> Any:
+    def __call__(self, residual: Tensor, x: Tensor | None = None, *gate_scale_shift: Tensor | None, **modulation: Any) -> Any:
         if x is None:
+            _nothing_modulated(*gate_scale_shift, **modulation)
             return super().__call__(residual)
         if self._hooked():
-            return self._unfused(residual, x, **modulation)
-        return super().__call__(residual, x, **modulation)
+            return self._unfused(residual, x, *gate_scale_shift, **modulation)
+        return super().__call__(residual, x, *gate_scale_shift, **modulation)
 
     def _unfused(
         self,
@@ -254,6 +257,7 @@ class ScaleResidualNormScaleShift(_Norm):
         gate: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
+        *,
         gate_table: Tensor | None = None,
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
@@ -318,8 +322,8 @@ class ScaleResidualIdentity(nn.Identity):
         self,
         residual: Tensor,
         x: Tensor | None = None,
-        *,
         gate: Tensor | None = None,
+        *,
         gate_table: Tensor | None = None,
         index: Tensor | None = None,
         law: Law | None = None,
@@ -329,12 +333,19 @@ class ScaleResidualIdentity(nn.Identity):
         The first is a copy in half precision, or quantised by ``law``.
         """
         if x is None:
+            _nothing_modulated(gate, gate_table, index, law)
             return residual
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
         if law is not None:
             return quantize(r, law), r
         # Upstream casts to float32 and back here, so that what it hands on is another tensor than the residual unless that is float32.
         return r if r.dtype is torch.float32 else r.clone(), r
+
+
+def _nothing_modulated(*modulation: Any, **named: Any) -> None:
+    """Raises ``TypeError`` where a layer that was called without ``x`` has been given what only applies with it."""
+    if any(t is not None for t in (*modulation, *named.values())):
+        raise TypeError("x: missing; with a modulation the layer takes residual and x, and residual alone is normed as it is")
 
 
 def _kind(module: Any) -> tuple[str, tuple[int, ...]]:

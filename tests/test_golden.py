@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from support import aten_replay
-from support.cases import DEVICE, compiled_only
+from support.cases import DEVICE, compiled_only, norm_scale_shift, scale_residual_norm_scale_shift
 from torch import Tensor
 
-from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from ditnorm.functional import scale_residual
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.pt"))
 RECORDS = [

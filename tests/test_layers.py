@@ -173,9 +173,9 @@ def test_from_norm_refuses_what_it_cannot_equal() -> None:
         LayerNormScaleShift.from_norm(nn.Linear(D, D))
     with pytest.raises(TypeError, match=r"diffusers' RMSNorm with a torch.bfloat16 weight rounds before it multiplies"):
         RMSNormScaleShift.from_norm(normalization.RMSNorm(D, 1e-6).bfloat16())
-    with pytest.raises(TypeError, match=r"RMSNormScaleShift.from_norm: expected a rms norm, got a layer norm"):
+    with pytest.raises(TypeError, match=r"RMSNormScaleShift.from_norm: expected an RMSNorm, got a LayerNorm"):
         RMSNormScaleShift.from_norm(nn.LayerNorm(D))
-    with pytest.raises(TypeError, match=r"LayerNormScaleShift.from_norm: expected a layer norm, got a rms norm"):
+    with pytest.raises(TypeError, match=r"LayerNormScaleShift.from_norm: expected a LayerNorm, got an RMSNorm"):
         LayerNormScaleShift.from_norm(nn.RMSNorm(D))
     with pytest.raises(ValueError, match=r"normalized_shape: expected the last dim only, got \[4, 64\]"):
         LayerNormScaleShift.from_norm(nn.LayerNorm((4, D)))
@@ -246,6 +246,48 @@ def test_gradients_reach_parameters_and_modulation() -> None:
     y, r = layer(residual, x, gate=gate, scale=scale, shift=shift)
     grads = torch.autograd.grad((y * y + r).sum(), [*leaves, *layer.parameters()])
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ScaleResidualNormScaleShift(D), lambda: ScaleResidualNormScaleShift(D, norm_type="rms"), ScaleResidualIdentity]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_modulation_without_x_is_an_error(make: Any, compiled: bool) -> None:
+    layer = make().to(DEVICE)
+    (residual,), (gate,) = activations(1), modulations(1)
+    call = torch.compile(layer, backend="eager") if compiled else layer
+    with torch.no_grad(), pytest.raises(Exception, match="x: missing; with a modulation the layer takes residual and x"):
+        call(residual, gate=gate)
+    if not isinstance(layer, ScaleResidualIdentity):
+        with pytest.raises(TypeError, match="x: missing"):
+            layer(residual, scale=gate, shift=gate)
+    assert torch.equal(layer(residual, gate=None), layer(residual))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_modulations_may_be_positional_as_those_of_the_ops(kind: str, hooked: bool) -> None:
+    layer = randomized(MAKERS[kind](D))
+    (residual, x), (gate, scale, shift) = activations(2), modulations(3)
+    if hooked:
+        layer.register_forward_hook(lambda module, args, output: None)
+    with torch.no_grad():
+        if "residual" in kind:
+            actual, expected = layer(residual, x, gate, scale, shift), layer(residual, x, gate=gate, scale=scale, shift=shift)
+        else:
+            actual, expected = (layer(x, scale, shift),), (layer(x, scale=scale, shift=shift),)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_layers_and_ops_have_the_default_eps_of_torchs_functions(kind: str, dtype: torch.dtype) -> None:
+    layer, norm = MAKERS[kind](D, elementwise_affine=False, rounding="eager"), "rms" if "rms" in kind else "layer"
+    x = (torch.randn(2, 5, D, dtype=dtype) * 1e-4).to(DEVICE)  # so small that any other eps shows
+    with torch.no_grad():
+        expected = functional.norm_scale_shift(x, norm=norm, rounding="eager")
+        assert torch.equal(layer(x), expected)
+    torch.testing.assert_close(expected, F.rms_norm(x, (D,)) if norm == "rms" else F.layer_norm(x, (D,)))
 
 
 def test_identity_is_the_residual_alone() -> None:

@@ -5,12 +5,26 @@ from typing import Any
 import pytest
 import torch
 from support import expressions as diffusers
-from support.cases import DEVICE, EPS, LAYOUTS, MODULATIONS, OPS, ROWS, VIEWS, Shape, dense, modulation, reference_only
+from support.cases import (
+    DEVICE,
+    EPS,
+    LAYOUTS,
+    MODULATIONS,
+    OPS,
+    ROWS,
+    VIEWS,
+    Shape,
+    dense,
+    modulation,
+    norm_scale_shift,
+    reference_only,
+    scale_residual_norm_scale_shift,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ditnorm import kernels
-from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from ditnorm.functional import scale_residual
 
 SHAPE = Shape(2, 6, 24, frames=2, rows=3)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from support import aten_replay
 from support import expressions as diffusers
-from support.cases import DEVICE, EPS, FLOATS, MODE, Shape, activation, random_call, run
+from support.cases import DEVICE, EPS, FLOATS, MODE, Shape, activation, norm_scale_shift, random_call, run, scale_residual_norm_scale_shift
 from torch import Tensor
 
-from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from ditnorm.functional import scale_residual
 from ditnorm.ops import reference
 from ditnorm.ops.table import OPS
 

@@ -29,7 +29,7 @@ def call(op: str, **changes: Any) -> Any:
     ("changes", "error", "message"),
     [
         ({"x": [1.0]}, TypeError, r"x: expected a Tensor, got list"),
-        ({"x": t(B, S, D, dtype=torch.float64)}, TypeError, r"x: expected dtype float32, float16, bfloat16, got torch.float64"),
+        ({"x": t(B, S, D, dtype=torch.int64)}, TypeError, r"x: expected dtype float32, float16, bfloat16, float64, got torch.int64"),
         ({"rounding": "twice"}, ValueError, r"rounding: expected one of 'single', 'eager', got 'twice'"),
         ({"rounding": ["single"]}, ValueError, r"rounding: expected one of 'single', 'eager', got \['single'\]"),
         ({"index": t(B, S)}, TypeError, r"index: expected dtype bool, .*int64, got torch.bfloat16"),
@@ -37,9 +37,13 @@ def call(op: str, **changes: Any) -> Any:
         (
             {"index": t(B, S + 1, dtype=torch.int64)},
             ValueError,
-            r"index: expected shape \[6\] or \[2, 6\] for x .*, got \[2, 7\]",
+            r"index: expected shape \[6\] or \[2 or 1, 6\] for x .*, got \[2, 7\]",
         ),
-        ({"index": t(1, S, dtype=torch.int64)}, ValueError, r"index: expected shape \[6\] or \[2, 6\] for x \[2, 6, 64\], got \[1, 6\]"),
+        (
+            {"index": t(3, S, dtype=torch.int64)},
+            ValueError,
+            r"index: expected shape \[6\] or \[2 or 1, 6\] for x \[2, 6, 64\], got \[3, 6\]",
+        ),
         ({"index": t(B, S, dtype=torch.int64)}, ValueError, r"index: given without a modulation to select rows of"),
     ],
 )
@@ -58,8 +62,10 @@ def test_shape_of_x(op: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("op", ["scale_residual", "scale_residual_norm_scale_shift"])
 def test_residual(op: str) -> None:
-    with pytest.raises(ValueError, match=r"residual: expected the shape of x, \[2, 6, 64\], got \[1, 6, 64\]"):
-        call(op, residual=t(1, S, D))
+    with pytest.raises(
+        ValueError, match=r"residual: expected the shape of x, \[2, 6, 64\], or another batch where one of them is 1, got \[3, 6, 64\]"
+    ):
+        call(op, residual=t(3, S, D))
     with pytest.raises(TypeError, match=r"residual: expected dtype .*, got torch.int32"):
         call(op, residual=t(B, S, D, dtype=torch.int32))
     with pytest.raises(TypeError, match=r"residual: expected a Tensor, got NoneType"):
@@ -75,7 +81,7 @@ def test_residual(op: str) -> None:
         ({"weight": t(B, D)}, ValueError, r"weight: expected shape \[64\] \(the last dim of x\), got \[2, 64\]"),
         ({"bias": t(D + 1)}, ValueError, r"bias: expected shape \[64\] \(the last dim of x\), got \[65\]"),
         ({"bias": t(1)}, ValueError, r"bias: expected shape \[64\] \(the last dim of x\), got \[1\]"),
-        ({"weight": t(D, dtype=torch.float64)}, TypeError, r"weight: expected dtype .*, got torch.float64"),
+        ({"weight": t(D, dtype=torch.bool)}, TypeError, r"weight: expected dtype .*, got torch.bool"),
         ({"bias": 0.0}, TypeError, r"bias: expected a Tensor, got float"),
     ],
 )
@@ -99,7 +105,7 @@ def test_shape_of_a_modulation(op: str, name: str, shape: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)
 def test_dtype_and_kind_of_a_modulation(op: str, name: str) -> None:
-    with pytest.raises(TypeError, match=rf"^{name}: expected dtype float32, float16, bfloat16, got torch.int64"):
+    with pytest.raises(TypeError, match=rf"^{name}: expected dtype float32, float16, bfloat16, float64, got torch.int64"):
         call(op, **{name: t(D, dtype=torch.int64)})
     with pytest.raises(TypeError, match=rf"^{name}: expected a Tensor, got float"):
         call(op, **{name: 1.0})
@@ -112,8 +118,8 @@ def test_tables(op: str, name: str) -> None:
         call(op, **{table: t(D)})
     with pytest.raises(ValueError, match=rf"^{table}: expected shape \[64\] \(the last dim of x\), got \[1, 64\]"):
         call(op, **{name: t(D), table: t(1, D)})
-    with pytest.raises(TypeError, match=rf"^{table}: expected dtype .*, got torch.float64"):
-        call(op, **{name: t(D), table: t(D, dtype=torch.float64)})
+    with pytest.raises(TypeError, match=rf"^{table}: expected dtype .*, got torch.int64"):
+        call(op, **{name: t(D), table: t(D, dtype=torch.int64)})
 
 
 @pytest.mark.parametrize(("op", "name"), PAIRS)
@@ -169,6 +175,19 @@ def test_an_index_out_of_range_on_the_cpu(op: str, value: int) -> None:
     index = torch.tensor([0, 1, value, 0, 1, 0])
     with pytest.raises(IndexError, match=rf"index: values from {min(value, 0)} to {max(value, 1)}, but the modulation has 2 rows"):
         call(op, **{MODULATIONS[op][0]: t(2, D), "index": index})
+
+
+@pytest.mark.parametrize("how", ["gradients", "autocast", "mixed dtypes", "a batch that is broadcast", "float64"])
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("value", [-1, 3])
+@reference_only
+def test_an_index_out_of_range_on_the_cpu_where_the_call_runs_unfused(value: int, rows: int, how: str) -> None:
+    batch = 1 if how == "a batch that is broadcast" else B
+    x = t(batch, S, D, dtype=torch.float64 if how == "float64" else torch.bfloat16).requires_grad_(how == "gradients")
+    scale = t(B, rows, D, dtype=torch.float16 if how == "mixed dtypes" else torch.bfloat16)
+    index = torch.tensor([0, 1, value, 0, 1, 0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), pytest.raises(IndexError, match=r"index: values from"):
+        OPS["norm_scale_shift"](x, scale, index=index, rounding="eager")
 
 
 @compiled_only

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import DEVICE, torch_norms
+from support.cases import DEVICE, norm_scale_shift, scale_residual_norm_scale_shift, torch_norms
 from torch import Tensor
 
 from ditnorm import kernels
-from ditnorm.functional import norm_scale_shift, scale_residual, scale_residual_norm_scale_shift
+from ditnorm.functional import scale_residual
 from ditnorm.layers import ScaleResidualNormScaleShift
 
 B, S, D = 2, 5, 64

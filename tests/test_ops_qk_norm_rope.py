@@ -317,7 +317,7 @@ def test_mixed_dtypes_run_the_unfused_expression() -> None:
         ({"rotary": (torch.zeros(5, 8), torch.zeros(5, 8))}, ValueError, "rotary: got .* S at most 4"),
         ({"rotary": (torch.zeros(4, 8), torch.zeros(4, 16))}, ValueError, "rotary: expected cos and sin alike"),
         ({"rotary": (torch.zeros(3, 4, 8), torch.zeros(3, 4, 8))}, ValueError, "rotary: got"),
-        ({"rotary": (torch.zeros(4, 8).double(), torch.zeros(4, 8).double())}, TypeError, "rotary: expected dtype"),
+        ({"rotary": (torch.zeros(4, 8).half(), torch.zeros(4, 8).half())}, TypeError, "rotary: expected dtype"),
         ({"norm": "layer"}, ValueError, "norm: expected one of 'rms', 'diffusers_rms'"),
         ({"rounding": "twice"}, ValueError, "rounding: expected one of"),
         ({"head_dim": 0}, ValueError, "head_dim: expected at least 1"),

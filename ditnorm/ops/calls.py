@@ -126,6 +126,13 @@ class DequantizeProduct(NamedTuple):
     dtype: Half
 
 
+def default_eps(norm: str, x: Tensor) -> float:
+    """What torch's function takes where nothing is said: ``layer_norm`` 1e-5, ``rms_norm`` what its arithmetic resolves."""
+    if norm != "rms":
+        return 1e-5
+    return torch.finfo(torch.float64 if x.dtype is torch.float64 else torch.float32).eps
+
+
 SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
 """A call at a norm site of a block."""
 QKCall = QKNormRope | JointQKNormRope

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
-from .calls import NORMS, ROUNDINGS, NormScaleShift, ScaleResidual, SiteCall, modulations
+from .calls import NORMS, ROUNDINGS, NormScaleShift, QKCall, ScaleResidual, SiteCall, modulations
 from .reference import upcast
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels take."""
+_FLOATS = (*FLOATS, torch.float64)
+DOUBLES = (torch.float64, torch.complex128)
 INDICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -25,40 +28,49 @@ class UnfusedError(TypeError):
 
 def check(call: SiteCall) -> None:
     """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument."""
-    x = call.x
-    if not isinstance(call, NormScaleShift):
-        _residual(call.residual, x)
     if not isinstance(call, ScaleResidual):
         _option("norm", call.norm, NORMS)
         if not isinstance(call.eps, (int, float)):
             raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
     _option("rounding", call.rounding, ROUNDINGS)
-    _tensor("x", x, FLOATS)
+    tensors = {name: t for name, t in zip(call._fields, call, strict=True) if name not in ("norm", "eps", "rounding")}
+    for name, t in tensors.items():
+        if t is not None or name in ("x", "residual"):
+            _tensor(name, t, INDICES if name == "index" else _FLOATS)
+    x = call.x
     if x.dim() not in (2, 3) or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(x)}")
+    if not isinstance(call, NormScaleShift):
+        _residual(call.residual, x)
     if not isinstance(call, ScaleResidual):
         _vector("weight", call.weight, x)
         _vector("bias", call.bias, x)
-    _index(call.index, x)
-    rows = None
     for name, (m, table) in modulations(call).items():
         _vector(f"{name}_table", table, x)
-        if m is None:
-            if table is not None:
-                raise ValueError(f"{name}_table: given without {name}, the modulation it is added to")
-            continue
-        _tensor(name, m, FLOATS)
-        if call.index is None:
-            _modulation(name, m, x)
-        else:
-            rows = _rows(name, m, x, rows)
+        if table is not None and m is None:
+            raise ValueError(f"{name}_table: given without {name}, the modulation it is added to")
+    batch, rows = batch_of(call), None
+    _index(call.index, x, batch)
+    for name, (m, _) in modulations(call).items():
+        if m is not None and call.index is None:
+            _modulation(name, m, x, batch)
+        elif m is not None:
+            rows = _rows(name, m, x, batch, rows)
     if call.index is not None and rows is None:
         raise ValueError("index: given without a modulation to select rows of")
-    _devices(dict(zip(call._fields, call, strict=True)), x, "x")
+    _devices(tensors, x, "x")
 
 
 def unfused(call: SiteCall) -> str | None:
     """Why no kernel takes a call that ``check`` has passed, or None."""
+    double = in_double(call)
+    if double is not None:
+        return double
+    streams = (call.x,) if isinstance(call, NormScaleShift) else (call.x, call.residual)
+    batch = batch_of(call)
+    for t in streams:
+        if t.dim() == 3 and t.shape[0] != batch:
+            return f"x: it is broadcast to a batch of {batch}, which no kernel does"
     if call.rounding == "single":
         return None
     dtype = call.x.dtype
@@ -70,6 +82,27 @@ def unfused(call: SiteCall) -> str | None:
         if m is not None and m.dtype is not dtype:
             return f'{name}: rounding="eager" is fused in the dtype of x, {dtype}, or float32, got {m.dtype}'
     return None
+
+
+def in_double(call: SiteCall | QKCall) -> str | None:
+    """Why no kernel takes a call with a tensor of doubles in it, or None."""
+    for name, t in zip(call._fields, call, strict=True):
+        if isinstance(t, Tensor) and t.dtype in DOUBLES:
+            return f"{name}: no kernel takes {t.dtype}"
+    return None
+
+
+def batch_of(call: SiteCall) -> int:
+    """The batch to which those of 1 are broadcast; 1 where ``x`` is [S, D]."""
+    if call.x.dim() == 2:
+        return 1
+    sized = [m for m, _ in modulations(call).values() if m is not None and m.dim() > (1 if call.index is None else 2)]
+    if call.index is not None and call.index.dim() == 2:
+        sized.append(call.index)
+    for t in (call.x, *(() if isinstance(call, NormScaleShift) else (call.residual,)), *sized):
+        if t.shape[0] != 1:
+            return t.shape[0]
+    return 1
 
 
 def index_range(call: Any) -> None:
@@ -118,15 +151,12 @@ def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def _vector(name: str, value: Tensor | None, x: Tensor) -> None:
-    if value is None:
-        return
-    _tensor(name, value, FLOATS)
-    if value.shape != x.shape[-1:]:
+    if value is not None and value.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape [{x.shape[-1]}] (the last dim of x), got {_shape(value)}")
 
 
-def _modulation(name: str, m: Tensor, x: Tensor) -> None:
-    batch, tokens, width = (1, *x.shape) if x.dim() == 2 else x.shape
+def _modulation(name: str, m: Tensor, x: Tensor, batch: int) -> None:
+    tokens, width = x.shape[-2:]
     per = "1" if batch == 1 else f"{batch} or 1"
     match tuple(m.shape):
         case (d,):
@@ -151,18 +181,18 @@ def _one_or(n: int, size: int) -> bool:
     return size == 1 or size == n
 
 
-def _index(index: Tensor | None, x: Tensor) -> None:
+def _index(index: Tensor | None, x: Tensor, batch: int) -> None:
     if index is None:
         return
-    _tensor("index", index, INDICES)
-    batch, tokens = (1, x.shape[0]) if x.dim() == 2 else x.shape[:2]
-    if index.dim() not in (1, 2) or index.shape[-1] != tokens or (index.dim() == 2 and index.shape[0] != batch):
-        raise ValueError(f"index: expected shape [{tokens}] or [{batch}, {tokens}] for x {_shape(x)}, got {_shape(index)}")
+    tokens = x.shape[-2]
+    if index.dim() not in (1, 2) or index.shape[-1] != tokens or (index.dim() == 2 and not _one_or(batch, index.shape[0])):
+        per = "1" if batch == 1 else f"{batch} or 1"
+        raise ValueError(f"index: expected shape [{tokens}] or [{per}, {tokens}] for x {_shape(x)}, got {_shape(index)}")
 
 
-def _rows(name: str, m: Tensor, x: Tensor, rows: int | None) -> int:
+def _rows(name: str, m: Tensor, x: Tensor, batch: int, rows: int | None) -> int:
     """Checks a modulation that ``index`` selects from and returns its number of rows, M."""
-    batch, width = (1 if x.dim() == 2 else x.shape[0]), x.shape[-1]
+    width = x.shape[-1]
     if m.dim() not in (2, 3) or m.shape[-1] != width or m.shape[-2] < 1 or (m.dim() == 3 and not _one_or(batch, m.shape[0])):
         raise ValueError(f"{name}: with index expected rows [M, {width}] or [{batch} or 1, M, {width}], got {_shape(m)}")
     if rows is not None and m.shape[-2] != rows:
@@ -171,10 +201,9 @@ def _rows(name: str, m: Tensor, x: Tensor, rows: int | None) -> int:
 
 
 def _residual(residual: Tensor, x: Tensor) -> None:
-    _tensor("residual", residual, FLOATS)
-    _tensor("x", x, FLOATS)
-    if residual.shape != x.shape:
-        raise ValueError(f"residual: expected the shape of x, {_shape(x)}, got {_shape(residual)}")
+    broadcasts = residual.dim() == 3 and x.dim() == 3 and 1 in (residual.shape[0], x.shape[0])
+    if residual.shape != x.shape and not (broadcasts and residual.shape[1:] == x.shape[1:]):
+        raise ValueError(f"residual: expected the shape of x, {_shape(x)}, or another batch where one of them is 1, got {_shape(residual)}")
 
 
 def _devices(tensors: Mapping[str, Any], first: Tensor, of: str) -> None:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from .calls import QK_NORMS, ROUNDINGS, JointQKNormRope, QKCall, QKNormRope
-from .checks import FLOATS, _devices, _option, _shape, _tensor
+from .checks import _FLOATS, DOUBLES, _devices, _option, _shape, _tensor, in_double
 from .reference_qk import token_count
-
-_TABLES = (*FLOATS, torch.float64)
 
 
 def check(call: QKCall) -> None:
@@ -26,7 +24,7 @@ def check(call: QKCall) -> None:
                 if x.dtype is not query.dtype:
                     raise TypeError(f"{prefix}{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
             cos = getattr(call, f"{prefix}cos")
-            if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
+            if cos is not None and cos.dtype not in (torch.float32, torch.complex64, *DOUBLES):
                 raise TypeError(f"{prefix}rotary: expected dtype float32 or complex64, got {cos.dtype}")
     named = {name.replace("cos", "rotary").replace("sin", "rotary"): t for name, t in zip(call._fields, call, strict=True) if t is not None}
     _devices(named, query, "query")
@@ -34,8 +32,9 @@ def check(call: QKCall) -> None:
 
 def unfused(call: QKCall) -> str | None:
     """Why no kernel takes a call that ``check`` has passed, or None."""
-    if call.rounding == "single":
-        return None
+    double = in_double(call)
+    if double is not None or call.rounding == "single":
+        return double
     dtype = call.query.dtype
     for prefix in _prefixes(call):
         weights = getattr(call, f"{prefix}query_weight"), getattr(call, f"{prefix}key_weight")
@@ -92,7 +91,7 @@ def _stream(call: QKCall, prefix: str, streams: dict[str, Tensor]) -> None:
     """Checks one stream's tensors against ``query``, the op's first argument."""
     query, head_dim = call.query, call.head_dim
     for name, x in streams.items():
-        _tensor(f"{prefix}{name}", x, FLOATS)
+        _tensor(f"{prefix}{name}", x, _FLOATS)
         if x.dim() != 3 or x.shape[-1] < 1 or x.shape[-1] % head_dim != 0:
             raise ValueError(f"{prefix}{name}: expected shape [B, S, H * {head_dim}] (head_dim {head_dim}), got {_shape(x)}")
         if x.shape[0] != query.shape[0]:
@@ -100,7 +99,7 @@ def _stream(call: QKCall, prefix: str, streams: dict[str, Tensor]) -> None:
         weight = getattr(call, f"{prefix}{name}_weight", None)  # a value has none
         if weight is None:
             continue
-        _tensor(f"{prefix}{name}_weight", weight, FLOATS)
+        _tensor(f"{prefix}{name}_weight", weight, _FLOATS)
         if tuple(weight.shape) not in ((head_dim,), (x.shape[-1],)):
             raise ValueError(
                 f"{prefix}{name}_weight: expected shape [{head_dim}] (per head) or [{x.shape[-1]}] (across heads), got {_shape(weight)}"
@@ -113,11 +112,11 @@ def _stream(call: QKCall, prefix: str, streams: dict[str, Tensor]) -> None:
 def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Tensor, tokens: int) -> None:
     if head_dim % 2 != 0:
         raise ValueError(f"head_dim: expected an even number with {name}, got {head_dim}")
-    _tensor(name, cos, (torch.complex64,) if sin is None and cos.is_complex() else _TABLES)
+    _tensor(name, cos, (torch.complex64, torch.complex128) if sin is None and cos.is_complex() else _FLOATS)
     if sin is None and not cos.is_complex():
         raise TypeError(f"{name}: expected a complex Tensor or a pair (cos, sin), got a Tensor of {cos.dtype}")
     if sin is not None:
-        _tensor(name, sin, _TABLES)
+        _tensor(name, sin, _FLOATS)
         if sin.shape != cos.shape or sin.dtype is not cos.dtype:
             raise ValueError(f"{name}: expected cos and sin alike, got {_shape(cos)} of {cos.dtype} and {_shape(sin)} of {sin.dtype}")
     widths = (head_dim // 2,) if sin is None else (head_dim // 2, head_dim)

@@ -45,7 +45,8 @@ def norm_rope(
 ) -> Tensor:
     """``x`` [B, S, H * d] normed, its leading tokens rotated, as many as ``cos`` has -> [B, S, H, d]."""
     if rounding == "single":
-        wide = norm_rope(x.float(), None if weight is None else weight.float(), cos, sin, head_dim, norm, eps, "eager")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = norm_rope(x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager")
         return wide.to(x.dtype)
     n = normalize(x, weight, head_dim, norm, eps)
     if cos is None:

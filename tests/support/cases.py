@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,6 +43,10 @@ ROWS = ("rows", "rows_batch", "rows_of_one", "rows_transposed", "rows_chunk")
 
 EPS = 1e-6
 UNIT = 2.0**-24  # unit roundoff of float32
+
+# With the eps of diffusers' blocks, which the expressions that they are compared with have too.
+norm_scale_shift = partial(functional.norm_scale_shift, eps=EPS)
+scale_residual_norm_scale_shift = partial(functional.scale_residual_norm_scale_shift, eps=EPS)
 
 
 @dataclass

@@ -46,9 +46,10 @@ class Call {
     check_device(*t);
     const int64_t dim = t->dim();
     const int64_t *sizes = t->sizes(), *strides = t->strides();
-    check((dim == 1 || (dim == 2 && sizes[0] == problem.batch)) && sizes[dim - 1] == problem.tokens, "ditnorm: shape of index");
+    const bool shared = dim == 1 || (dim == 2 && sizes[0] == 1);
+    check((shared || (dim == 2 && sizes[0] == problem.batch)) && sizes[dim - 1] == problem.tokens, "ditnorm: shape of index");
     // An empty tensor may have no data, and then selects nothing.
-    problem.index = {t->data(), index_dtype(*t), dim == 2 ? strides[0] : 0, strides[dim - 1], /*rows=*/-1};
+    problem.index = {t->data(), index_dtype(*t), shared ? 0 : strides[0], strides[dim - 1], /*rows=*/-1};
     indexed_ = true;
   }
 
