@@ -129,7 +129,9 @@ def test_wans_expression_in_float64() -> None:
     actual = norm_scale_shift(x, rows[1], rows[0], scale_table=tables[1], shift_table=tables[0], norm="fp32_layer", rounding="eager")
     assert torch.equal(actual, y)
     r = scale_residual(x, out, rows[2], gate_table=tables[2], rounding="eager")
-    assert torch.equal(r, diffusers.wan_residual(x, out, gate))
+    assert torch.equal(r, (x.float() + out.float() * gate).type_as(x))  # as after the feed-forward
+    _, r = scale_residual_norm_scale_shift(x, out, rows[2], gate_table=tables[2], rounding="eager")
+    assert torch.equal(r, diffusers.wan_residual(x, out, gate))  # as after self-attention
 
 
 @pytest.mark.parametrize("rounding", ["single", "eager"])

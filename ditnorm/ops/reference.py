@@ -41,7 +41,10 @@ def scale_residual_norm_scale_shift(
 
 def scale_residual(call: ScaleResidual) -> Tensor:
     """``r``, contiguous, in the dtype of ``residual``, or where dtypes are mixed in the one that upstream's has."""
-    return _gated_residual(call, upcast(call))
+    law = upcast(call)
+    # At the end of a block Wan casts x too, in the middle it doesn't; only the bits of a float64 show it.
+    gated = call if law is None or call.gate is None else call._replace(x=call.x.to(law))
+    return _gated_residual(gated, law)
 
 
 def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torch.dtype | None) -> Tensor:
