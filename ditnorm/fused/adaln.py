@@ -10,6 +10,7 @@ from ..layers import LayerNormScaleShift
 from ..ops.quantization import Law
 from .block import FusedUnit
 from .modulation import Modulating
+from .promotion import modulated
 
 
 class AdaLayerNormZero(Modulating, FusedUnit):
@@ -33,7 +34,7 @@ class AdaLayerNormZero(Modulating, FusedUnit):
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
-        x = self.norm(x, scale=scale_msa, shift=shift_msa, law=law)
+        x = modulated(self.norm, x, scale_msa, shift_msa, law=law)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
@@ -48,7 +49,7 @@ class AdaLayerNormZeroSingle(Modulating, FusedUnit):
     def forward(self, x: Tensor, emb: Tensor | None = None, law: Law | None = None) -> tuple[Tensor, Tensor]:
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
-        x = self.norm(x, scale=scale_msa, shift=shift_msa, law=law)
+        x = modulated(self.norm, x, scale_msa, shift_msa, law=law)
         return x, gate_msa
 
 
@@ -63,4 +64,4 @@ class AdaLayerNormContinuous(Modulating, FusedUnit):
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         emb = self.modulation(conditioning_embedding, x.dtype)
         scale, shift = emb.chunk(2, dim=1)
-        return self.norm(x, scale=scale, shift=shift)
+        return modulated(self.norm, x, scale, shift)

@@ -20,8 +20,8 @@ _GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else Non
 _GELU = F.gelu if replaced_functional("gelu") is None else None
 _CALL = nn.Module.__call__
 
-_QUANTISERS = ("bitsandbytes", "diffusers", "optimum")
-"""Libraries whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another weight.)"""
+_QUANTISERS = ("bitsandbytes", "diffusers", "ditnorm", "optimum")
+"""Whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another weight.)"""
 
 
 class FusedGELU(FusedModule):

@@ -14,6 +14,7 @@ from ..fused.gelu import activated
 from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.module import FusedModule
 from ..fused.pairwise_mask import mask_form, pairwise_mask
+from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Law
@@ -162,6 +163,8 @@ class HunyuanVideoTransformerBlock(FusedBlock):
 
         x, c = self.attn(hidden_states=x, encoder_hidden_states=c, attention_mask=attention_mask, image_rotary_emb=freqs_cis)
 
+        hidden_states = promoted(hidden_states, gate_msa, self.rounding)
+        encoder_hidden_states = promoted(encoder_hidden_states, c_gate_msa, self.rounding)
         law, c_law = law_in_feed_forward(self.ff, hidden_states), law_in_feed_forward(self.ff_context, encoder_hidden_states)
         x, hidden_states = self.norm2(hidden_states, x, gate=gate_msa, scale=scale_mlp, shift=shift_mlp, law=law)
         c, encoder_hidden_states = self.norm2_context(
@@ -240,7 +243,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
         tr_shift_msa, tr_scale_msa, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = token_replace_emb.chunk(6, dim=1)
 
         shift, scale = _rows((tr_shift_msa, shift_msa), (tr_scale_msa, scale_msa))
-        x = self.norm(hidden_states, scale=scale, shift=shift, index=_row_index(hidden_states, first_frame_num_tokens), law=law)
+        x = modulated(self.norm, hidden_states, scale, shift, _row_index(hidden_states, first_frame_num_tokens), law)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp
 
 
@@ -261,7 +264,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
         tr_shift_msa, tr_scale_msa, tr_gate_msa = token_replace_emb.chunk(3, dim=1)
 
         shift, scale = _rows((tr_shift_msa, shift_msa), (tr_scale_msa, scale_msa))
-        x = self.norm(hidden_states, scale=scale, shift=shift, index=_row_index(hidden_states, first_frame_num_tokens), law=law)
+        x = modulated(self.norm, hidden_states, scale, shift, _row_index(hidden_states, first_frame_num_tokens), law)
         return x, gate_msa, tr_gate_msa
 
 
@@ -298,6 +301,8 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
 
         x, c = self.attn(hidden_states=x, encoder_hidden_states=c, attention_mask=attention_mask, image_rotary_emb=freqs_cis)
 
+        hidden_states = promoted(hidden_states, gate_msa, self.rounding)
+        encoder_hidden_states = promoted(encoder_hidden_states, c_gate_msa, self.rounding)
         index = _row_index(hidden_states, num_tokens)
         gate1, shift, scale, gate2 = _rows(
             (tr_gate_msa, gate_msa), (tr_shift_mlp, shift_mlp), (tr_scale_mlp, scale_mlp), (tr_gate_mlp, gate_mlp)
@@ -380,7 +385,9 @@ def _scale_residuals(
 ) -> tuple[Tensor, Tensor]:
     """Both residual streams + ``gate * x``, [B, S + T, D]. Upstream joins the streams, and keeps that copy all along."""
     tokens = hidden_states.shape[1]
-    if x.requires_grad:  # in one call, for the gradient of the gate to be rounded once
+    hidden_states, encoder_hidden_states = promoted(hidden_states, gate, rounding), promoted(encoder_hidden_states, gate, rounding)
+    # In one call for the gradient of the gate to be rounded once, and where joining the streams gives one of them another dtype.
+    if x.requires_grad or hidden_states.dtype is not encoder_hidden_states.dtype:
         residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         residual = scale_residual(residual, x, gate, index=index, rounding=rounding)
         return residual[:, :tokens], residual[:, tokens:]

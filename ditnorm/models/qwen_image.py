@@ -10,6 +10,7 @@ from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel
+from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import dense_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Law
@@ -162,13 +163,15 @@ class QwenImageTransformerBlock(FusedBlock):
 
         img_law, txt_law = _laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs)
         img_attn_output, txt_attn_output = self.attn(
-            hidden_states=self.img_norm1(hidden_states, scale=img_scale1, shift=img_shift1, index=modulate_index, law=img_law),
-            encoder_hidden_states=self.txt_norm1(encoder_hidden_states, scale=txt_scale1, shift=txt_shift1, law=txt_law),
+            hidden_states=modulated(self.img_norm1, hidden_states, img_scale1, img_shift1, modulate_index, img_law),
+            encoder_hidden_states=modulated(self.txt_norm1, encoder_hidden_states, txt_scale1, txt_shift1, law=txt_law),
             encoder_hidden_states_mask=encoder_hidden_states_mask,
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
 
+        hidden_states = promoted(hidden_states, img_gate1, self.rounding)
+        encoder_hidden_states = promoted(encoder_hidden_states, txt_gate1, self.rounding)
         img_law, txt_law = law_in_feed_forward(self.img_mlp, hidden_states), law_in_feed_forward(self.txt_mlp, encoder_hidden_states)
         img_modulated, hidden_states = self.img_norm2(
             hidden_states, img_attn_output, gate=img_gate1, scale=img_scale2, shift=img_shift2, index=modulate_index, law=img_law

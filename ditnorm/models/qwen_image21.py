@@ -9,6 +9,7 @@ from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
+from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..swapping.fingerprint import fingerprint
@@ -130,7 +131,7 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
         gate1, gate2, no_shift = gate1.tanh(), gate2.tanh(), _no_shift(scale1)
 
         attn_output = self.attn(
-            hidden_states=self.img_norm1(hidden_states, scale=scale1, shift=no_shift, index=target_token_mask),
+            hidden_states=modulated(self.img_norm1, hidden_states, scale1, no_shift, target_token_mask),
             attention_mask=attention_mask,
             rotary_emb=rotary_emb,
             layer_cache=layer_cache,
@@ -139,6 +140,7 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
             segments=segments,
             key_valid=key_valid,
         )
+        hidden_states = promoted(hidden_states, gate1, self.rounding)
         law = law_in_feed_forward(self.img_mlp, hidden_states)
         img_modulated, hidden_states = self.img_norm2(
             hidden_states, attn_output, gate=gate1, scale=scale2, shift=no_shift, index=target_token_mask, law=law
@@ -157,4 +159,4 @@ class QwenImage21AdaLayerNormContinuous(_SelectsRows, FusedUnit):
 
     def forward(self, hidden_states: Tensor, conditioning_embedding: Tensor, target_token_mask: Tensor | None = None) -> Tensor:
         scale = _rows(self.linear(self.silu(conditioning_embedding).to(hidden_states.dtype)), target_token_mask)
-        return self.norm(hidden_states, scale=scale, shift=_no_shift(scale), index=target_token_mask)
+        return modulated(self.norm, hidden_states, scale, _no_shift(scale), target_token_mask)

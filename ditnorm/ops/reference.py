@@ -83,7 +83,7 @@ def normalize(x: Tensor, call: NormScaleShift | ScaleResidualNormScaleShift) -> 
         n = n if bias is None else n + bias
     else:
         n = F.layer_norm(x, x.shape[-1:], weight, bias, call.eps)
-    return n.to(dtype)
+    return n if wide is dtype else n.to(dtype)  # autocast makes some norms float32, and nothing makes them narrow again
 
 
 def upcast(call: SiteCall) -> torch.dtype | None:
