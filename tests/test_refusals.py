@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import accelerate.hooks
 import pytest
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
@@ -16,6 +17,7 @@ from support.patched import DTYPE, WanTransformerBlock, classes, is_patched, pip
 from torch import nn
 
 from ditnorm.patching import patch_model, patch_pipeline, report, unpatch_model
+from ditnorm.patching.verification import execution_device
 from ditnorm.swapping import generated
 from ditnorm.swapping.fingerprint import fingerprint
 
@@ -233,3 +235,56 @@ def test_a_norm_that_two_blocks_share_at_the_same_site_is_fused(model: nn.Module
     model.blocks[0].norm1 = model.blocks[1].norm1
     expected = run(model)
     assert torch.equal(run(patch_model(model, strict=True)), expected)
+
+
+# Hooks of releases that nobody has looked at: private names that moved
+
+
+def _accelerate_without_its_attribute(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate.hooks.add_hook_to_module(block, accelerate.hooks.ModelHook())
+    block.__dict__["_forward_before"] = block.__dict__.pop("_old_forward")
+
+
+def _diffusers_without(name: str) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    def change(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        registry = HookRegistry.check_if_exists_or_initialize(block)
+        registry.register_hook(ModelHook(), "any")
+        reference = vars(registry._fn_refs[0])
+        reference[f"renamed_{name}"] = reference.pop(name)
+
+    return change
+
+
+def _diffusers_with_a_callable_object(block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapper:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return type(block).forward(*args, **kwargs)
+
+    monkeypatch.setattr(Wrapper, "__module__", "diffusers.hooks.hooks")
+    block.forward = functools.partial(Wrapper(), block)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_accelerate_without_its_attribute, "a hook of accelerate without '_old_forward', of a release that ditnorm doesn't know"),
+        (_diffusers_without("original_forward"), "a hook of diffusers without 'original_forward', of a release that"),
+        (_diffusers_without("forward"), "a hook of diffusers without 'forward', of a release that"),
+        (_diffusers_with_a_callable_object, "a hook of diffusers without 'original_forward', of a release that"),
+    ],
+)
+def test_a_hook_that_is_built_otherwise_refuses_its_block_and_is_named(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module, pytest.MonkeyPatch], None], message: str
+) -> None:
+    change(model.blocks[1], monkeypatch)
+    with pytest.warns(UserWarning, match=f"blocks.1 not fused: its forward is wrapped by {message}"):
+        patch_model(model)
+    assert [generated.origin_of(type(b)) is not None for b in model.blocks] == [True, False, True]
+
+
+def test_offloading_that_keeps_its_device_elsewhere_verifies_where_the_weights_are(model: nn.Module) -> None:
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.hooks["group_offloading"] = ModelHook()  # without a config
+    assert execution_device(model) == torch.device("cpu")
+    model._diffusers_hook = object()
+    assert execution_device(model) == torch.device("cpu")

@@ -1,5 +1,6 @@
 """Patches models in place and undoes it: ``module.__class__`` is swapped, nothing is stored on modules."""
 
+import gc
 import logging
 import warnings
 from collections import Counter
@@ -51,6 +52,8 @@ def patch_model(model: M, *, strict: bool = False, rounding: str = "eager") -> M
 def unpatch_pipeline(pipe: P) -> P:
     """Undoes :func:`patch_pipeline`, also on copies and on unpickled pipelines; without effect on one that isn't patched.
 
+    A module that a fused module of another model holds too stays fused, with a warning, until that is unpatched.
+
     Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, and ``RuntimeError`` where a module was wrapped or its class
     was derived since (by FSDP2, parametrize, another patcher); nothing is changed then.
     """
@@ -59,7 +62,7 @@ def unpatch_pipeline(pipe: P) -> P:
 
 
 def unpatch_model(model: M) -> M:
-    """Undoes :func:`patch_model` and returns ``model``. See :func:`unpatch_pipeline`."""
+    """Undoes :func:`patch_model` and returns ``model``, which may also be a block. See :func:`unpatch_pipeline`."""
     _unpatch(single(model))
     return model
 
@@ -67,6 +70,7 @@ def unpatch_model(model: M) -> M:
 def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str, pipe: object = None) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+    _complete(models)
     found = targets(models, pipe)
     refused = _refusals(found)
     if strict and refused:
@@ -76,10 +80,9 @@ def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str, pipe: o
     for message in refused:
         warnings.warn(f"ditnorm: {message}", UserWarning, stacklevel=3)
     for model, units in found.values():
-        for unit in units:
-            if unit.refusal is None:
-                _swap(unit, rounding)
-        calls_before.setdefault(model, verification.calls())
+        if model not in calls_before or not any(unit.fused for unit in units):
+            calls_before[model] = verification.calls()
+    _swap(models, found, rounding)
     _log.info("patched, rounding=%r: %s", rounding, "; ".join(_summary(name, *target) for name, target in found.items()))
 
 
@@ -91,9 +94,47 @@ def _look_at_cuda(found: Targets, strict: bool, rounding: str) -> None:
             verification.verify_units(model, units, strict=strict)
 
 
-def _swap(unit: Unit, rounding: str) -> None:
-    for swap in unit.swaps:
-        set_class(swap.module, generated.subclass(swap.body, swap.upstream, rounding))
+def _swap(models: Mapping[str, nn.Module], found: Targets, rounding: str) -> None:
+    """All classes are made before any module changes, and modules change after those inside them.
+
+    So wherever this ends early, fused modules have fused parts, and parts that are fused already are called as upstream calls them, which
+    gives upstream's values: the model runs, with the bits that it had.
+    """
+    swaps = [swap for _, units in found.values() for unit in units if unit.refusal is None for swap in unit.swaps]
+    classes = {id(swap.module): generated.subclass(swap.body, swap.upstream, rounding) for swap in swaps}
+    for module in _inner_first(models):
+        if id(module) in classes:
+            set_class(module, classes[id(module)])
+
+
+def _inner_first(models: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Each module once, after all that it holds, also where several hold it."""
+    ordered: dict[nn.Module, None] = {}
+
+    def add(module: nn.Module) -> None:
+        if module not in seen:
+            seen.add(module)
+            for child in module.children():
+                add(child)
+            ordered[module] = None
+
+    seen: set[nn.Module] = set()
+    for model in models.values():
+        add(model)
+    return list(ordered)
+
+
+def _complete(models: Mapping[str, nn.Module]) -> None:
+    """Finishes what was interrupted between a module's class and its hooks, which then still call the forward of its upstream class."""
+    for module in _inner_first(models):
+        if _is_stale(module):
+            set_class(module, type(module))
+
+
+def _is_stale(module: nn.Module) -> bool:
+    if generated.origin_of(type(module)) is None or _untraceable(module, of_origin=True) is not None:
+        return False
+    return _untraceable(module) is not None
 
 
 def _refusals(found: Targets) -> list[str]:
@@ -113,25 +154,48 @@ def _summary(name: str, model: nn.Module, units: Iterable[Unit]) -> str:
 
 
 def _unpatch(models: Mapping[str, nn.Module]) -> None:
-    ours = [(name, m) for model in models.values() for name, m in model.named_modules() if upstream_of(type(m)) is not type(m)]
-    obstacles = [f"{name}: {reason}" for name, module in ours if (reason := _obstacle(module)) is not None]
+    ours = {m: name for model in models.values() for name, m in model.named_modules() if upstream_of(type(m)) is not type(m)}
+    obstacles = [f"{name}: {reason}" for module, name in ours.items() if (reason := _obstacle(module)) is not None]
     if obstacles:
         raise RuntimeError("ditnorm: nothing was unpatched: " + "; ".join(obstacles))
     restore(models)
-    for _, module in ours:
-        set_class(module, upstream_of(type(module)))
+    needed = _parts_of_others(ours)
+    if needed:
+        others = ", ".join(sorted({type(other).__name__ for other in needed.values()}))
+        kept = listed([ours[part] for part in needed])
+        warnings.warn(f"ditnorm: {kept} not unpatched: a part of another fused module ({others}); unpatch that", UserWarning, stacklevel=3)
+    for module in reversed(_inner_first(models)):
+        if module in ours and module not in needed:
+            set_class(module, upstream_of(type(module)))
     for model in models.values():
         calls_before.pop(model, None)
-    _log.info("unpatched %d modules of %s", len(ours), ", ".join(f"{name} ({type(model).__name__})" for name, model in models.items()))
+    unpatched = len(ours) - len(needed)
+    _log.info("unpatched %d modules of %s", unpatched, ", ".join(f"{name} ({type(model).__name__})" for name, model in models.items()))
+
+
+def _parts_of_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]:
+    """Those of ``ours`` that fused modules elsewhere have for parts, which call them with more than upstream's -> one of these."""
+    if _held_by_others(ours):  # perhaps by modules that nobody uses any more
+        gc.collect()
+    return _held_by_others(ours)
+
+
+def _held_by_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]:
+    """A module doesn't know what holds it, so this looks through all objects of the process."""
+    if not ours:
+        return {}
+    others = [o for o in gc.get_objects() if isinstance(type(o), generated.Generated) and o not in ours]
+    return {part: other for other in others for part in other.modules() if part in ours}
 
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why ``module``, whose class is or derives from ours, can't get its upstream class back."""
-    derived = generated_by_others(type(module))
-    if derived is not None:
-        return derived
+    return generated_by_others(type(module)) or _untraceable(module, of_origin=True)
+
+
+def _untraceable(module: nn.Module, *, of_origin: bool = False) -> str | None:
     try:
-        captured(module)
+        captured(module, of_origin=of_origin)
     except Untraceable as untraceable:
         return str(untraceable)
     return None

@@ -94,9 +94,9 @@ def execution_device(model: nn.Module) -> torch.device:
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         registry = getattr(module, "_diffusers_hook", None)
-        offloading = registry.get_hook("group_offloading") if registry is not None else None
+        offloading = getattr(registry, "hooks", {}).get("group_offloading")
         if offloading is not None:
-            device = offloading.config.onload_device
+            device = getattr(getattr(offloading, "config", None), "onload_device", None)
         if device is not None:
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return next((p.device for p in model.parameters()), torch.device("meta"))

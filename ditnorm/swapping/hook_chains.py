@@ -9,10 +9,13 @@ be called, so the captured methods are rewritten with it. Where each library kee
 """
 
 import functools
+from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from .generated import origin_of
 
 Slot = tuple[dict[str, Any], str]
 
@@ -22,15 +25,31 @@ class Untraceable(Exception):
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Changes the class of ``module`` and every captured reference to its forward. Raises ``Untraceable``, nothing changed."""
-    slots = captured(module)
-    module.__class__ = cls
+    """Changes the class of ``module`` and every captured reference to its forward. Raises ``Untraceable``, nothing changed.
+
+    Between any two steps a module may be left as it is, by an interrupt, and still runs: one of a generated class can run the forward of
+    its origin, not the other way round. So a generated class comes before the references to its forward, and goes after them.
+    """
+    slots = captured(module, of_origin=True)
+    forward = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+    if origin_of(cls) is not None:
+        module.__class__ = cls
     for holder, key in slots:
-        holder[key] = MethodType(cls.forward, module)  # type: ignore[attr-defined]
+        holder[key] = forward
+    if origin_of(cls) is None:
+        module.__class__ = cls
 
 
-def captured(module: nn.Module) -> list[Slot]:
-    """Where the bound ``forward`` of ``module`` is held, found by following its calls from the instance on."""
+def captured(module: nn.Module, *, of_origin: bool = False) -> list[Slot]:
+    """Where the bound ``forward`` of ``module`` is held, found by following its calls from the instance on.
+
+    ``of_origin``: also where a module of a generated class has its origin's forward, which an interrupted :func:`set_class` leaves.
+    Raises ``Untraceable`` where calls end somewhere else, and where a hook isn't built as those of the known releases are.
+    """
+    own = {type(module).forward}
+    origin = origin_of(type(module))
+    if of_origin and origin is not None:
+        own.add(origin.forward)  # type: ignore[attr-defined]
     slots: list[Slot] = []
     pending: list[Slot] = [(module.__dict__, "forward")] if "forward" in module.__dict__ else []
     visited = set()
@@ -39,18 +58,18 @@ def captured(module: nn.Module) -> list[Slot]:
         if (id(holder), key) in visited:
             continue
         visited.add((id(holder), key))
-        if _is_own_forward(holder[key], module):
+        if _is_bound(holder[key], module, own):
             slots.append((holder, key))
             continue
         pending += _next(holder[key], module)
         wrapper: dict[str, Any] = vars(holder[key])  # type: ignore[assignment]
-        if _is_own_forward(wrapper.get("__wrapped__"), module):
+        if _is_bound(wrapper.get("__wrapped__"), module, own):
             slots.append((wrapper, "__wrapped__"))
     return slots
 
 
-def _is_own_forward(value: Any, module: nn.Module) -> bool:
-    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward
+def _is_bound(value: Any, module: nn.Module, functions: Collection[Any]) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module and value.__func__ in functions
 
 
 def _next(value: Any, module: nn.Module) -> list[Slot]:
@@ -62,21 +81,38 @@ def _next(value: Any, module: nn.Module) -> list[Slot]:
         raise Untraceable(f"its forward was replaced by {_describe(value)}")
     source = getattr(value.func, "__module__", None)
     if source == "accelerate.hooks":
-        return [(module.__dict__, "_old_forward")]
+        return [_slot(module.__dict__, "_old_forward", "accelerate")]
     if source == "diffusers.hooks.hooks":
         return _diffusers_next(value, module)
     raise Untraceable(f"its forward was wrapped by {_describe(value.func)}")
 
 
 def _diffusers_next(wrapper: functools.partial[Any], module: nn.Module) -> list[Slot]:
-    references = [cell.cell_contents for cell in wrapper.func.__closure__ or ()]
-    reference = next(r for r in references if hasattr(r, "original_forward"))
-    held: dict[str, Any] = vars(reference)
+    held = _function_reference(wrapper.func)
+    original = _slot(held, "original_forward", "diffusers")
+    forward = _slot(held, "forward", "diffusers")
     if held["original_forward"] is None:
-        return [(held, "forward")]
+        return [forward]
     # A hook with a new_forward of its own calls original_forward. HookRegistry.remove_hook of the hook below overwrites `forward`.
-    slots = [(held, "original_forward")]
-    return slots if _is_new_forward(held["forward"], module) else [*slots, (held, "forward")]
+    return [original] if _is_new_forward(held["forward"], module) else [original, forward]
+
+
+def _function_reference(new_forward: Any) -> dict[str, Any]:
+    """The attributes of the ``HookFunctionReference`` that the wrapper of a hook of diffusers closes over; empty if there is none."""
+    for cell in getattr(new_forward, "__closure__", None) or ():
+        try:
+            held: dict[str, Any] = vars(cell.cell_contents)
+        except (ValueError, TypeError):  # an empty cell; a value without attributes
+            continue
+        if "original_forward" in held:
+            return held
+    return {}
+
+
+def _slot(holder: dict[str, Any], key: str, library: str) -> Slot:
+    if key not in holder:
+        raise Untraceable(f"its forward is wrapped by a hook of {library} without {key!r}, of a release that ditnorm doesn't know")
+    return holder, key
 
 
 def _is_new_forward(value: Any, module: nn.Module) -> bool:
