@@ -16,17 +16,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 from common.execution import compile_blocks, forget_compiled, synchronize
 from common.tables import environment, environment_line, text_table
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig
-from digits.families import FAMILIES, STEPS
+from digits.families import FAMILIES
 from pipelines.generation import denoisers, generate, wrapped
-from pipelines.loading import CannotRun, call_arguments, load, place
-from pipelines.parity import DTYPES, size
+from pipelines.options import add_options, arguments, loaded, usage_errors
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm
@@ -97,49 +95,25 @@ def table(baseline: Mapping[str, float], patched: Mapping[str, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description="Time a whole pipeline, stage by stage, without and with ditnorm.")
-    parser.add_argument(
-        "--model", default=str(FAMILIES["qwen-image"].folder), help="folder or Hugging Face id (default: the tiny Qwen-Image)"
-    )
-    parser.add_argument("--prompt", help="for a tiny model: the digits to draw")
-    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit")
-    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default: %(default)s)")
+    add_options(parser, tiny=FAMILIES["qwen-image"].folder, pipelines="of a family that ditnorm supports", out="bench-output")
     parser.add_argument("--runs", type=int, default=3, help="measured generations a column (default: %(default)s)")
-    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the pipeline's)")
-    parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component in use")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks in both columns")
     parser.add_argument("--cache", action="store_true", help="FirstBlockCache in both columns")
-    parser.add_argument("--out", type=Path, default=Path("bench-output"), metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if options.offload and device.type == "cpu":
-            raise CannotRun("--offload: there is no GPU to offload from")
-        pipe = place(load(options.model, DTYPES[options.dtype], image=options.image is not None), device, offload=options.offload)
-        arguments = call_arguments(
-            options.model,
-            pipe,
-            prompt=options.prompt,
-            default_prompt=PROMPT,
-            image=options.image,
-            size=options.size,
-            frames=options.frames,
-        )
+    with usage_errors(parser):
+        pipe = loaded(options, device)
+        given = arguments(options, pipe, PROMPT)
         if options.cache:
             for model in denoisers(pipe):
                 model.enable_cache(FirstBlockCacheConfig(threshold=CACHE_THRESHOLD))
         with tqdm(total=2 * (1 + options.runs) * options.steps, unit="step") as progress:
             progress.set_description("baseline")
-            baseline = column(pipe, arguments, options, progress.update)
+            baseline = column(pipe, given, options, progress.update)
             ditnorm.patch_pipeline(pipe, strict=True)
             progress.set_description("patched")
-            patched = column(pipe, arguments, options, progress.update)
-    except CannotRun as reason:
-        parser.error(str(reason))
-    except torch.OutOfMemoryError as error:
-        parser.error(f"too little GPU memory: {str(error).splitlines()[0]} Try --offload, a smaller --size, fewer --frames.")
+            patched = column(pipe, given, options, progress.update)
 
     report = {
         "command": shlex.join(["python", "scripts/bench_pipeline.py", *(sys.argv[1:] if argv is None else argv)]),

@@ -1,7 +1,6 @@
 """The core of ``parity_*.py``: generates with and without ditnorm from one seed and compares, step by step and frame by frame."""
 
 import argparse
-import gc
 import json
 import math
 import shlex
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.execution import compile_blocks, forget_compiled, full_float32
+from common.execution import compile_blocks, forget_compiled, free, full_float32
 from common.tables import environment, environment_line, text_table
-from diffusers import DiffusionPipeline
-from digits.families import FOLDER, STEPS
+from digits.families import FOLDER
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -23,11 +21,11 @@ import ditnorm
 from ditnorm.ops.calls import ROUNDINGS
 
 from .generation import Generation, denoisers, generate
-from .loading import CannotRun, call_arguments, load, pipeline_class, place
+from .loading import CannotRun, pipeline_class
+from .options import add_options, arguments, loaded, usage_errors
 from .pictures import Row, comparison_row, save_moving, sheet
 from .similarity import FrameDifference, frame_difference, relative_error
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SINGLE_PSNR = 40.0  # dB that ``--rounding single`` must reach in bfloat16
 
 
@@ -102,33 +100,10 @@ def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.Argume
         description=f"Generate with a {subject.title} pipeline with and without ditnorm, from the same seed, and compare. "
         "Exit status: 0 parity holds, 1 it doesn't, 2 it couldn't be run."
     )
-    tiny = FOLDER / subject.tiny
-    parser.add_argument(
-        "--model",
-        default=str(tiny),
-        help="folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny one); "
-        f"its pipeline is one of {', '.join(subject.pipelines)}",
-    )
-    parser.add_argument("--prompt", help="for the tiny model: the digits to draw")
-    parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit, for pipelines that take one")
-    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the pipeline's)")
-    parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
+    add_options(parser, tiny=FOLDER / subject.tiny, pipelines=f"one of {', '.join(subject.pipelines)}", out="parity-output")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="eager", help="ditnorm's (default: %(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component in use")
     parser.add_argument("--compile", action="store_true", help="compare patched + compiled with compiled, too")
-    parser.add_argument("--out", type=Path, default=Path("parity-output"), metavar="DIR", help="(default: %(default)s)")
     return parser, parser.parse_args(argv)
-
-
-def size(text: str) -> tuple[int, int]:
-    """Parses ``--size``."""
-    try:
-        width, height = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, such as 1024x1024, got {text!r}") from None
-    return width, height
 
 
 class Session:
@@ -136,24 +111,11 @@ class Session:
 
     def __init__(self, subject: Subject, options: argparse.Namespace, device: torch.device, on_step: Callable[[], object]) -> None:
         self.subject, self.options, self.device, self.on_step = subject, options, device, on_step
-        self.pipe = self._load(DTYPES[options.dtype])
-
-    def _load(self, dtype: torch.dtype) -> DiffusionPipeline:
-        pipe = load(self.options.model, dtype, image=self.options.image is not None)
-        return place(pipe, self.device, offload=self.options.offload)
+        self.pipe = loaded(options, device)
 
     def generate(self, like: Generation | None = None) -> Generation:
-        o = self.options
-        arguments = call_arguments(
-            o.model,
-            self.pipe,
-            prompt=o.prompt,
-            default_prompt=self.subject.prompt,
-            image=o.image,
-            size=o.size,
-            frames=o.frames,
-        )
-        return generate(self.pipe, arguments, o.steps, noise=None if like is None else like.noise, on_step=self.on_step)
+        given = arguments(self.options, self.pipe, self.subject.prompt)
+        return generate(self.pipe, given, self.options.steps, noise=None if like is None else like.noise, on_step=self.on_step)
 
     def compiled(self) -> Generation:
         for model in denoisers(self.pipe):
@@ -167,10 +129,8 @@ class Session:
     def float32(self, like: Generation) -> Generation:
         """The same weights in float32, from the noise that ``like`` drew."""
         del self.pipe
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.pipe = self._load(torch.float32)
+        free()
+        self.pipe = loaded(self.options, self.device, torch.float32)
         with full_float32():
             return self.generate(like)
 
@@ -260,18 +220,12 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     """Runs one family's script; returns the exit status."""
     parser, options = parse(subject, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if options.offload and device.type == "cpu":
-            raise CannotRun("--offload: there is no GPU to offload from")
+    with usage_errors(parser):
         name = pipeline_class(options.model, options.image is not None).__name__
         if name not in subject.pipelines:
             raise CannotRun(f"{options.model} is a {name}; this script takes {', '.join(subject.pipelines)}")
         with tqdm(total=(4 + options.compile) * options.steps, unit="step") as progress:
             result = run(subject, options, device, progress)
-    except CannotRun as reason:
-        parser.error(str(reason))
-    except torch.OutOfMemoryError as error:
-        parser.error(f"too little GPU memory: {str(error).splitlines()[0]} Try --offload, a smaller --size, fewer --frames.")
 
     good, rule = holds(result, options.rounding, options.dtype)
     script = f"scripts/parity_{subject.tiny.replace('-', '_')}.py"
