@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout's ditnorm, installed or not
+# The checkout's ditnorm, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.command import Benchmark, Finished
 from bench.host import SIZE

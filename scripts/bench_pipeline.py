@@ -30,7 +30,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import ditnorm
 
 STAGES = ("text encoding", "denoising", "decoding", "other", "total")
-CACHE_THRESHOLD = 0.1  # FirstBlockCache: the relative change of the first block's residual below which the other blocks are skipped
+# FirstBlockCache: the relative change of the first block's residual below which the other blocks
+# are skipped.
+CACHE_THRESHOLD = 0.1
 PROMPT = "A cat walks on the grass, realistic style"
 
 
@@ -46,7 +48,8 @@ def run(pipe: DiffusionPipeline, arguments: Mapping[str, Any], steps: int, on_st
     def timed(stage: str) -> Callable[..., Any]:
         def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             start = now()
-            if stage == "decoding" and began:  # measured up to the first decoding only, without a wait in between the steps
+            if stage == "decoding" and began:
+                # Measured up to the first decoding only, without a wait in between the steps.
                 spent["denoising"] = start - began.pop()
             result = method(*args, **kwargs)
             spent[stage] += now() - start

@@ -88,14 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     entries: dict[str, dict[str, Any]] = {}
     if not options.quick:
-        torch.compile(torch.neg)(torch.ones(8, device=device))  # starts the compiler: no model's first step is to wait for that
+        # Starts the compiler: no model's first step is to wait for that.
+        torch.compile(torch.neg)(torch.ones(8, device=device))
     options.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/bench_transformers.py", *chosen(options)])
     document = {"command": command, "date": date.today().isoformat(), "environment": environment(device), "models": entries}
     for name in options.models:
         start = time.perf_counter()
         entry = entries[name] = result(MODELS[name], device, options)
-        (options.out / "transformers.json").write_text(json.dumps(document, indent=1) + "\n")  # a run cut short keeps what it has
+        # A run cut short keeps what it has.
+        (options.out / "transformers.json").write_text(json.dumps(document, indent=1) + "\n")
         outcome = entry.get("error") or report.bits(entry, PATCHED.name)
         print(f"{entry['title']}: {outcome} ({time.perf_counter() - start:.0f} s)", flush=True)
     print(f"\n{environment_line(device)}\n\n{report.table(entries)}\n\n{report.NOTES}")

@@ -71,7 +71,8 @@ class Training:
         noise = torch.randn(clean.shape, generator=self.generator, device=self.device)
         index = torch.randint(len(self.sigmas), (self.batch,), generator=self.generator, device=self.device)
         timestep, sigma = self.timesteps[index], self.sigmas[index].view(-1, 1, 1, 1, 1)
-        noisy = sigma * noise + (1 - sigma) * clean  # as FlowMatchEulerDiscreteScheduler.scale_noise
+        # As FlowMatchEulerDiscreteScheduler.scale_noise.
+        noisy = sigma * noise + (1 - sigma) * clean
         velocity = self.family.velocity(self.model, noisy, timestep, {name: table[labels] for name, table in self.prompts.items()})
         loss = F.mse_loss(velocity, noise - clean)
         self.optimizer.zero_grad()

@@ -58,7 +58,8 @@ class Benchmark(Generic[C]):
     def main(self, about: str | None, argv: Sequence[str] | None) -> int:
         """Runs it; returns the exit status."""
         options = self._parse(about, argv)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is measured by then is kept
+        # What is measured by then is kept.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with torch.no_grad():
             torch.manual_seed(0)
             try:
@@ -87,7 +88,8 @@ class Benchmark(Generic[C]):
         parser.add_argument("--cells", nargs="+", default=[""], metavar="PATTERN", help="only cells whose names contain one of these")
         parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
         parser.add_argument("--out", type=Path, default=Path("bench-output"), metavar="DIR", help="for what it writes (%(default)s)")
-        parser.add_argument("--fill-caches", nargs="+", metavar="CELL", help=argparse.SUPPRESS)  # what a compile worker is started with
+        # What a compile worker is started with.
+        parser.add_argument("--fill-caches", nargs="+", metavar="CELL", help=argparse.SUPPRESS)
         return parser.parse_args(argv)
 
     def _fail(self, reason: str) -> int:

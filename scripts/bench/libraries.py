@@ -41,7 +41,8 @@ def look_for(makers: Makers) -> Found:
             version = importlib.metadata.version(package)
             result.available.append(Contestant(name, maker()))
             result.versions[package] = version
-        except Exception as error:  # whatever a package's import raises: it is absent, or broken here
+        except Exception as error:
+            # Whatever a package's import raises: it is absent, or broken here.
             result.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return result
 
@@ -69,7 +70,8 @@ class _Elsewhere(types.ModuleType):
 
     @staticmethod
     def direct_register_custom_op(op_name: str, op_func: Callable[..., Any], mutates_args: list[str], **_: Any) -> None:
-        # Only torch.compile goes through the registered op: an eager call goes straight to its function.
+        # Only torch.compile goes through the registered op: an eager call goes straight to its
+        # function.
         torch.library.custom_op(f"sglang::{op_name}", op_func, mutates_args=mutates_args)
 
 
@@ -84,7 +86,8 @@ def _enter_sglang() -> None:
     The packages' own ``__init__`` import some fifty distributions that no kernel needs: they are entered in ``sys.modules`` unexecuted.
     """
     enter("sglang", (*_PACKAGES, "srt.utils"))
-    importlib.import_module("sglang.srt.utils.custom_op")  # how its kernels register ops; then the server's modules can go
+    # How its kernels register ops; then the server's modules can go.
+    importlib.import_module("sglang.srt.utils.custom_op")
     for name in _SERVER:
         sys.modules[f"sglang.{name}"] = _Elsewhere(f"sglang.{name}")
 

@@ -11,7 +11,8 @@ import torch
 
 from .contestants import Call
 
-GRAPH_SECONDS = 1.5e-3  # of GPU work in a graph: its start and the two events are then below one per cent
+# Of GPU work in a graph: its start and the two events are then below one per cent.
+GRAPH_SECONDS = 1.5e-3
 ASSUMED_BANDWIDTH = 3.5e12
 MOST_REPLAYS, LEAST_REPLAYS, REPLAY_SECONDS = 20, 7, 0.1
 SLEEP_CYCLES_PER_SECOND = 2e9
@@ -51,7 +52,8 @@ class Recording:
 
 def record(bound: Sequence[Call], calls: int) -> Recording:
     """Captures ``calls`` calls, going round the bound ones. Two calls before it leave nothing to compile or to load lazily."""
-    results: deque[Any] = deque(maxlen=len(bound))  # alive while others are captured, so that outputs rotate as the inputs do
+    # Alive while others are captured, so that outputs rotate as the inputs do.
+    results: deque[Any] = deque(maxlen=len(bound))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -77,7 +79,8 @@ def measure(recordings: Mapping[str, Recording], replays: int | None = None) -> 
         events = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # The GPU sleeps while the host submits the graph, so that the events enclose nothing but the graph's work.
+            # The GPU sleeps while the host submits the graph, so that the events enclose nothing
+            # but the graph's work.
             torch.cuda._sleep(int(MARGIN * host_seconds[name] * SLEEP_CYCLES_PER_SECOND))
             start.record()
             recordings[name].graph.replay()

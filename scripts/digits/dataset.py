@@ -12,7 +12,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 SIDE = 8  # of a digit, latent pixels; also what the VAEs of the tiny pipelines enlarge by
-WIDTH, LATENT_FRAMES = 12, 4  # of a video: the digit moves one latent pixel to the right from one latent frame to the next
+# Of a video: the digit moves one latent pixel to the right from one latent frame to the next.
+WIDTH, LATENT_FRAMES = 12, 4
 FRAMES = 4 * LATENT_FRAMES - 3  # of a decoded video
 CLASSES = 10
 GAMMA = 0.05  # of the classifier: the best of five in a hold-out test

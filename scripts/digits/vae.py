@@ -23,7 +23,8 @@ def set_weights(vae: Any) -> ModelMixin:
         parameter.zero_()
     for name, module in vae.decoder.named_modules():
         if isinstance(module, HunyuanVideoUpsampleCausal3D):
-            # It repeats frames and then convolves causally: an average with the frame before interpolates.
+            # It repeats frames and then convolves causally: an average with the frame before
+            # interpolates.
             time = torch.tensor([0.0, 0.5, 0.5] if module.upsample_factor[0] == 2 else [0.0, 0.0, 1.0])
             _carry(module.conv.conv.weight, time.view(3, 1, 1) * BLUR)
         elif name.endswith("resample.1"):

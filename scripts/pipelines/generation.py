@@ -56,8 +56,8 @@ def generate(
 
     synchronize()
     start = time.perf_counter()
-    # Not callback_on_step_end: HunyuanVideo-1.5's pipelines have none. Not the argument latents: into these, too, HunyuanVideo mixes the
-    # picture that it animates.
+    # Not callback_on_step_end: HunyuanVideo-1.5's pipelines have none. Not the argument latents:
+    # into these, too, HunyuanVideo mixes the picture that it animates.
     with wrapped(sys.modules[type(pipe).__module__], "randn_tensor", draw), wrapped(pipe.scheduler, "step", keep):
         (output,) = pipe(
             **arguments,

@@ -174,7 +174,8 @@ def run(subject: Subject, options: argparse.Namespace, device: torch.device, pro
         yardstick = compare("yardstick, compiled : unpatched", compiled, eager)
         if both is not None:
             others.append(compare("patched + compiled : compiled", both, compiled))
-    except Exception as error:  # no compiler here, or what it can't compile: parity doesn't depend on it
+    except Exception as error:
+        # No compiler here, or what it can't compile: parity doesn't depend on it.
         if isinstance(error, torch.OutOfMemoryError):
             raise
         notes.append(f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}")

@@ -61,7 +61,8 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
 def save_animation(images: Sequence[Image.Image], path: Path) -> None:
     """A GIF that loops; the last frame stays longer."""
     durations = [1000 // FPS] * (len(images) - 1) + [1000]
-    few = [image.quantize(64, dither=Image.Dither.NONE) for image in images]  # dithering makes flat areas flicker, and large
+    # Dithering makes flat areas flicker, and large.
+    few = [image.quantize(64, dither=Image.Dither.NONE) for image in images]
     few[0].save(path, save_all=True, append_images=few[1:], duration=durations, loop=0, optimize=True)
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_WINDOW, _SIGMA = 11, 1.5  # of the SSIM: Wang et al., Image quality assessment, IEEE TIP 13(4), 2004
+# Of the SSIM: Wang et al., Image quality assessment, IEEE TIP 13(4), 2004.
+_WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 
 

@@ -17,7 +17,9 @@ from .real_model import RealModel
 from .variants import EAGER, SINGLE, VARIANTS, Variant
 
 EXACT = [variant.name for variant in VARIANTS if variant.exact]
-BLOCKS = 2  # of a model: float32 attention is 4 * S^2 * D operations a block, at 118,800 tokens 5 s with 40 TFLOP/s
+# Of a model: float32 attention is 4 * S^2 * D operations a block, at 118,800 tokens 5 s with 40
+# TFLOP/s.
+BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def error(output: Tensor, eager: Tensor, exact: Tensor) -> Error:
     exact = exact.double()
     squares, squares_eager = ((t.double() - exact).square() for t in (output, eager))
     psnr = 10 * (exact.square().max() / squares.mean()).log10()
-    chance = (squares - squares_eager).square().sum().sqrt() / (2 * squares_eager.sum())  # sqrt(1 + x) is 1 + x / 2
+    # sqrt(1 + x) is 1 + x / 2.
+    chance = (squares - squares_eager).square().sum().sqrt() / (2 * squares_eager.sum())
     return Error(relative_error(output, exact), psnr.item(), chance.item())
 
 
@@ -78,7 +81,8 @@ def holds(found: Mapping[str, Any]) -> bool:
     Wan rounds once with either, so that chance decides which is nearer: three standard errors are allowed.
     """
     eager, single = found["errors"][EAGER.name], found["errors"][SINGLE.name]
-    return found["identical"] and single["relative"] <= eager["relative"] * (1 + 3 * single["chance"])  # not if any is NaN
+    # Not if any is NaN.
+    return found["identical"] and single["relative"] <= eager["relative"] * (1 + 3 * single["chance"])
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,14 +9,16 @@ from common.execution import synchronize
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# Names of cuBLAS, cuDNN, CUTLASS, FlashAttention and Inductor kernels, and of PyTorch's CPU operators.
+# Names of cuBLAS, cuDNN, CUTLASS, FlashAttention and Inductor kernels, and of PyTorch's CPU
+# operators.
 ATTENTION = re.compile(r"flash|fmha|sdpa|attention|mha_", re.IGNORECASE)
 MATMUL = re.compile(
     r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|triton_tem_|conv(olution|2d|3d|nd)|::(add|b|baddb)?mm$|mkldnn", re.IGNORECASE
 )
 
 
-# PyTorch's templates around the function that an elementwise kernel computes, and what it calls such functions.
+# PyTorch's templates around the function that an elementwise kernel computes, and what it calls
+# such functions.
 WRAPPER = re.compile(
     r"(elementwise_kernel|ReduceOp|gpu_kernel_impl|launch_|[AB]?UnaryFunctor$|BinaryFunctor$|TensorIterator|opmath_|func_wrapper)"
 )

@@ -35,7 +35,8 @@ def _tokens(inputs: Inputs, name: str) -> Any:
 
 def _sglang_cutedsl() -> Binding:
     kernels = sglang_module("ops.diffusion.norm.scale_residual_norm_cutedsl")
-    sglang_module("kda_kernels.norm_scale_shift_jit")  # what its functions import at their first call
+    # What its functions import at their first call.
+    sglang_module("kda_kernels.norm_scale_shift_jit")
 
     def bind(cell: Cell) -> Maker:
         if not _plain(cell) or cell.op == SR or cell.width % 256 or cell.width > 8192:

@@ -13,7 +13,9 @@ from ..contestants import AUTOTUNED, COMPILED, EAGER, SINGLE, UNFUSED
 from ..results import CellResult, Run
 from .cells import ABBREVIATIONS, Cell
 
-STYLES = {  # marker, colour (Okabe and Ito's, which colour-blind readers can tell apart), size; the last drawn lies on top
+# Marker, colour (Okabe and Ito's, which colour-blind readers can tell apart), size; the last drawn
+# lies on top.
+STYLES = {
     UNFUSED: ("x", "#999999", 28),
     COMPILED: ("v", "#CC79A7", 26),
     AUTOTUNED: ("^", "#882255", 26),

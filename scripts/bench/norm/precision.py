@@ -14,7 +14,9 @@ from .cells import NSS, SR, SRNSS, Cell
 ELEMENTS_AT_ONCE = 1 << 25
 
 
-WRONG = 0.05  # relative error: ten times that of the coarsest honest contestant, bfloat16 rounded after every step
+# Relative error: ten times that of the coarsest honest contestant, bfloat16 rounded after every
+# step.
+WRONG = 0.05
 
 
 def check(cell: Cell, inputs: Inputs) -> Callable[[Any], Verdict]:

@@ -71,7 +71,8 @@ def check(cell: QKCell, inputs: Inputs) -> Callable[[Sequence[Tensor]], Verdict]
             if (result.shape, result.dtype) != (wanted.shape, wanted.dtype):
                 raise ValueError(f"the {name} is {result.dtype} {list(result.shape)}, not {wanted.dtype} {list(wanted.shape)}")
             ulps = torch.stack([_ulps(*some) for some in zip(result.split(4096, 1), wanted.split(4096, 1), strict=True)]).max().item()
-            if not ulps <= (MOST_ULPS_FP32 if wanted.dtype is torch.float32 else MOST_ULPS):  # NaN too
+            most = MOST_ULPS_FP32 if wanted.dtype is torch.float32 else MOST_ULPS
+            if not ulps <= most:  # NaN too
                 raise ValueError(f"the result is wrong: the {name} is off by {ulps:.3g} units in the last place")
         return Verdict()
 

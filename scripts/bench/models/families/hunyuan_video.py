@@ -44,7 +44,8 @@ def _hunyuan_video(model: RealModel, latents: Tensor, timestep: Tensor) -> dict[
 
 
 def _hunyuan_video15(model: RealModel, latents: Tensor, timestep: Tensor) -> dict[str, Any]:
-    condition = latents.new_zeros(1, latents.shape[1] + 1, *latents.shape[2:])  # text to video: no first frame, an empty mask
+    # Text to video: no first frame, an empty mask.
+    condition = latents.new_zeros(1, latents.shape[1] + 1, *latents.shape[2:])
     return {
         "hidden_states": torch.cat([latents, condition], dim=1),
         "timestep": timestep.to(latents.dtype).view(1),
