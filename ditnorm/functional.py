@@ -308,7 +308,13 @@ def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tupl
 
 
 def _unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:
-    return OPS[name].unfused(OPS[name].call(*tensors, *options)) is not None
+    """Whether no kernel takes the call. Dynamo needs long for the whole question, and nearly always need not ask it."""
+    first: Any = tensors[0]
+    uniform = first.dtype in checks.FLOATS
+    for t in tensors:
+        if t is not None and (t.dtype is not first.dtype or (t.dim() > 1 and t.shape[0] != first.shape[0])):
+            uniform = False
+    return not uniform and OPS[name].unfused(OPS[name].call(*tensors, *options)) is not None
 
 
 def _rejected(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:

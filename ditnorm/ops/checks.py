@@ -66,16 +66,15 @@ def unfused(call: SiteCall) -> str | None:
     double = in_double(call)
     if double is not None:
         return double
-    streams = (call.x,) if isinstance(call, NormScaleShift) else (call.x, call.residual)
+    x, residual = call.x, call.x if isinstance(call, NormScaleShift) else call.residual
     batch = batch_of(call)
-    for t in streams:
-        if t.dim() == 3 and t.shape[0] != batch:
-            return f"x: it is broadcast to a batch of {batch}, which no kernel does"
+    if x.dim() == 3 and not (x.shape[0] == residual.shape[0] == batch):
+        return f"x: broadcast to a batch of {batch}"
     if call.rounding == "single":
         return None
-    dtype = call.x.dtype
-    if not isinstance(call, NormScaleShift) and call.residual.dtype is not dtype:
-        return f'residual: rounding="eager" is fused in the dtype of x, {dtype}, got {call.residual.dtype}'
+    dtype = x.dtype
+    if residual.dtype is not dtype:
+        return f'residual: rounding="eager" is fused in the dtype of x, {dtype}, got {residual.dtype}'
     if upcast(call) is torch.float32:
         return None
     for name, (m, _) in modulations(call).items():

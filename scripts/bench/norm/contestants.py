@@ -32,9 +32,7 @@ def compiled() -> list[Contestant]:
 
 
 def _ditnorm(rounding: str, cell: Cell) -> Maker:
-    options: dict[str, Any] = {"rounding": rounding}
-    if cell.norm != "layer":
-        options["norm"] = cell.norm
+    options: dict[str, Any] = {"rounding": rounding} if cell.op == SR else {"norm": cell.norm, "eps": EPS, "rounding": rounding}
     leading = (*(("x",) if cell.op == NSS else ("residual", "x")), *MODULATIONS[cell.op])
 
     def make(inputs: Inputs) -> Call:
