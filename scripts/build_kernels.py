@@ -119,9 +119,18 @@ def cuda_headers() -> list[Path]:
 
 
 def target_archs() -> list[str]:
-    """What to compile for: DITNORM_CUDA_ARCHS, else this machine's GPUs, else everything. Lowest first."""
+    """What to compile for: DITNORM_CUDA_ARCHS, else this machine's GPUs, else everything. Lowest first.
+
+    Raises BuildError for a DITNORM_CUDA_ARCHS that names anything but compute capabilities from 8.0 on.
+    """
     if chosen := os.environ.get("DITNORM_CUDA_ARCHS"):
-        return sorted(chosen.split(","), key=int)
+        archs = [arch.strip() for arch in chosen.split(",")]
+        for arch in archs:
+            if not (arch.isascii() and arch.isdecimal()):
+                raise BuildError(f'DITNORM_CUDA_ARCHS takes numbers, "80,90" for compute capability 8.0 and 9.0, not {arch!r}')
+            if int(arch) < int(ALL_ARCHS[0]):
+                raise BuildError(f"DITNORM_CUDA_ARCHS: the kernels need compute capability 8.0 (80) or newer, not {arch}")
+        return sorted(set(archs), key=int)
     present = {gpu.arch for gpu in find_gpus() if int(gpu.arch) >= int(ALL_ARCHS[0])}
     return sorted(present, key=int) or list(ALL_ARCHS)
 
@@ -219,6 +228,9 @@ def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[K
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(f'no nvcc in DITNORM_NVCC, CUDA_HOME, PATH or /usr/local/cuda; pip install "{PYPI_NVCC}" is one way to get it')
+    known = re.findall(r"compute_(\d+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
+    if unknown := [arch for arch in archs if arch not in known]:
+        raise BuildError(f"{nvcc} can't compile for {', '.join(unknown)}, only for {', '.join(known)}")
     runtime = static_runtime(toolkit_root(nvcc))
     print(f"{nvcc}: {', '.join(f'sm_{arch}' for arch in archs)}, PTX of compute_{archs[0]}", flush=True)
     cpus = len(os.sched_getaffinity(0))

@@ -9,13 +9,16 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS
 from ..ops.checks import UnfusedError, index_range
+from ..ops.quantization import LAWS
 from ..ops.table import OPS as _TABLE
 from ..ops.table import Op
 
@@ -37,10 +40,9 @@ _reference_calls = dict.fromkeys(OPS, 0)
 
 def counts() -> dict[tuple[str, str], int]:
     """Calls of each op in this process: ``(op, "reference" or kernels.path) -> n``. Replays of CUDA graphs aren't counted."""
-    compiled = (ctypes.c_int64 * len(OPS))()
-    if library is not None:
-        ctypes.CDLL(str(library)).ditnorm_counts(compiled)
-    return {(op, path): n for op, n in zip(OPS, compiled, strict=True)} | {(op, "reference"): n for op, n in _reference_calls.items()}
+    compiled = None if library is None else _open(library)
+    calls = {(op, path): 0 if compiled is None else compiled.ditnorm_calls(op.encode()) for op in OPS}
+    return calls | {(op, "reference"): n for op, n in _reference_calls.items()}
 
 
 def count_reference(op: str) -> None:
@@ -66,6 +68,18 @@ def _body(op: Op) -> Callable[..., Any]:
     return body
 
 
+def _elsewhere(op: Op) -> Callable[..., Any]:
+    """The op's overload "reference", which the compiled library calls where its kernels don't run on the tensors' GPU."""
+
+    def body(*arguments: Any) -> Any:
+        device = arguments[0].device.index
+        if library is not None and device is not None and device not in _refused:
+            _refuse(device, f"{library.name} {_unusable(library, device)}")
+        return in_pytorch(op, _checked(op, arguments))
+
+    return body
+
+
 def _fake(op: Op) -> Callable[..., Any]:
     # Checks too: a call with one meta tensor among real ones is dispatched to the fake and must not return uninitialised memory.
     return lambda *arguments: op.like(_checked(op, arguments))
@@ -83,53 +97,93 @@ _lib = torch.library.Library("ditnorm", "DEF")
 for _op in _TABLE.values():
     _lib.define(_op.schema)
     _lib.impl(_op.name, _body(_op), "CompositeExplicitAutograd")
+    _lib.define(_op.schema.replace("(", ".reference(", 1))
+    _lib.impl(f"{_op.name}.reference", _elsewhere(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditnorm::{_op.name}", _fake(_op), lib=_lib)
 
 
 def _compiled_serves(x: Tensor) -> bool:
     """True once a process: when the Python body gets the first CUDA call and the compiled library could be put over it."""
-    global unavailable, _warned
-    if not x.is_cuda or _warned:
+    global unavailable
+    device = x.device
+    if device.type != "cuda" or device.index in _refused:
         return False
     with _lock:
-        if unavailable is None and library is None:
-            unavailable = _register(_PATH, "cuda")
+        # Another GPU's refusal says nothing of this one.
+        if library is None and (unavailable is None or unavailable in _refused.values()):
+            unavailable = _register(_PATH, "cuda", device.index)
         if unavailable is None:
             return True
-        if not _warned:
-            _warned = True
-            warnings.warn(f"ditnorm: CUDA tensors take the slower PyTorch path: {unavailable}", RuntimeWarning, stacklevel=2)
+        _refuse(device.index, unavailable)
     return False
 
 
-def _register(file: Path, as_path: str) -> str | None:
+def unavailable_on(gpu: torch.device) -> str | None:
+    """Why calls on a GPU take the PyTorch path, or None. Known for certain after its first call."""
+    if unavailable in _refused.values():  # what another GPU's first call found
+        return _refused.get(gpu.index)
+    return unavailable or _refused.get(gpu.index)
+
+
+def _refuse(device: int, reason: str) -> None:
+    """Notes why a GPU's calls go through PyTorch, with one warning for each reason."""
+    known = reason in _refused.values()
+    _refused[device] = reason
+    if not known:
+        warnings.warn(f"ditnorm: CUDA tensors take the slower PyTorch path: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def _register(file: Path, as_path: str, device: int) -> str | None:
     """Puts the compiled ops over the Python body; returns why that can't be done."""
     global library, path
     try:
-        compiled = ctypes.CDLL(str(file))
+        compiled = _open(file)
     except OSError as error:
         return f"cannot load {file.name}: {error}"
-    compiled.ditnorm_unusable.restype = ctypes.c_char_p
-    reason: bytes | None = compiled.ditnorm_unusable()
+    except AttributeError:
+        return f"{file.name} is of another version of ditnorm: build it again"
+    reason = _differs(compiled) or _unusable(file, device)
     if reason is not None:
-        return f"{file.name} does not run on this GPU and driver: {reason.decode()}"
+        return f"{file.name} {reason}"
     if compiled.ditnorm_register() != 0:
         return f"{file.name} could not register its operators"
     library, path = file, as_path
     return None
 
 
+@cache
+def _open(file: Path) -> ctypes.CDLL:
+    compiled = ctypes.CDLL(str(file))
+    compiled.ditnorm_dispatch_key.restype = compiled.ditnorm_unusable.restype = ctypes.c_char_p
+    compiled.ditnorm_calls.restype = compiled.ditnorm_code.restype = ctypes.c_int64
+    return compiled
+
+
+def _differs(compiled: ctypes.CDLL) -> str | None:
+    """Whether the library lacks an op, or stands for a name of an option by another number than Python."""
+    halves = [str(half).removeprefix("torch.") for half in HALVES]
+    options = {"norm": NORMS, "qk_norm": QK_NORMS, "rounding": ROUNDINGS, "half": halves, "law": [str(law) for law in LAWS]}
+    codes = [(option, name, code) for option, names in options.items() for code, name in enumerate(names)]
+    has_ops = all(compiled.ditnorm_calls(op.encode()) >= 0 for op in OPS)
+    if has_ops and all(compiled.ditnorm_code(option.encode(), name.encode()) == code for option, name, code in codes):
+        return None
+    return "is of another version of ditnorm: build it again"
+
+
+def _unusable(file: Path, device: int) -> str | None:
+    reason: bytes | None = _open(file).ditnorm_unusable(device)
+    return None if reason is None else f"does not run on this GPU and driver: {reason.decode()}"
+
+
 def _is_host_build(file: Path) -> bool:
-    key = ctypes.CDLL(str(file)).ditnorm_dispatch_key
-    key.restype = ctypes.c_char_p
-    return bool(key() == b"CPU")
+    return bool(_open(file).ditnorm_dispatch_key() == b"CPU")
 
 
 def _unavailable() -> str | None:
     if os.environ.get("DITNORM_KERNELS") == "0":
         return "DITNORM_KERNELS=0"
     if "DITNORM_LIBRARY" in os.environ and _is_host_build(_PATH):
-        return _register(_PATH, "cpu_sim") or "DITNORM_LIBRARY names a build for the host"
+        return _register(_PATH, "cpu_sim", -1) or "DITNORM_LIBRARY names a build for the host"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not _PATH.exists():
@@ -138,5 +192,5 @@ def _unavailable() -> str | None:
 
 
 _PATH = Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
-_warned = False
+_refused: dict[int, str] = {}
 unavailable = _unavailable()

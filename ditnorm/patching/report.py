@@ -180,8 +180,8 @@ def _backend(device: torch.device) -> str:
         return f"cpu_sim: {kernels.library}" if kernels.path == "cpu_sim" else "reference (PyTorch): the model is on the CPU"
     if device.type != "cuda":
         return f"reference (PyTorch): the model is on {device.type}"
-    if kernels.unavailable is not None:
-        return f"reference (PyTorch): {kernels.unavailable}"
+    if (reason := kernels.unavailable_on(device)) is not None:
+        return f"reference (PyTorch): {reason}"
     if kernels.library is None:
         return "cuda: the kernels are loaded at the first call"
     major, minor = torch.cuda.get_device_capability(device)

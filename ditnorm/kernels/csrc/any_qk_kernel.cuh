@@ -1,10 +1,10 @@
 // The kernel of QK normalisation and rotary embedding for everything that the fast ones don't serve: any width, alignment, tables and
 // dtype of the weights. One warp a head, or a row where the norm goes across heads; element by element.
 #pragma once
+#include "lanes.h"
 #include "launch.h"
 #include "mean_square.cuh"
 #include "rope.cuh"
-#include "shapes.h"
 
 namespace ditnorm {
 

@@ -8,6 +8,10 @@ namespace ditnorm {
 // What stands for an operand that isn't given: it changes no bit (x + -0 is x even for x = -0), and formulas need no branches.
 constexpr float kNoWeight = 1.0f, kNoBias = -0.0f, kNoGate = 1.0f, kNoScale = 0.0f, kNoShift = -0.0f;
 
+// Half-precision modulations in float32 arithmetic: without tables that is rounding="single", and multiplications and additions may fuse.
+template <class T, class M, bool ROUND>
+constexpr bool kContracts = !ROUND && std::is_same_v<T, M> && !std::is_same_v<T, float>;
+
 // residual + gate * x
 template <class T, bool ROUND>
 __device__ __forceinline__ float add_gated(float residual, float x, float gate) {

@@ -4,6 +4,7 @@
 #include "formulas.cuh"
 #include "launch.h"
 #include "statistics.cuh"
+#include "token.cuh"
 
 namespace ditnorm {
 

@@ -6,10 +6,10 @@
 //   any_head_kernel     norm per head of any multiple of 8 from 32 on: statistics through shared memory, in ATen's order
 //   across_kernel       norm across all heads, torch's RMSNorm: the block's reduction of statistics.cuh
 #pragma once
+#include "lanes.h"
 #include "launch.h"
 #include "mean_square.cuh"
 #include "rope.cuh"
-#include "shapes.h"
 #include "statistics.cuh"
 #include "unroll.cuh"
 
@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
   });
 }
 
-// LANES: of ATen's, that one thread is. head_dim divides kTile, so a thread's columns have the same angles in every tile.
-template <class T, bool ROUND, int ITEMS, int LANES>
+// LANES: how many of ATen's lanes one thread stands in for. head_dim divides kTile, so a thread's columns have the same angles in every
+// tile.
+template <class T, bool ROUND, class TILES, int LANES>
 __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProblem p) {
   constexpr int N = LANES * kGroup;
   __shared__ Exchange exchange;
@@ -173,10 +174,10 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
   const int width = static_cast<int>(at.rows.width), first = static_cast<int>(threadIdx.x) * N;
   const T* const x = at.source<T>() + first;
   T* const out = at.target<T>() + first;
-  constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  const auto inside = [&](int i) { return i < kFullTiles<ITEMS> || first + i * kTile < width; };
+  constexpr auto kEach = std::make_integer_sequence<int, TILES::kCount>{};
+  const auto inside = [&](int i) { return i < TILES::kFull || first + i * kTile < width; };
 
-  Pack<T, N> v[ITEMS];
+  Pack<T, N> v[TILES::kCount];
   each(kEach, [&](auto i) {
     if (inside(i)) v[i] = load_row<Cache::normal, T, N>(x + i * kTile);
   });

@@ -1,8 +1,8 @@
-// What the ops' bindings share: the dispatch key, dtypes, counters, and the call of a kernel on the current stream of a device.
+// What the ops' bindings share: dtypes, the codes of options, and the call of a kernel on the current stream of a device.
 #pragma once
-#include <atomic>
 #include <string>
 
+#include "device.h"
 #include "problem.h"
 #include "torch_abi.h"
 
@@ -12,17 +12,20 @@ using abi::check;
 using abi::Tensor;
 using Optional = std::optional<Tensor>;
 
-#ifdef DITNORM_CPU_SIM
-constexpr const char* kDispatchKey = "CPU";
-#else
-constexpr const char* kDispatchKey = "CUDA";
-#endif
-
-enum Rounding : int64_t { single, eager };
-
-// In the order of OPS in ditnorm/ops/table.py.
-constexpr int kOps = 8;
-inline std::atomic<int64_t> calls[kOps];
+// The codes that Python passes for the names of options: their places in NORMS, QK_NORMS, ROUNDINGS and HALVES of ditnorm/ops/calls.py.
+// (LAWS: quantize.h.) The library is refused where the two sides differ (ditnorm_code).
+namespace norms {
+enum Code : int64_t { layer, rms, fp32_layer };
+}
+namespace qk_norms {
+enum Code : int64_t { rms, diffusers_rms };
+}
+namespace roundings {
+enum Code : int64_t { single, eager };
+}
+namespace halves {
+enum Code : int64_t { float16, bfloat16 };
+}
 
 inline DType float_dtype(const Tensor& t) {
   static const int32_t f32 = aoti_torch_dtype_float32(), f16 = aoti_torch_dtype_float16(), bf16 = aoti_torch_dtype_bfloat16();

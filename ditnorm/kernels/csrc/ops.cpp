@@ -1,15 +1,13 @@
-// The ops of torch.ops.ditnorm for one dispatch key (those of query and key: qk_ops.cpp): reads the tensors, checks them tersely, allocates
-// the outputs, launches. Schemas, fakes and the errors that users see are Python's: ditnorm/kernels/__init__.py, ditnorm/checks.py.
+// The ops of the norm sites: read the tensors, check them tersely, allocate the outputs, launch. Schemas, fakes and the errors that users
+// see are Python's: ditnorm/ops/.
 #include <algorithm>
-#include <memory>
+#include <iterator>
 
 #include "op_call.h"
-#include "qk_ops.h"
-#include "quantize_ops.h"
+#include "op_table.h"
 
+namespace ditnorm {
 namespace {
-
-using namespace ditnorm;
 
 DType index_dtype(const Tensor& t) {
   const int32_t dtype = t.dtype();
@@ -101,17 +99,17 @@ class Call {
   }
 
   void norm(int64_t norm, double eps) {
-    check(norm >= 0 && norm <= 2, "ditnorm: norm");
-    problem.norm = norm == 1 ? Norm::rms : Norm::layer;  // 2: "fp32_layer", whose statistics are float32 as the kernels' always are
+    check(norm == norms::layer || norm == norms::rms || norm == norms::fp32_layer, "ditnorm: norm");
+    problem.norm = norm == norms::rms ? Norm::rms : Norm::layer;  // the kernels' statistics are float32 in any case
     problem.eps = static_cast<float>(eps);
-    fp32_norm_ = norm == 2;
+    fp32_norm_ = norm == norms::fp32_layer;
   }
 
-  // After everything else. See ditnorm/reference.py, law_dtype.
+  // After everything else. See law_dtype of ditnorm/ops/.
   void rounding(int64_t rounding) {
     check(!indexed_ || any_modulation_, "ditnorm: index without a modulation");
-    check(rounding == single || rounding == eager, "ditnorm: rounding");
-    if (rounding == single) return;
+    check(rounding == roundings::single || rounding == roundings::eager, "ditnorm: rounding");
+    if (rounding == roundings::single) return;
     const DType t = problem.x.dtype;
     check(problem.residual.data == nullptr || problem.residual.dtype == t, "ditnorm: eager rounding needs residual and x of one dtype");
     if (any_float32_ || (!any_modulation_ && fp32_norm_)) return;
@@ -119,8 +117,7 @@ class Call {
     problem.round_each = t != DType::f32;
   }
 
-  void run(int (*op)(const Problem&, void*), std::atomic<int64_t>& count) {
-    count.fetch_add(1, std::memory_order_relaxed);
+  void run(int (*op)(const Problem&, void*)) const {
     if (problem.batch * problem.tokens == 0) return;
     call_kernel(op, problem, device_index_);
   }
@@ -176,7 +173,7 @@ Tensor norm_scale_shift_op(const Tensor& x, const Optional& scale, const Optiona
   call.rounding(rounding);
   Tensor y = empty_like(x);
   call.problem.y = y.data();
-  call.run(&norm_scale_shift, calls[0]);
+  call.run(&norm_scale_shift);
   return y;
 }
 
@@ -197,7 +194,7 @@ std::tuple<Tensor, Tensor> scale_residual_norm_scale_shift_op(const Tensor& resi
   Tensor y = empty_like(x), r = empty_like(residual);
   call.problem.y = y.data();
   call.problem.r = r.data();
-  call.run(&scale_residual_norm_scale_shift, calls[1]);
+  call.run(&scale_residual_norm_scale_shift);
   return {std::move(y), std::move(r)};
 }
 
@@ -210,36 +207,19 @@ Tensor scale_residual_op(const Tensor& residual, const Tensor& x, const Optional
   call.rounding(rounding);
   Tensor r = empty_like(residual);
   call.problem.r = r.data();
-  call.run(&scale_residual, calls[2]);
+  call.run(&scale_residual);
   return r;
 }
 
 }  // namespace
 
-// What Python calls through ctypes.
-extern "C" {
-#define DITNORM_EXPORT __attribute__((visibility("default")))
-
-DITNORM_EXPORT const char* ditnorm_unusable() { return ditnorm::unusable(); }
-
-// "CUDA", or "CPU" for a host build.
-DITNORM_EXPORT const char* ditnorm_dispatch_key() { return kDispatchKey; }
-
-// Puts the ops over those registered in Python, for the life of the process. 0: success.
-DITNORM_EXPORT int ditnorm_register() try {
-  auto library = std::make_unique<abi::Library>("ditnorm", kDispatchKey);
-  library->impl<&norm_scale_shift_op>("norm_scale_shift");
-  library->impl<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift");
-  library->impl<&scale_residual_op>("scale_residual");
-  ditnorm::register_qk_ops(*library);
-  ditnorm::register_quantize_ops(*library);
-  library.release();
-  return 0;
-} catch (const std::exception&) {
-  return 1;
+Ops norm_site_ops() {
+  static const OpEntry kOps[] = {
+      op<&norm_scale_shift_op>("norm_scale_shift"),
+      op<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift"),
+      op<&scale_residual_op>("scale_residual"),
+  };
+  return {kOps, std::size(kOps)};
 }
 
-DITNORM_EXPORT void ditnorm_counts(int64_t out[ditnorm::kOps]) {
-  for (int i = 0; i < ditnorm::kOps; ++i) out[i] = ditnorm::calls[i].load(std::memory_order_relaxed);
-}
-}
+}  // namespace ditnorm

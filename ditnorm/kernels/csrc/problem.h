@@ -94,8 +94,4 @@ int norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual(const Problem& problem, void* stream);
 
-const char* error_string(int error);
-// Null, or why this process's driver and current GPU can't run the kernels.
-const char* unusable();
-
 }  // namespace ditnorm

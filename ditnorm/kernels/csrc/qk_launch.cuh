@@ -2,10 +2,13 @@
 // ...), so that they compile side by side.
 #pragma once
 #include <algorithm>
+#include <iterator>
+#include <utility>
 
 #include "any_qk_kernel.cuh"
 #include "dispatch.cuh"
 #include "head_kernels.cuh"
+#include "variants.h"
 
 namespace ditnorm {
 
@@ -50,6 +53,45 @@ inline Split split_heads(int64_t heads, int64_t threads_of_head, int64_t items) 
   return {items, chunks, static_cast<unsigned>(parts(threads, 32) * 32)};
 }
 
+// Goes through kAcrossHeads. Returns kNotServed where none of its kernels serves rows of this width.
+template <class T, bool ROUND>
+class AcrossLaunch {
+ public:
+  AcrossLaunch(const HeadProblem& p, int64_t width, dim3 grid, void* stream) : p_(p), width_(width), grid_(grid), stream_(stream) {}
+
+  int run() {
+    try_all(std::make_integer_sequence<int, std::size(variants::kAcrossHeads)>{});
+    return result_;
+  }
+
+ private:
+  template <int... HEADS>
+  void try_all(std::integer_sequence<int, HEADS...>) {
+    (void)(try_widths<HEADS>(std::make_integer_sequence<int, variants::kAcrossHeads[HEADS].widths.count()>{}) || ...);
+  }
+  template <int HEADS, int... WIDTHS>
+  bool try_widths(std::integer_sequence<int, WIDTHS...>) {
+    return (try_width<HEADS, WIDTHS>() || ...);
+  }
+  template <int HEADS, int WIDTH>
+  bool try_width() {
+    constexpr const AcrossHeads& kHeads = variants::kAcrossHeads[HEADS];
+    if constexpr (kHeads.x == dtype_of<T>) {
+      using Row = Tiles<kHeads.widths.list[WIDTH].tiles, kHeads.widths.full(WIDTH)>;
+      if (!Row::serves(width_)) return false;
+      result_ = launch(&across_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);
+      return true;
+    }
+    return false;
+  }
+
+  const HeadProblem& p_;
+  const int64_t width_;
+  const dim3 grid_;
+  void* const stream_;
+  int result_ = kNotServed;
+};
+
 template <class T, bool ROUND>
 int launch_qk_law(const HeadProblem& p, void* stream) {
   int64_t blocks = 0, widest = 0, narrowest = INT64_MAX, norms = 0;
@@ -73,14 +115,9 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
   };
   const bool fast = fast_heads(p) && (p.across != p.twice || !p.eager);  // the norms whose order the fast kernels have
   if (fast && p.across && kTile % p.head_dim == 0 && narrowest == widest && !per_element) {
-    const int64_t tiles = (widest + kTile - 1) / kTile;
-    const auto serve_tiles = [&](auto items) {
-      if (tiles <= full_tiles(items) || tiles > items) return;
-      constexpr int kLanesOfThread = lanes_per_thread(sizeof(T), items);
-      serve(&across_kernel<T, ROUND, items, kLanesOfThread>, kLanes / kLanesOfThread);
-    };
-    serve_tiles(Constant<2>{}), serve_tiles(Constant<3>{}), serve_tiles(Constant<4>{}), serve_tiles(Constant<6>{});
-    serve_tiles(Constant<8>{}), serve_tiles(Constant<10>{}), serve_tiles(Constant<12>{});
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
+    const int result = AcrossLaunch<T, ROUND>(p, widest, grid, stream).run();
+    if (result != kNotServed) return result;
   } else if (fast && !p.across) {
     const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
     const auto serve_head = [&](auto head) {

@@ -1,14 +1,12 @@
 // The ops of query and key: as ops.cpp.
-#include "qk_ops.h"
-
 #include <initializer_list>
+#include <iterator>
 
 #include "op_call.h"
+#include "op_table.h"
 
 namespace ditnorm {
 namespace {
-
-enum HeadNorm : int64_t { rms, diffusers_rms };
 
 // Fills a HeadProblem. Keeps the dense copies of operands whose last dim is not dense alive until the launch.
 class HeadCall {
@@ -16,13 +14,13 @@ class HeadCall {
   HeadCall(const Tensor& query, int64_t head_dim, int64_t norm, double eps, int64_t rounding)
       : device_type_(query.device_type()), device_index_(query.device_index()) {
     check(query.dim() == 3 && head_dim >= 1, "ditnorm: query must be [B, S, H * head_dim]");
-    check(norm == rms || norm == diffusers_rms, "ditnorm: norm");
-    check(rounding == single || rounding == Rounding::eager, "ditnorm: rounding");
+    check(norm == qk_norms::rms || norm == qk_norms::diffusers_rms, "ditnorm: norm");
+    check(rounding == roundings::single || rounding == roundings::eager, "ditnorm: rounding");
     problem_.batch = query.sizes()[0];
     problem_.head_dim = head_dim;
     problem_.dtype = float_dtype(query);
-    problem_.twice = norm == diffusers_rms;
-    problem_.eager = rounding == Rounding::eager;
+    problem_.twice = norm == qk_norms::diffusers_rms;
+    problem_.eager = rounding == roundings::eager;
     problem_.eps = static_cast<float>(eps);
   }
 
@@ -114,8 +112,7 @@ class HeadCall {
 
   HeadStream& stream(int i) { return problem_.streams[i]; }
 
-  void run(std::atomic<int64_t>& count) {
-    count.fetch_add(1, std::memory_order_relaxed);
+  void run() const {
     if (problem_.batch * (problem_.streams[0].tokens + problem_.streams[1].tokens) == 0) return;
     call_kernel(&qk_norm_rope, problem_, device_index_);
   }
@@ -156,7 +153,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope_op(const Tensor& query, const Tensor& ke
   if (!together) call.rotary(of_key, cos, sin);
   Tensor q = call.output({&of_query}, 0, query);
   Tensor k = together ? call.output({&of_query}, 1, query) : call.output({&of_key}, 0, query);
-  call.run(calls[3]);
+  call.run();
   return {std::move(q), std::move(k)};
 }
 
@@ -181,15 +178,18 @@ std::tuple<Tensor, Tensor, Tensor> joint_qk_norm_rope_op(const Tensor& query, co
   Tensor q = call.output({first, second}, 0, query);
   Tensor k = call.output({first, second}, 1, query);
   Tensor v = call.output({first, second}, 2, query);
-  call.run(calls[4]);
+  call.run();
   return {std::move(q), std::move(k), std::move(v)};
 }
 
 }  // namespace
 
-void register_qk_ops(abi::Library& library) {
-  library.impl<&qk_norm_rope_op>("qk_norm_rope");
-  library.impl<&joint_qk_norm_rope_op>("joint_qk_norm_rope");
+Ops qk_ops() {
+  static const OpEntry kOps[] = {
+      op<&qk_norm_rope_op>("qk_norm_rope"),
+      op<&joint_qk_norm_rope_op>("joint_qk_norm_rope"),
+  };
+  return {kOps, std::size(kOps)};
 }
 
 }  // namespace ditnorm

@@ -1,19 +1,17 @@
 // The quantising ops: as ops.cpp.
-#include "quantize_ops.h"
-
 #include <algorithm>
+#include <iterator>
 
 #include "op_call.h"
+#include "op_table.h"
 #include "quantize.h"
 
 namespace ditnorm {
 namespace {
 
-enum Counter { kQuantize = 5, kGeluQuantize, kDequantizeProduct };
-
 int32_t value_dtype(Law law) { return law == Law::int8_row ? aoti_torch_dtype_int8() : aoti_torch_dtype_float8_e4m3fn(); }
 
-std::tuple<Tensor, Tensor> quantized(const Tensor& x, int64_t law, bool gelu, Counter counter) {
+std::tuple<Tensor, Tensor> quantized(const Tensor& x, int64_t law, bool gelu) {
   const int64_t dim = x.dim();
   check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
   check(law >= 0 && law < kLaws, "ditnorm: law");
@@ -44,18 +42,18 @@ std::tuple<Tensor, Tensor> quantized(const Tensor& x, int64_t law, bool gelu, Co
     partials = abi::empty(1, &problem.partial_count, aoti_torch_dtype_int32(), x);
     problem.partials = static_cast<uint32_t*>(partials.data());
   }
-  calls[counter].fetch_add(1, std::memory_order_relaxed);
   if (rows > 0) call_kernel(&quantize, problem, x.device_index());
   return {std::move(values), std::move(scale)};
 }
 
-std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, false, kQuantize); }
+std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, false); }
 
-std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, true, kGeluQuantize); }
+std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, true); }
 
 Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const Tensor& weight_scale, const Optional& bias, int64_t dtype) {
-  const int32_t float32 = aoti_torch_dtype_float32(), out = dtype == 1 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
-  check(dtype == 0 || dtype == 1, "ditnorm: dtype");
+  const int32_t float32 = aoti_torch_dtype_float32(),
+                out = dtype == halves::bfloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
+  check(dtype == halves::float16 || dtype == halves::bfloat16, "ditnorm: dtype");
   check(product.dim() == 2 && product.dtype() == aoti_torch_dtype_int32(), "ditnorm: product must be int32 [rows, N]");
   const int64_t rows = product.sizes()[0], width = product.sizes()[1];
   const auto fits = [&](const Tensor& t, int64_t count, int32_t dtype) {
@@ -78,19 +76,21 @@ Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const T
                                static_cast<const float*>(scale.data()),
                                static_cast<const float*>(weight_scale.data()),
                                bias ? bias->data() : nullptr,
-                               dtype == 1 ? DType::bf16 : DType::f16,
+                               dtype == halves::bfloat16 ? DType::bf16 : DType::f16,
                                y.data()};
-  calls[kDequantizeProduct].fetch_add(1, std::memory_order_relaxed);
   if (rows > 0 && width > 0) call_kernel(&dequantize_product, problem, product.device_index());
   return y;
 }
 
 }  // namespace
 
-void register_quantize_ops(abi::Library& library) {
-  library.impl<&quantize_op>("quantize");
-  library.impl<&gelu_quantize_op>("gelu_quantize");
-  library.impl<&dequantize_product_op>("dequantize_product");
+Ops quantize_ops() {
+  static const OpEntry kOps[] = {
+      op<&quantize_op>("quantize"),
+      op<&gelu_quantize_op>("gelu_quantize"),
+      op<&dequantize_product_op>("dequantize_product"),
+  };
+  return {kOps, std::size(kOps)};
 }
 
 }  // namespace ditnorm

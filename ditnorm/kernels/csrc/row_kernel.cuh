@@ -1,251 +1,299 @@
 // The fast kernel: a row stays in registers from its one load to its one store. It serves what models use: x and residual of one dtype
-// T, modulations all in M (T or float32), affine in T (or float32 where nothing is rounded to T), tables in float32, everything aligned,
-// width at most kMaxItems tiles; scale and shift both given or both missing; of the modulations given, all have a table or none has.
+// T, modulations all in M (T or float32), affine in T (or float32 where nothing is rounded to T), tables in float32, everything aligned;
+// scale and shift both given or both missing; of the modulations given, all have a table or none has. variants.h lists its forms.
+//
 // docs/kernels.md tells what was measured on the way here.
 #pragma once
 #include "formulas.cuh"
 #include "launch.h"
-#include "shapes.h"
+#include "modulation.cuh"
 #include "statistics.cuh"
 #include "unroll.cuh"
+#include "variants.h"
 
 namespace ditnorm {
 
-// Half-precision modulations in float32 arithmetic: without tables that is rounding="single", and multiplications and additions may fuse.
-template <class T, class M, bool ROUND>
-constexpr bool kContracts = !ROUND && std::is_same_v<T, M> && !std::is_same_v<T, float>;
+constexpr int64_t kFewRows = 512;  // not even four a multiprocessor of an H200: nothing hides a row's waits for memory
 
-// The row of a modulation that one token reads, from a thread's first column on.
-template <class M, int N>
-struct ModulationRow {
-  const M* row;
-  const float* table;
+// The columns of a row that one thread has, in accesses of N elements.
+template <class T, class TILES, class SHAPE>
+struct Columns {
+  static constexpr int N = SHAPE::template kElements<T>;
+  static constexpr int kStep = SHAPE::kThreads * N;  // of all threads' accesses together
+  static constexpr int kPerTile = kTile / kStep;     // accesses of one thread
+  static constexpr int kAccesses = TILES::kCount * kPerTile;
+  const int width, first;
 
-  __device__ __forceinline__ ModulationRow(const Modulation& m, const Token& at, const Index& index, int first)
-      : row(advance<M>(m.data, at.offset<uint32_t>(m, index) + first)), table(advance<float>(m.table.data, first)) {}
+  __device__ __forceinline__ explicit Columns(const Problem& p)
+      : width(static_cast<int>(p.width)), first(static_cast<int>(threadIdx.x) * N) {}
 
-  __device__ __forceinline__ Pack<M, N> load(int offset) const { return load_pack<M, N>(row + offset); }
+  __device__ __forceinline__ bool inside(int i) const { return i / kPerTile < TILES::kFull || first + i * kStep < width; }
 
-  __device__ __forceinline__ Pack<float, N> load_table(int offset) const { return load_pack<float, N>(table + offset); }
+  // f(i) for each access i.
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    ditnorm::each(std::make_integer_sequence<int, kAccesses>{}, [&](auto i) {
+      if (inside(i)) f(i);
+    });
+  }
 };
 
-template <class M, int N>
-__device__ __forceinline__ void add_table(float (&sums)[N], const Pack<M, N>& modulation, const Pack<float, N>& table) {
-  to_floats(sums, modulation);
-#pragma unroll
-  for (int j = 0; j < N; ++j) sums[j] = __fadd_rn(sums[j], table.v[j]);
-}
-
-// N elements of the affine, in T or float32 (which one is known at run time).
-template <class T, int N>
-__device__ __forceinline__ void load_vector(float (&out)[N], const Vector& vector, int column) {
-  if (vector.dtype == DType::f32) {
-    to_floats(out, load_pack<float, N>(static_cast<const float*>(vector.data) + column));
-  } else {
-    to_floats(out, load_pack<T, N>(static_cast<const T*>(vector.data) + column));
-  }
-}
-
-__device__ __forceinline__ void prefetch(const Vector& vector, int column) {
-#ifdef __CUDA_ARCH__
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const char*>(vector.data) + column * (vector.dtype == DType::f32 ? 4 : 2)));
-#endif
-}
-
+// What one thread does with its columns of one row, phase by phase. What the phases hand on lies in the kernel: nvcc keeps members of a
+// class in registers too, but with a few more instructions.
 // RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
-template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, int ITEMS, class SHAPE>
-__global__ void __launch_bounds__(SHAPE::kThreads, min_blocks(sizeof(T), sizeof(M), EXTRAS, RESIDUAL, ITEMS, SHAPE::kAhead))
-    row_kernel(const Problem p) {
-  constexpr int kLanesHere = SHAPE::kLanesPerThread;
-  constexpr int N = SHAPE::template kElements<T>;  // of one access
-  constexpr int kStep = SHAPE::kThreads * N;       // of all threads' accesses together
-  constexpr int kPerTile = kTile / kStep;          // accesses of one thread
-  constexpr int kAccesses = ITEMS * kPerTile;
-  constexpr auto kEach = std::make_integer_sequence<int, kAccesses>{};
-  constexpr Cache kCache = RESIDUAL ? Cache::normal : Cache::streaming;
-  __shared__ Exchange exchange;
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
+class Row {
+ public:
+  using Place = Columns<T, TILES, SHAPE>;
+  static constexpr int N = Place::N, kAccesses = Place::kAccesses;
+  static constexpr bool kAffine = EXTRAS == Extras::affine, kTables = EXTRAS == Extras::tables, kAny = EXTRAS == Extras::any;
 
-  const int width = static_cast<int>(p.width);
-  const int first = static_cast<int>(threadIdx.x) * N;
-  const auto inside = [&](int i) { return i / kPerTile < kFullTiles<ITEMS> || first + i * kStep < width; };
-  wait_for_previous_kernel();
-  const Token at(p, blockIdx.y, blockIdx.x);
+  // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
+  static constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses;
+  static constexpr int kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
+
+  using Elements = Pack<T, N>[kAccesses];
+  using Branch = Pack<T, N>[RESIDUAL ? kAccesses : 1];
+  using Affine = Pack<T, N>[kAffine ? kAccesses : 1];
+  using Gate = AskedModulation<M, N, RESIDUAL ? kSlots : 1, RESIDUAL && kTables>;
+  using ScaleShift = AskedModulation<M, N, kSlots, kTables>;
+  struct Modulations {
+    Gate gate;
+    ScaleShift scale, shift;
+  };
 
   // All of the row is asked for at once.
-  Pack<T, N> v[kAccesses], branch[RESIDUAL ? kAccesses : 1];
-  const T* const x = static_cast<const T*>(p.x.data) + at.offset(p.x) + first;
-  const T* const residual = advance<T>(p.residual.data, at.offset(p.residual) + first);
-  each(kEach, [&](auto i) {
-    if (!inside(i)) return;
-    v[i] = load_row<kCache, T, N>((RESIDUAL ? residual : x) + i * kStep);
-    if constexpr (RESIDUAL) branch[i] = load_row<kCache, T, N>(x + i * kStep);
-  });
+  static __device__ __forceinline__ void load(const Problem& p, const Place& place, const Token& at, Elements& v, Branch& branch) {
+    const T* const x = static_cast<const T*>(p.x.data) + at.offset(p.x) + place.first;
+    const T* const residual = advance<T>(p.residual.data, at.offset(p.residual) + place.first);
+    place.each([&](auto i) {
+      v[i] = load_row<kCache, T, N>((RESIDUAL ? residual : x) + i * kStep);
+      if constexpr (RESIDUAL) branch[i] = load_row<kCache, T, N>(x + i * kStep);
+    });
+  }
 
-  const bool gated = RESIDUAL && p.gate.data != nullptr, modulated = p.scale.data != nullptr, biased = p.bias.data != nullptr;
-  const bool affine = EXTRAS == Extras::any && p.weight.data != nullptr;
-  const bool tabled = EXTRAS == Extras::any && (p.scale.table.data != nullptr || (RESIDUAL && p.gate.table.data != nullptr));
-  const ModulationRow<M, N> gate(p.gate, at, p.index, first), scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
-  // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
-  constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses, kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
-  constexpr int kTableSlots = EXTRAS == Extras::tables ? kSlots : 1;
-  constexpr auto kFirst = std::make_integer_sequence<int, kAhead>{};
-  Pack<M, N> gates[RESIDUAL ? kSlots : 1], scales[kSlots], shifts[kSlots];
-  Pack<float, N> gate_tables[RESIDUAL ? kTableSlots : 1], scale_tables[kTableSlots], shift_tables[kTableSlots];
-  const auto ask_gate = [&](auto i) {
-    if (i < kAccesses && gated && inside(i)) {
-      gates[i % kSlots] = gate.load(i * kStep);
-      if constexpr (EXTRAS == Extras::tables) gate_tables[i % kSlots] = gate.load_table(i * kStep);
-    }
-  };
-  const auto ask = [&](auto i) {
-    if (i < kAccesses && modulated && inside(i)) {
-      scales[i % kSlots] = scale.load(i * kStep), shifts[i % kSlots] = shift.load(i * kStep);
-      if constexpr (EXTRAS == Extras::tables) {
-        scale_tables[i % kSlots] = scale.load_table(i * kStep), shift_tables[i % kSlots] = shift.load_table(i * kStep);
+  __device__ __forceinline__ Row(const Problem& p, const Place& place, const Token& at) : p_(p), place_(place), at_(at) {}
+
+  // Asks for the gate, and for scale and shift in the forms that ask so early.
+  __device__ __forceinline__ void ask_with_row(const Modulations& m) const {
+    if constexpr (RESIDUAL) each(kFirst, [&](auto i) { ask_gate(m, i); });
+    if constexpr (SHAPE::kAhead == kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
+    if constexpr (kAny && SHAPE::kAhead == kWithRow) prefetch_extras();
+  }
+
+  // Where the results of this thread's first column go, in elements.
+  __device__ __forceinline__ int64_t target() const { return (at_.batch * p_.tokens + at_.token) * p_.width + place_.first; }
+
+  // residual + gate * x, rounded and stored. From here on that is the row.
+  __device__ __forceinline__ void add_residual(Elements& v, const Branch& branch, const Modulations& m, int64_t target) const {
+    place_.each([&](auto i) {
+      ask_gate(m, i + kAhead);
+      add_branch(v[i], branch[i], m, i);
+      if (!at_.valid && gated_) v[i] = filled<T, N>(kNaN);
+      store_row<kCache>(static_cast<T*>(p_.r) + target + i * kStep, v[i]);
+    });
+  }
+
+  // Asks for the affine: the statistics hide the wait, and the registers of the two rows and of the gate are free again.
+  __device__ __forceinline__ void load_affine(Affine& weights, Affine& biases) const {
+    place_.each([&](auto i) {
+      weights[i] = load_pack<T, N>(static_cast<const T*>(p_.weight.data) + place_.first + i * kStep);
+      biases[i] = filled<T, N>(kNoBias);
+      if (biased_) biases[i] = load_pack<T, N>(static_cast<const T*>(p_.bias.data) + place_.first + i * kStep);
+    });
+  }
+
+  // Mean and reciprocal deviation in ATen's order. Asks for scale and shift before the threads exchange what they have.
+  __device__ __forceinline__ Statistics statistics(const Elements& v, const Modulations& m, Exchange& exchange) const {
+    Welford lanes[SHAPE::kLanesPerThread] = {}, row;
+    if (unlikely(p_.norm == Norm::rms)) {
+      add_up<Norm::rms>(v, lanes);
+      if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
+      row = reduce<Norm::rms, Counts::equal>(lanes, exchange);
+    } else {
+      add_up<Norm::layer>(v, lanes);
+      if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
+      if (unlikely(place_.width % (32 * kGroup) != 0)) {
+        row = reduce<Norm::layer, Counts::any>(lanes, exchange);
+      } else if (unlikely(place_.width % kTile != 0)) {
+        row = reduce<Norm::layer, Counts::equal_in_warps>(lanes, exchange);
+      } else {
+        row = reduce<Norm::layer, Counts::equal>(lanes, exchange);
       }
     }
-  };
-  if constexpr (RESIDUAL) each(kFirst, ask_gate);
-  if constexpr (SHAPE::kAhead == kWithRow) each(kFirst, ask);
+    Statistics statistics = finish(row, p_);
+    if (!at_.valid) statistics.rstd = kNaN;
+    return statistics;
+  }
 
-  // Their loads stand behind branches, each of which waits for memory, and with few rows nothing hides that. With many it only costs.
-  if constexpr (EXTRAS == Extras::any && SHAPE::kAhead == kWithRow) {
-    if (unlikely(affine || tabled) && gridDim.x * gridDim.y <= kFewRows) {
-      each(kEach, [&](auto i) {
-        if (!inside(i)) return;
-        const int column = first + i * kStep;
-        if (affine) prefetch(p.weight, column);
-        if (affine && biased) prefetch(p.bias, column);
-        if (tabled && gated) prefetch(p.gate.table, column);
-        if (tabled && modulated) prefetch(p.scale.table, column), prefetch(p.shift.table, column);
+  // norm(row) * (1 + scale) + shift
+  __device__ __forceinline__ void store(const Elements& v, const Statistics& statistics, const Modulations& m, const Affine& weights,
+                                        const Affine& biases, int64_t target) const {
+    place_.each([&](auto i) {
+      ask(m, i + kAhead);
+      const Pack<T, N> y = modulated(v[i], statistics, m, weights, biases, i);
+      store_row<kCache>(static_cast<T*>(p_.y) + target + i * kStep, y);
+    });
+  }
+
+ private:
+  static constexpr int kStep = Place::kStep;
+  static constexpr auto kFirst = std::make_integer_sequence<int, kAhead>{};
+  static constexpr Cache kCache = RESIDUAL ? Cache::normal : Cache::streaming;
+
+  __device__ __forceinline__ void ask_gate(const Modulations& m, int i) const {
+    if (i < kAccesses && gated_ && place_.inside(i)) {
+      m.gate.ask(i, i * kStep);
+      m.gate.ask_table(i, i * kStep);
+    }
+  }
+  __device__ __forceinline__ void ask(const Modulations& m, int i) const {
+    if (i < kAccesses && modulated_ && place_.inside(i)) {
+      m.scale.ask(i, i * kStep), m.shift.ask(i, i * kStep);
+      m.scale.ask_table(i, i * kStep), m.shift.ask_table(i, i * kStep);
+    }
+  }
+
+  // The loads of an affine and of tables stand behind branches, each of which waits for memory, and with few rows nothing hides that. With
+  // many a prefetch only costs.
+  __device__ __forceinline__ void prefetch_extras() const {
+    if (unlikely(affine_ || tabled_) && gridDim.x * gridDim.y <= kFewRows) {
+      place_.each([&](auto i) {
+        const int column = place_.first + i * kStep;
+        if (affine_) prefetch(p_.weight, column);
+        if (affine_ && biased_) prefetch(p_.bias, column);
+        if (tabled_ && gated_) prefetch(p_.gate.table, column);
+        if (tabled_ && modulated_) prefetch(p_.scale.table, column), prefetch(p_.shift.table, column);
       });
     }
   }
 
-  const int64_t out = (at.batch * p.tokens + at.token) * p.width + first;
-  if constexpr (RESIDUAL) {
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
-      ask_gate(Constant<i + kAhead>{});
-      const auto& loaded = gates[i % kSlots];
-      float gate_values[N];
-      if (!gated) {
-        v[i] = add(v[i], branch[i]);
-      } else if (EXTRAS == Extras::tables || unlikely(tabled)) {
-        add_table(gate_values, loaded, EXTRAS == Extras::tables ? gate_tables[i % kTableSlots] : gate.load_table(i * kStep));
-        v[i] = add_gated(v[i], branch[i], gate_values);
-      } else if constexpr (ROUND) {
-        v[i] = add_gated_rounded(v[i], branch[i], loaded);
-      } else if constexpr (kContracts<T, M, ROUND>) {
-        v[i] = add_gated_contracted(v[i], branch[i], loaded);
-      } else {
-        to_floats(gate_values, loaded);
-        v[i] = add_gated(v[i], branch[i], gate_values);
-      }
-      if (!at.valid && gated) v[i] = filled<T, N>(kNaN);
-      store_row<kCache>(static_cast<T*>(p.r) + out + i * kStep, v[i]);
-    });
+  // v += gate * x, access i.
+  __device__ __forceinline__ void add_branch(Pack<T, N>& v, const Pack<T, N>& x, const Modulations& m, int i) const {
+    float values[N];
+    if (!gated_) {
+      v = add(v, x);
+    } else if (kTables || unlikely(tabled_)) {
+      m.gate.get_sum(values, i, i * kStep);
+      v = add_gated(v, x, values);
+    } else if constexpr (ROUND) {
+      v = add_gated_rounded(v, x, m.gate.get(i));
+    } else if constexpr (kContracts<T, M, ROUND>) {
+      v = add_gated_contracted(v, x, m.gate.get(i));
+    } else {
+      to_floats(values, m.gate.get(i));
+      v = add_gated(v, x, values);
+    }
   }
 
-  // The statistics hide the wait for these, and the registers of the two rows and of the gate are free again.
-  Pack<T, N> weights[EXTRAS == Extras::affine ? kAccesses : 1], biases[EXTRAS == Extras::affine ? kAccesses : 1];
-  if constexpr (EXTRAS == Extras::affine) {
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
-      weights[i] = load_pack<T, N>(static_cast<const T*>(p.weight.data) + first + i * kStep);
-      biases[i] = filled<T, N>(kNoBias);
-      if (biased) biases[i] = load_pack<T, N>(static_cast<const T*>(p.bias.data) + first + i * kStep);
-    });
-  }
-
-  Welford lanes[kLanesHere] = {};
-  const auto visit_all = [&](auto visit) {
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
+  // This thread's elements into the statistics of its lanes.
+  template <Norm NORM>
+  __device__ __forceinline__ void add_up(const Elements& v, Welford (&lanes)[SHAPE::kLanesPerThread]) const {
+    place_.each([&](auto i) {
       float values[N];
       to_floats(values, v[i]);
-      constexpr int tile = i / kPerTile, access = i % kPerTile;
+      constexpr int tile = i / Place::kPerTile, access = i % Place::kPerTile;
       each(std::make_integer_sequence<int, N>{}, [&](auto j) {
         Welford& lane = lanes[access * (N / kGroup) + j / kGroup];
-        visit(lane, values[j], 1.0f / (tile * kGroup + j % kGroup + 1));
+        ditnorm::add<NORM>(lane, values[j], 1.0f / (tile * kGroup + j % kGroup + 1));
         lane.count = (tile + 1) * kGroup;
       });
     });
-    if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, ask);
-  };
-  Welford row;
-  if (unlikely(p.norm == Norm::rms)) {
-    visit_all([](Welford& lane, float value, float reciprocal) { add<Norm::rms>(lane, value, reciprocal); });
-    row = reduce<Norm::rms, Counts::equal>(lanes, exchange);
-  } else {
-    visit_all([](Welford& lane, float value, float reciprocal) { add<Norm::layer>(lane, value, reciprocal); });
-    if (unlikely(width % (32 * kGroup) != 0)) {
-      row = reduce<Norm::layer, Counts::any>(lanes, exchange);
-    } else if (unlikely(width % kTile != 0)) {
-      row = reduce<Norm::layer, Counts::equal_in_warps>(lanes, exchange);
-    } else {
-      row = reduce<Norm::layer, Counts::equal>(lanes, exchange);
-    }
   }
-  Statistics statistics = finish(row, p);
-  if (!at.valid) statistics.rstd = kNaN;
 
-  each(kEach, [&](auto i) {
-    if (!inside(i)) return;
-    ask(Constant<i + kAhead>{});
-    const auto &loaded_scale = scales[i % kSlots], &loaded_shift = shifts[i % kSlots];
-    float n[N], scale_values[N], shift_values[N];
-    to_floats(n, v[i]);
+  // Access i of norm(row) * (1 + scale) + shift.
+  __device__ __forceinline__ Pack<T, N> modulated(const Pack<T, N>& v, const Statistics& statistics, const Modulations& m,
+                                                  const Affine& weights, const Affine& biases, int i) const {
+    float n[N], scales[N], shifts[N];
+    to_floats(n, v);
 #pragma unroll
     for (int j = 0; j < N; ++j) n[j] = __fsub_rn(n[j], statistics.mean);
-
     Pack<T, N> y;
-    if (kContracts<T, M, ROUND> && EXTRAS == Extras::none && modulated) {
-      to_floats(scale_values, loaded_scale);
-      to_floats(shift_values, loaded_shift);
+    if (kContracts<T, M, ROUND> && EXTRAS == Extras::none && modulated_) {
+      to_floats(scales, m.scale.get(i));
+      to_floats(shifts, m.shift.get(i));
 #pragma unroll
-      for (int j = 0; j < N; ++j) n[j] = modulate_contracted(n[j], statistics.rstd, scale_values[j], shift_values[j]);
+      for (int j = 0; j < N; ++j) n[j] = modulate_contracted(n[j], statistics.rstd, scales[j], shifts[j]);
       y = from_floats<T, N>(n);
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j) n[j] = __fmul_rn(statistics.rstd, n[j]);
-      float weight[N], bias[N];
-      if constexpr (EXTRAS == Extras::affine) {
-        to_floats(weight, weights[i]);
-        to_floats(bias, biases[i]);
-      } else if (unlikely(affine)) {
-        load_vector<T>(weight, p.weight, first + i * kStep);
-        if (biased) {
-          load_vector<T>(bias, p.bias, first + i * kStep);
-        } else {
-#pragma unroll
-          for (int j = 0; j < N; ++j) bias[j] = kNoBias;
-        }
-      }
-      if (EXTRAS == Extras::affine || unlikely(affine)) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) n[j] = __fmaf_rn(weight[j], n[j], bias[j]);
-      }
+      if (kAffine || unlikely(affine_)) apply_affine(n, weights, biases, i);
       if constexpr (ROUND) {
         y = from_floats<T, N>(n);
-        if (modulated) y = modulate_rounded(y, loaded_scale, loaded_shift);
+        if (modulated_) y = modulate_rounded(y, m.scale.get(i), m.shift.get(i));
       } else {
-        if (modulated) {
-          if (EXTRAS == Extras::tables || unlikely(tabled)) {
-            add_table(scale_values, loaded_scale, EXTRAS == Extras::tables ? scale_tables[i % kTableSlots] : scale.load_table(i * kStep));
-            add_table(shift_values, loaded_shift, EXTRAS == Extras::tables ? shift_tables[i % kTableSlots] : shift.load_table(i * kStep));
+        if (modulated_) {
+          if (kTables || unlikely(tabled_)) {
+            m.scale.get_sum(scales, i, i * kStep);
+            m.shift.get_sum(shifts, i, i * kStep);
           } else {
-            to_floats(scale_values, loaded_scale);
-            to_floats(shift_values, loaded_shift);
+            to_floats(scales, m.scale.get(i));
+            to_floats(shifts, m.shift.get(i));
           }
 #pragma unroll
-          for (int j = 0; j < N; ++j) n[j] = modulate<T, false>(n[j], scale_values[j], shift_values[j]);
+          for (int j = 0; j < N; ++j) n[j] = modulate<T, false>(n[j], scales[j], shifts[j]);
         }
         y = from_floats<T, N>(n);
       }
     }
-    store_row<kCache>(static_cast<T*>(p.y) + out + i * kStep, y);
-  });
+    return y;
+  }
+
+  __device__ __forceinline__ void apply_affine(float (&n)[N], const Affine& weights, const Affine& biases, int i) const {
+    float weight[N], bias[N];
+    if constexpr (kAffine) {
+      to_floats(weight, weights[i]);
+      to_floats(bias, biases[i]);
+    } else {
+      load_vector<T>(weight, p_.weight, place_.first + i * kStep);
+      if (biased_) {
+        load_vector<T>(bias, p_.bias, place_.first + i * kStep);
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) bias[j] = kNoBias;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) n[j] = __fmaf_rn(weight[j], n[j], bias[j]);
+  }
+
+  const Problem& p_;
+  const Place& place_;
+  const Token& at_;
+  const bool gated_ = RESIDUAL && p_.gate.data != nullptr, modulated_ = p_.scale.data != nullptr, biased_ = p_.bias.data != nullptr;
+  const bool affine_ = kAny && p_.weight.data != nullptr;
+  const bool tabled_ = kAny && (p_.scale.table.data != nullptr || (RESIDUAL && p_.gate.table.data != nullptr));
+};
+
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
+__global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) row_kernel(const Problem p) {
+  using R = Row<T, M, EXTRAS, RESIDUAL, ROUND, TILES, SHAPE>;
+  __shared__ Exchange exchange;
+  const typename R::Place place(p);
+  wait_for_previous_kernel();
+  const Token at(p, blockIdx.y, blockIdx.x);
+
+  typename R::Elements v;
+  typename R::Branch branch;
+  R::load(p, place, at, v, branch);
+  const R row(p, place, at);
+
+  typename R::Gate::Slots gate;
+  typename R::Gate::TableSlots gate_table;
+  typename R::ScaleShift::Slots scale, shift;
+  typename R::ScaleShift::TableSlots scale_table, shift_table;
+  const typename R::Modulations m{{{p.gate, at, p.index, place.first}, gate, gate_table},
+                                  {{p.scale, at, p.index, place.first}, scale, scale_table},
+                                  {{p.shift, at, p.index, place.first}, shift, shift_table}};
+  row.ask_with_row(m);
+  const int64_t target = row.target();
+  if constexpr (RESIDUAL) row.add_residual(v, branch, m, target);
+
+  typename R::Affine weights, biases;
+  if constexpr (EXTRAS == Extras::affine) row.load_affine(weights, biases);
+  const Statistics statistics = row.statistics(v, m, exchange);
+  row.store(v, statistics, m, weights, biases, target);
 }
 
 }  // namespace ditnorm

@@ -1,7 +1,8 @@
 // r = residual + gate * x. As plain copies are fastest: small blocks, 16 bytes a thread.
 #include "dispatch.cuh"
+#include "formulas.cuh"
 #include "generic_kernel.cuh"
-#include "row_kernel.cuh"
+#include "modulation.cuh"
 
 namespace ditnorm {
 
@@ -63,26 +64,6 @@ int scale_residual(const Problem& p, void* stream) {
     case DType::f16: return launch_residual_kernel<__half>(p, modulation, stream);
     default: return launch_residual_kernel<__nv_bfloat16>(p, modulation, stream);
   }
-}
-
-const char* error_string(int error) {
-#ifdef __CUDACC__
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-#else
-  return error == 0 ? "no error" : "the simulator failed";
-#endif
-}
-
-const char* unusable() {
-#ifdef __CUDACC__
-  cudaFuncAttributes attributes;  // fails for a driver older than the toolkit, and for a GPU that no embedded code fits
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, &residual_kernel<float, float, false>);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // clear it: PyTorch's next check would report it as its own
-  return cudaGetErrorString(error);
-#else
-  return nullptr;
-#endif
 }
 
 }  // namespace ditnorm

@@ -7,8 +7,8 @@
 // So the lanes combine along the bits 4, 3, 2, 1, 0, 6, 5 of their numbers. Here both sides of a pair compute the result, and no thread
 // has to be told. The fused multiply-adds are those that nvcc contracts in ATen.
 #pragma once
+#include "lanes.h"
 #include "numerics.cuh"
-#include "shapes.h"
 
 namespace ditnorm {
 

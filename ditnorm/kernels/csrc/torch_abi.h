@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -53,6 +54,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t 
 AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* key, const char* file, uint32_t line, TorchLibraryHandle* ret);
 AOTITorchError aoti_torch_library_impl(TorchLibraryHandle self, const char* name, void (*fn)(StableIValue*, uint64_t, uint64_t));
 AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle self);
+AOTITorchError aoti_torch_call_dispatcher(const char* op, const char* overload, StableIValue* stack);
 }
 
 namespace ditnorm::abi {
@@ -145,6 +147,19 @@ inline void* current_cuda_stream(int32_t device_index) {
   return stream;
 }
 
+// The device of a tensor on PyTorch's argument stack, whose reference stays there.
+inline int32_t device_index(StableIValue tensor) {
+  int32_t index;
+  DITNORM_ABI(aoti_torch_get_device_index(reinterpret_cast<AtenTensorHandle>(tensor), &index));
+  return index;
+}
+
+// Calls an op with the arguments on the stack, in whose place its results come.
+inline void call_op(const char* ns, const char* name, const char* overload, StableIValue* stack) {
+  const std::string qualified = std::string(ns) + "::" + name;
+  DITNORM_ABI(aoti_torch_call_dispatcher(qualified.c_str(), overload, stack));
+}
+
 // Unboxing. The callee owns what lies on PyTorch's argument stack: tensor references, and the heap cell of a present optional argument.
 template <class T>
 struct Unbox;
@@ -180,7 +195,7 @@ template <auto Function>
 struct Boxed;
 template <class Result, class... Args, Result (*Function)(Args...)>
 struct Boxed<Function> {
-  static void call(StableIValue* stack, uint64_t, uint64_t) { call(stack, std::index_sequence_for<Args...>{}); }
+  static void call(StableIValue* stack) { call(stack, std::index_sequence_for<Args...>{}); }
 
  private:
   template <size_t... I>
@@ -204,11 +219,7 @@ class Library {
   Library(const Library&) = delete;
   ~Library() { aoti_torch_delete_library_object(library_); }
 
-  template <auto Function>
-  Library& impl(const char* op) {
-    DITNORM_ABI(aoti_torch_library_impl(library_, op, &Boxed<Function>::call));
-    return *this;
-  }
+  void impl(const char* op, void (*boxed)(StableIValue*, uint64_t, uint64_t)) { DITNORM_ABI(aoti_torch_library_impl(library_, op, boxed)); }
 
  private:
   TorchLibraryHandle library_ = nullptr;
