@@ -155,7 +155,7 @@ def test_modes_keep_what_they_have_seen(name: str, mode: type) -> None:
         assert in_place(model, name)
 
 
-@pytest.mark.parametrize("how", ["subclass", "wrapped on the class", "wrapped call"])
+@pytest.mark.parametrize("how", ["subclass", "wrapped on the class", "wrapped call", "wrapped function"])
 @pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
 def test_linears_of_other_classes_keep_what_they_return(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = patch_model(tiny.load(name, DTYPE))
@@ -168,7 +168,10 @@ def test_linears_of_other_classes_keep_what_they_return(name: str, how: str, mon
         outputs.append((output, output.clone()))
         return output
 
-    if how == "subclass":
+    if how == "wrapped function":
+        linear = nn.functional.linear
+        monkeypatch.setattr(nn.functional, "linear", lambda *args: (outputs.append(((out := linear(*args)), out.clone())), out)[1])
+    elif how == "subclass":
         remembering = type("Remembering", (nn.Linear,), {"forward": remember})
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -317,6 +320,16 @@ class AnotherGELU(GELU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) * 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_gelu_with_a_method_of_its_own_runs_it(when: str) -> None:
+    model, upstream = (tiny.load("wan-t2v", DTYPE) for _ in range(2))
+    if when == "after":
+        patch_model(model)
+    for either in (model, upstream):
+        either.blocks[0].ffn.net[0].gelu = lambda gate: gate * 2
+    assert torch.equal(run(patch_model(model, strict=True), "wan-t2v"), run(upstream, "wan-t2v"))
 
 
 def test_what_is_not_known_or_was_replaced_is_left_alone_in_silence() -> None:

@@ -288,3 +288,19 @@ def test_offloading_that_keeps_its_device_elsewhere_verifies_where_the_weights_a
     assert execution_device(model) == torch.device("cpu")
     model._diffusers_hook = object()
     assert execution_device(model) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "attribute", "reason"),
+    [
+        ("qwen-image", "transformer_blocks.0", "_modulate", "its _modulate was replaced"),
+        ("wan-t2v", "blocks.0", "norm3", "norm3: it is a NoneType"),
+    ],
+)
+def test_a_block_with_a_part_of_its_own_or_without_one_is_refused(name: str, path: str, attribute: str, reason: str) -> None:
+    model = tiny.load(name, DTYPE)
+    setattr(model.get_submodule(path), attribute, None)
+    with pytest.warns(UserWarning, match=f"{path} not fused: {reason}"):
+        patch_model(model)
+    assert is_patched(model)
+    assert not is_patched(model.get_submodule(path))

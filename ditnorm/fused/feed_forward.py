@@ -53,6 +53,7 @@ def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:
         isinstance(linear, QuantizedLinear)
         and isinstance(gelu, FusedGELU)
         and gelu.approximate == "tanh"
+        and gelu.is_torchs()
         and _unobserved(gelu)
         and type(dropout) is nn.Dropout
         and (dropout.p == 0 or not dropout.training)

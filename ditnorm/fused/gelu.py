@@ -18,6 +18,7 @@ from .module import FusedModule
 _LINEAR_FORWARD = nn.Linear.forward if replaced(nn.Linear, "forward") is None else None
 _GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else None
 _GELU = F.gelu if replaced_functional("gelu") is None else None
+_LINEAR = F.linear if replaced_functional("linear") is None else None
 _CALL = nn.Module.__call__
 
 _QUANTISERS = ("bitsandbytes", "diffusers", "ditnorm", "optimum")
@@ -36,20 +37,24 @@ class FusedGELU(FusedModule):
     gelu: Any
 
     def forward(self, hidden_states: Any) -> Tensor:
-        if self.rounding == "single" and _fits_epilogue(self.proj, hidden_states, self.approximate):
+        if self.rounding == "single" and self.is_torchs() and _fits_epilogue(self.proj, hidden_states, self.approximate):
             return linear_gelu(self.proj, hidden_states)
         return self.activate(self.proj(hidden_states))
 
+    def is_torchs(self) -> bool:
+        """Whether the activation is PyTorch's GELU: nobody has put another in its place."""
+        return F.gelu is _GELU and "gelu" not in self.__dict__
+
     def activate(self, inner: Tensor) -> Tensor:
         """GELU of what ``proj`` has just returned."""
-        if _overwritable(self.proj, inner):
+        if self.is_torchs() and _overwritable(self.proj, inner):
             return torch.ops.aten.gelu_(inner, approximate=self.approximate)
         return self.gelu(inner)
 
 
 def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> Tensor:
     """``activation(linear(x))`` for a block that calls the two apart."""
-    known = type(activation).forward is _GELU_FORWARD and _called_as_module(activation)
+    known = type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and _called_as_module(activation)
     if known and rounding == "single" and _fits_epilogue(linear, x, activation.approximate):
         return linear_gelu(linear, x)
     x = linear(x)
@@ -95,21 +100,22 @@ def _plain(linear: nn.Module, x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and (cls.forward is _LINEAR_FORWARD or _quantised(cls.forward))
+        and F.linear is _LINEAR
         and _called_as_module(linear)
-        and F.gelu is _GELU
         and not seen_by_a_mode()
     )
 
 
 def _called_as_module(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is one of its class's ``forward``, and nothing else."""
-    return type(module).__call__ is _CALL and "forward" not in module.__dict__ and not _hooks(module)
+    """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no wrapper, nothing compiled."""
+    return (
+        type(module).__call__ is _CALL
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not (module._forward_hooks or module._forward_pre_hooks or hooks_for_all_modules())
+    )
 
 
 def _quantised(forward: Any) -> bool:
     """Whether a linear's ``forward`` is of a library whose linears are known to keep nothing of what they return."""
     return isinstance(forward, FunctionType) and any(defined_in(forward, package) for package in _QUANTISERS)
-
-
-def _hooks(module: nn.Module) -> bool:
-    return bool(hooks_for_all_modules() or module._forward_hooks or module._forward_pre_hooks)

@@ -34,7 +34,7 @@ class FusedModule:
     What it has it says in :meth:`parts` and :meth:`calls`, which go by the facts below; patching, verification and the report ask there.
     """
 
-    fingerprints: ClassVar[Mapping[str, frozenset[str]]]
+    fingerprints: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Upstream's ``forward`` and each method of the class that the body inlines -> the accepted fingerprints."""
     sites: ClassVar[Mapping[str, type]] = {}
     """Path of a sub-module -> what it must become: a layer of :mod:`ditnorm.layers` for a norm, or a body."""
@@ -80,8 +80,10 @@ class FusedModule:
     def parts(cls, module: nn.Module) -> Iterator[Part]:
         """The modules that are swapped together with ``module``, without the parts of those."""
         for path, expected in cls.sites.items():
-            child = module.get_submodule(path)
-            if issubclass(expected, FusedModule):
+            child = getattr(module, path, None)
+            if not isinstance(child, nn.Module):
+                yield Part(path, module, None, f"it is a {type(child).__name__}")
+            elif issubclass(expected, FusedModule):
                 yield Part(path, child, expected)
             else:
                 yield Part(path, child, *layer_for(expected, child, upstream_of(type(child)), path not in cls.unmodulated))

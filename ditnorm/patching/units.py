@@ -173,6 +173,8 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
     reason = _untouchable(module)
     if reason is None and issubclass(body, FusedModule):
         reason = body.unsupported(module) if body.knows(upstream) else _unknown(upstream, body)
+        inlined = next((name for name in body.fingerprints if name in vars(module) and name != "forward"), None)
+        reason = reason or (None if inlined is None else f"its {inlined} was replaced")
     if reason is not None:
         raise _Refused(path, reason)
     yield Swap(_join(unit.name, path), module, upstream, body)

@@ -1,5 +1,7 @@
 """Which norm a module is, by what its class runs. A norm of the right name that runs something else is none that anybody here knows."""
 
+from typing import Any
+
 from torch import nn
 
 from .fingerprint import fingerprint
@@ -37,8 +39,9 @@ def _look(cls: type) -> tuple[str | None, str | None]:
         kind, function = _OF_TORCH[cls]
         reason = replaced(cls, "forward") or (None if function is None else replaced_functional(function))
         return (kind, None) if reason is None else (None, reason)
-    digest = fingerprint(vars(cls).get("forward"))
-    if issubclass(cls, nn.LayerNorm) and digest in _FP32_LAYER_NORM:
+    forward: Any = vars(cls).get("forward")
+    digest = fingerprint(forward)
+    if issubclass(cls, nn.LayerNorm) and digest in _FP32_LAYER_NORM and forward.__globals__.get("F") is nn.functional:
         reason = replaced_functional("layer_norm")
         return ("fp32_layer", None) if reason is None else (None, reason)
     if digest in _DIFFUSERS_RMS_NORM:
