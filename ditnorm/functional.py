@@ -1,34 +1,43 @@
 """The fused ops of a diffusion transformer's norm sites.
 
-    r = residual + gate * x                      gated residual
-    y = norm(r) * (1 + scale) + shift            adaptive LayerNorm or RMSNorm (arXiv:2212.09748, adaLN-Zero)
+    r = residual + gate * x                 gated residual
+    y = norm(r) * (1 + scale) + shift       adaptive LayerNorm or RMSNorm (adaLN, arXiv:2212.09748)
 
-Shapes. ``x`` and ``residual``: [B, S, D], or [S, D] meaning B = 1; any strides (a last dim that isn't dense is copied once).
-``scale``, ``shift``, ``gate``, each on its own: None, [D], [B or 1, D] and [B or 1, 1, D] (per sample), [B or 1, S, D] (per
-token), [B or 1, F, 1, D] with F dividing S (per frame); views with a dense last dim are read in place. With ``index`` (integer or
-bool, [S] or [B or 1, S]) they are rows [M, D] or [B or 1, M, D], the same M for all, and token s takes row ``index[s]``.
-``weight``, ``bias``: the norm's affine, [D], each alone or together. ``*_table``: [D], added to its modulation in float32.
-``y`` and ``r`` are contiguous. An ``x`` or ``residual`` of batch 1 beside others of batch B is broadcast, unfused.
+Shapes. ``x`` and ``residual``: [B, S, D], or [S, D] meaning B = 1; any strides (a last dim that
+isn't dense is copied once).
+``scale``, ``shift``, ``gate``, each on its own: None, [D], [B or 1, D] and [B or 1, 1, D] (per
+sample), [B or 1, S, D] (per token), [B or 1, F, 1, D] with F dividing S (per frame); views with a
+dense last dim are read in place. With ``index`` (integer or bool, [S] or [B or 1, S]) they are rows
+[M, D] or [B or 1, M, D], the same M for all, and token s takes row ``index[s]``.
+``weight``, ``bias``: the norm's affine, [D], each alone or together. ``*_table``: [D], added to its
+modulation in float32.
+``y`` and ``r`` are contiguous. An ``x`` or ``residual`` of batch 1 beside others of batch B is
+broadcast, unfused.
 
-Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of ``x``, ``r`` that of ``residual``. Calls with a
-float64 among them run unfused.
+Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of ``x``, ``r`` that of
+``residual``. Calls with a float64 among them run unfused.
 
-``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``) or ``"fp32_layer"`` (diffusers' ``FP32LayerNorm``).
-``eps``: by default that of torch's function, 1e-5 for LayerNorm, the resolution of float32 for RMSNorm.
+``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``) or ``"fp32_layer"`` (diffusers'
+``FP32LayerNorm``).
+``eps``: by default that of torch's function, 1e-5 for LayerNorm, the resolution of float32 for
+RMSNorm.
 
-``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and rounds ``y`` once. ``"eager"``
-equals, bit for bit, what diffusers computes without ditnorm: every operation rounds to its own dtype. It is fused for ``x`` and
-``residual`` of one dtype T and modulations in T or float32; other mixtures run unfused, and the results have the dtypes of
-upstream's. On CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's vectorised norms take them, and not
-for a bias without a weight; elsewhere the roundings are the same.
+``rounding``: ``"single"`` computes in float32, rounds ``r`` once, norms the rounded ``r`` and
+rounds ``y`` once. ``"eager"`` equals, bit for bit, what diffusers computes without ditnorm: every
+operation rounds to its own dtype. It is fused for ``x`` and ``residual`` of one dtype T and
+modulations in T or float32; other mixtures run unfused, and the results have the dtypes of
+upstream's. On CUDA the bits are promised for D a multiple of 4 and aligned pointers, as ATen's
+vectorised norms take them, and not for a bias without a weight; elsewhere the roundings are the
+same.
 
-What runs unfused is upstream's expression in PyTorch's operations (:mod:`ditnorm.ops.reference`), counted as ``"reference"``.
+What runs unfused is upstream's expression in PyTorch's operations (:mod:`ditnorm.ops.reference`),
+counted as ``"reference"``.
 
-Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the argument. An index out of range is
-an ``IndexError`` on the CPU and a row of NaN elsewhere.
+Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the
+argument. An index out of range is an ``IndexError`` on the CPU and a row of NaN elsewhere.
 
-All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs unfused. Under forward-mode
-differentiation both do.
+All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs unfused.
+Under forward-mode differentiation both do.
 """
 
 from typing import Any
@@ -48,7 +57,8 @@ _NORM = {name: code for code, name in enumerate(NORMS)}
 _QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
 _ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
 _HALF = {dtype: code for code, dtype in enumerate(HALVES)}
-_REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)  # what bad arguments raise on the way to the kernel
+# What bad arguments raise on the way to the kernel.
+_REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)
 
 # Looked up once: an overload packet costs a call half a microsecond.
 _norm_scale_shift = kernels.ops.norm_scale_shift.default
@@ -60,7 +70,8 @@ _quantize = kernels.ops.quantize.default
 _gelu_quantize = kernels.ops.gelu_quantize.default
 _dequantize_product = kernels.ops.dequantize_product.default
 
-# Under Dynamo an op that rejects its arguments ends the trace: nothing catches that, so what no kernel takes is found before.
+# Under Dynamo an op that rejects its arguments ends the trace, and nothing catches that.
+# So what no kernel takes is found before.
 _traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
@@ -80,7 +91,8 @@ def norm_scale_shift(
 ) -> Tensor:
     """``y = norm(x) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
 
-    Source: ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock``, ``AdaLayerNormZero`` in diffusers.
+    Source: ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock``, ``AdaLayerNormZero``
+    in diffusers.
     """
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
@@ -112,9 +124,11 @@ def scale_residual_norm_scale_shift(
     eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """``(y, r)``: ``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
+    """``(y, r)``: ``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift``. Shapes,
+    dtypes and errors: see the module.
 
-    Source: the middle of ``QwenImageTransformerBlock``, ``WanTransformerBlock``, ``HunyuanVideoTransformerBlock`` in diffusers.
+    Source: the middle of ``QwenImageTransformerBlock``, ``WanTransformerBlock``,
+    ``HunyuanVideoTransformerBlock`` in diffusers.
     """
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
@@ -166,20 +180,25 @@ def qk_norm_rope(
     eps: float = 1e-6,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """``(query, key)``: each RMS-normed, then rotated by position; what stands between the projections and the attention of a block.
+    """``(query, key)``: each RMS-normed, then rotated by position; what stands between the
+    projections and the attention of a block.
 
-    ``query``, ``key``: [B, S, H * d], d being ``head_dim``, each with its own S and H; any strides (a last dim that isn't dense is copied
-    once, chunks of a fused projection are read in place). Results: [B, S, H, d], contiguous, in the dtype of ``query``.
-    ``*_weight``: [d], normed per head; [H * d], normed across all heads; None: per head without a weight.
-    ``norm``: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which under ``"eager"`` rounds before it
-    multiplies by the weight).
-    ``rotary`` (RoPE on neighbouring elements, arXiv:2104.09864): None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``,
-    float32, of width d (a value for each element, HunyuanVideo) or d / 2 (for each pair, Wan); shared over heads; [S', n],
-    [B or 1, S', n] or [B or 1, S', 1, n], any strides. The first S' <= S tokens are rotated, the rest is only normed.
+    ``query``, ``key``: [B, S, H * d], d being ``head_dim``, each with its own S and H; any strides
+    (a last dim that isn't dense is copied once, chunks of a fused projection are read in place).
+    Results: [B, S, H, d], contiguous, in the dtype of ``query``.
+    ``*_weight``: [d], normed per head; [H * d], normed across all heads; None: per head without a
+    weight.
+    ``norm``: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which
+    under ``"eager"`` rounds before it multiplies by the weight).
+    ``rotary`` (RoPE on neighbouring elements, arXiv:2104.09864): None, a complex64 table [S', d /
+    2] (Qwen-Image), or ``(cos, sin)``, float32, of width d (a value for each element, HunyuanVideo)
+    or d / 2 (for each pair, Wan); shared over heads; [S', n], [B or 1, S', n] or [B or 1, S', 1,
+    n], any strides. The first S' <= S tokens are rotated, the rest is only normed.
 
-    Dtypes, rounding laws, gradients: see the module. ``"eager"`` is fused for one dtype of query, key and weights; on CUDA its bits are
-    promised for the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` across heads, with d a multiple of 8.
-    Errors: ``TypeError``, ``ValueError``, naming the argument.
+    Dtypes, rounding laws, gradients: see the module. ``"eager"`` is fused for one dtype of query,
+    key and weights; on CUDA its bits are promised for the norms that diffusers has:
+    ``"diffusers_rms"`` per head, ``"rms"`` across heads, with d a multiple of 8. Errors:
+    ``TypeError``, ``ValueError``, naming the argument.
 
     Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
     """
@@ -216,10 +235,12 @@ def joint_qk_norm_rope(
     encoder_first: bool = False,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(query, key, value)`` of joint attention: :func:`qk_norm_rope` of two streams, both written into one tensor each.
+    """``(query, key, value)`` of joint attention: :func:`qk_norm_rope` of two streams, both written
+    into one tensor each.
 
-    Each stream: [B, S, H * d], S its own. Results: [B, S + S_encoder, H, d], contiguous, the encoder's tokens first if ``encoder_first``
-    (Qwen-Image) or last (HunyuanVideo). All else as :func:`qk_norm_rope`.
+    Each stream: [B, S, H * d], S its own. Results: [B, S + S_encoder, H, d], contiguous, the
+    encoder's tokens first if ``encoder_first`` (Qwen-Image) or last (HunyuanVideo). All else as
+    :func:`qk_norm_rope`.
 
     Source: ``QwenDoubleStreamAttnProcessor2_0``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
     """
@@ -241,9 +262,11 @@ def joint_qk_norm_rope(
 
 
 def quantize(x: Tensor, law: Law) -> Quantized:
-    """``x`` [..., D] as a linear layer with quantised weights reads it, by a law of :mod:`ditnorm.ops.quantization`.
+    """``x`` [..., D] as a linear layer with quantised weights reads it, by a law of
+    :mod:`ditnorm.ops.quantization`.
 
-    Not differentiable. Errors: ``TypeError``, ``ValueError``, naming the argument; float8 needs compute capability 8.9.
+    Not differentiable. Errors: ``TypeError``, ``ValueError``, naming the argument; float8 needs
+    compute capability 8.9.
 
     Source: torchao's ``Float8Tensor.from_hp`` and ``Int8Tensor.from_hp``.
     """
@@ -256,20 +279,26 @@ def quantize(x: Tensor, law: Law) -> Quantized:
 
 
 def norm_scale_shift_quantize(x: Tensor, *modulation: Tensor | None, law: Law, **options: Any) -> Quantized:
-    """:func:`norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize` does. Not differentiable."""
+    """:func:`norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize` does. Not
+    differentiable.
+    """
     return quantize(norm_scale_shift(x, *modulation, **options), law)
 
 
 def scale_residual_norm_scale_shift_quantize(
     residual: Tensor, x: Tensor, *modulation: Tensor | None, law: Law, **options: Any
 ) -> tuple[Quantized, Tensor]:
-    """:func:`scale_residual_norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize` does. Not differentiable."""
+    """:func:`scale_residual_norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize`
+    does. Not differentiable.
+    """
     y, r = scale_residual_norm_scale_shift(residual, x, *modulation, **options)
     return quantize(y, law), r
 
 
 def gelu_quantize(x: Tensor, law: Law) -> Quantized:
-    """:func:`quantize` of GELU(x) in its tanh approximation (arXiv:1606.08415), rounded to the dtype of ``x`` before."""
+    """:func:`quantize` of GELU(x) in its tanh approximation (arXiv:1606.08415), rounded to the
+    dtype of ``x`` before.
+    """
     rows = x if x.dim() <= 3 else x.flatten(0, -2)
     try:
         values, scale = _gelu_quantize(rows, CODES[law])
@@ -279,9 +308,11 @@ def gelu_quantize(x: Tensor, law: Law) -> Quantized:
 
 
 def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What an int8 matrix product stands for: ``product`` [rows, N] int32, ``scale`` [rows, 1], ``weight_scale`` [N, 1] -> [rows, N].
+    """What an int8 matrix product stands for: ``product`` [rows, N] int32, ``scale`` [rows, 1],
+    ``weight_scale`` [N, 1] -> [rows, N].
 
-    ``dtype``: float16 or bfloat16, as the bias [N]. Not differentiable. Errors: ``TypeError``, ``ValueError``, naming the argument.
+    ``dtype``: float16 or bfloat16, as the bias [N]. Not differentiable. Errors: ``TypeError``,
+    ``ValueError``, naming the argument.
 
     Source: the ``linear`` of torchao's ``Int8Tensor``.
     """
@@ -292,7 +323,9 @@ def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bia
 
 
 def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
-    """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes of upstream's expression."""
+    """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes
+    of upstream's expression.
+    """
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return True
     return rounding == "eager" and any(t is not None and checks.autocasts(t) for t in tensors)
@@ -308,7 +341,9 @@ def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tupl
 
 
 def _unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:
-    """Whether no kernel takes the call. Dynamo needs long for the whole question, and nearly always need not ask it."""
+    """Whether no kernel takes the call. Dynamo needs long for the whole question, and nearly always
+    need not ask it.
+    """
     first: Any = tensors[0]
     uniform = first.dtype in checks.FLOATS
     for t in tensors:
@@ -318,7 +353,9 @@ def _unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, 
 
 
 def _rejected(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
-    """Where the kernel has rejected a call: the error that names what is wrong with it, or the results of PyTorch's operations."""
+    """Where the kernel has rejected a call: the error that names what is wrong with it, or the
+    results of PyTorch's operations.
+    """
     op = OPS[name]
     call = op.call(*tensors, *options)
     op.check(call)

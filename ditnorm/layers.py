@@ -1,9 +1,12 @@
-"""Norm layers that take their modulation, for drop-in use in place of ``nn.LayerNorm``, ``nn.RMSNorm`` and diffusers' norms.
+"""Norm layers that take their modulation, for drop-in use in place of ``nn.LayerNorm``,
+``nn.RMSNorm`` and diffusers' norms.
 
-Called with ``x`` alone each is the plain norm. Parameters and state-dict keys are those of the norm that it derives from. Shapes,
-dtypes, rounding laws and errors of the modulation: see :mod:`ditnorm.functional`.
+Called with ``x`` alone each is the plain norm. Parameters and state-dict keys are those of the norm
+that it derives from. Shapes, dtypes, rounding laws and errors of the modulation: see
+:mod:`ditnorm.functional`.
 
-A layer that carries a forward hook runs unfused: the hook sees what it would see on the norm, and PyTorch modulates the result.
+A layer that carries a forward hook runs unfused: the hook sees what it would see on the norm, and
+PyTorch modulates the result.
 """
 
 from functools import partial
@@ -30,7 +33,8 @@ from .swapping.norm_kinds import norm_kind, unknown_norm
 L = TypeVar("L", bound="_Norm")
 
 _NAMES = {"layer": "a LayerNorm", "rms": "an RMSNorm", "fp32_layer": "an FP32LayerNorm"}
-_DEFAULT_EPS = torch.finfo(torch.float32).eps  # what torch's rms_norm takes for eps=None, but for float64
+# What torch's rms_norm takes for eps=None, but for float64.
+_DEFAULT_EPS = torch.finfo(torch.float32).eps
 
 
 class _Norm(nn.Module):
@@ -48,8 +52,9 @@ class _Norm(nn.Module):
     def from_norm(cls: type[L], module: nn.Module, rounding: str = "single") -> L:
         """A layer with the Parameters (the same objects), eps and mode of ``module``.
 
-        Takes ``nn.LayerNorm``, ``nn.RMSNorm``, diffusers' ``FP32LayerNorm`` and, where it computes the same, diffusers' ``RMSNorm``: not
-        with a half-precision weight, to which it rounds before it multiplies. ``TypeError`` for anything else, subclasses included;
+        Takes ``nn.LayerNorm``, ``nn.RMSNorm``, diffusers' ``FP32LayerNorm`` and, where it computes
+        the same, diffusers' ``RMSNorm``: not with a half-precision weight, to which it rounds
+        before it multiplies. ``TypeError`` for anything else, subclasses included;
         ``ValueError`` for a norm over more than one dim.
         """
         norm, shape = _kind(module)
@@ -99,7 +104,9 @@ class _NormScaleShift(_Norm):
         index: Tensor | None = None,
         law: Law | None = None,
     ) -> Any:
-        """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype, or that quantised by ``law``."""
+        """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype,
+        or that quantised by ``law``.
+        """
         op: Any = norm_scale_shift if law is None else partial(norm_scale_shift_quantize, law=law)
         return op(
             x,
@@ -139,7 +146,8 @@ class _NormScaleShift(_Norm):
 class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
     """``LayerNorm(x) * (1 + scale) + shift`` (adaLN, arXiv:2212.09748) in one kernel.
 
-    Args: those of ``torch.nn.LayerNorm``, ``normalized_shape`` being the last dim D, and ``rounding``: ``"single"`` or ``"eager"``.
+    Args: those of ``torch.nn.LayerNorm``, ``normalized_shape`` being the last dim D, and
+    ``rounding``: ``"single"`` or ``"eager"``.
     ``forward(x, scale, shift, *, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
     """
 
@@ -163,7 +171,8 @@ class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
 class RMSNormScaleShift(_NormScaleShift, nn.RMSNorm):
     """``RMSNorm(x) * (1 + scale) + shift`` (arXiv:1910.07467) in one kernel.
 
-    Args: those of ``torch.nn.RMSNorm``, ``normalized_shape`` being the last dim D, and ``rounding``: ``"single"`` or ``"eager"``.
+    Args: those of ``torch.nn.RMSNorm``, ``normalized_shape`` being the last dim D, and
+    ``rounding``: ``"single"`` or ``"eager"``.
     ``forward(x, scale, shift, *, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
     """
 
@@ -185,12 +194,14 @@ class RMSNormScaleShift(_NormScaleShift, nn.RMSNorm):
 
 
 class ScaleResidualNormScaleShift(_Norm):
-    """``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift`` in one kernel; returns ``(y, r)``.
+    """``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift`` in one kernel; returns
+    ``(y, r)``.
 
-    ``norm_type="layer"`` (default) makes an instance that is also an ``nn.LayerNorm``, ``"rms"`` one that is also an ``nn.RMSNorm``;
-    the other args are those of that class, and ``rounding``: ``"single"`` or ``"eager"``.
-    ``forward(residual, x, gate, scale, shift, *, gate_table, scale_table, shift_table, index)``: [B, S, D] -> two of [B, S, D];
-    with ``residual`` alone, the plain norm of it.
+    ``norm_type="layer"`` (default) makes an instance that is also an ``nn.LayerNorm``, ``"rms"``
+    one that is also an ``nn.RMSNorm``; the other args are those of that class, and ``rounding``:
+    ``"single"`` or ``"eager"``.
+    ``forward(residual, x, gate, scale, shift, *, gate_table, scale_table, shift_table, index)``:
+    [B, S, D] -> two of [B, S, D]; with ``residual`` alone, the plain norm of it.
     """
 
     def __new__(cls, *args: Any, norm_type: str = "layer", **kwargs: Any) -> "ScaleResidualNormScaleShift":
@@ -220,7 +231,9 @@ class ScaleResidualNormScaleShift(_Norm):
         index: Tensor | None = None,
         law: Law | None = None,
     ) -> Tensor | tuple[Tensor | Quantized, Tensor]:
-        """``(y, r)``, ``y`` quantised by ``law`` if there is one, or the plain norm of ``residual`` where ``x`` is None."""
+        """``(y, r)``, ``y`` quantised by ``law`` if there is one, or the plain norm of ``residual``
+        where ``x`` is None.
+        """
         if x is None:
             _nothing_modulated(gate, scale, shift, gate_table, scale_table, shift_table, index, law)
             return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps, rounding=self.rounding)
@@ -314,7 +327,9 @@ class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):  
 
 
 class ScaleResidualIdentity(nn.Identity):
-    """The residual alone, where a block has ``nn.Identity`` for its norm (Wan without ``cross_attn_norm``): ``(r, r)``."""
+    """The residual alone, where a block has ``nn.Identity`` for its norm (Wan without
+    ``cross_attn_norm``): ``(r, r)``.
+    """
 
     rounding = "single"
 
@@ -338,12 +353,14 @@ class ScaleResidualIdentity(nn.Identity):
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
         if law is not None:
             return quantize(r, law), r
-        # Upstream casts to float32 and back here, so that what it hands on is another tensor than the residual unless that is float32.
+        # Upstream casts to float32 and back here: unless the residual is float32, it hands on a copy.
         return r if r.dtype is torch.float32 else r.clone(), r
 
 
 def _nothing_modulated(*modulation: Any, **named: Any) -> None:
-    """Raises ``TypeError`` where a layer that was called without ``x`` has been given what only applies with it."""
+    """Raises ``TypeError`` where a layer that was called without ``x`` has been given what only
+    applies with it.
+    """
     if any(t is not None for t in (*modulation, *named.values())):
         raise TypeError("x: missing; with a modulation the layer takes residual and x, and residual alone is normed as it is")
 

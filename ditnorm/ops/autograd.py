@@ -1,6 +1,8 @@
-"""Gradients of the ``"single"`` ops: inputs are saved, nothing else; the backward pass recomputes the op in plain PyTorch.
+"""Gradients of the ``"single"`` ops: inputs are saved, nothing else; the backward pass recomputes
+the op in plain PyTorch.
 
-The inference call never comes here: a Python autograd formula on the op itself would cost it microseconds even under ``no_grad``.
+The inference call never comes here: a Python autograd formula on the op itself would cost it
+microseconds even under ``no_grad``.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,9 @@ from .table import Op
 
 
 class Recompute(torch.autograd.Function):
-    """``kernel(*tensors, *codes)`` with the gradients of the reference of ``op``, called with ``(*tensors, *options)``."""
+    """``kernel(*tensors, *codes)`` with the gradients of the reference of ``op``, called with
+    ``(*tensors, *options)``.
+    """
 
     @staticmethod
     def forward(ctx: Any, op: Op, kernel: Callable[..., Any], codes: tuple[Any, ...], options: tuple[Any, ...], *tensors: Any) -> Any:
@@ -29,7 +33,7 @@ class Recompute(torch.autograd.Function):
             tensors = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
             outputs = ctx.op.expression(*tensors, *ctx.options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        # r depends on none of the norm's arguments: where only those need gradients, it has no graph.
+        # r depends on none of the norm's arguments. Where only those need gradients, it has none.
         reached = [(output, grad) for output, grad in zip(outputs, grad_outputs, strict=True) if output.requires_grad]
         wanted = [t for t, need in zip(tensors, needed, strict=True) if need and t is not None]
         grads = iter(torch.autograd.grad([output for output, _ in reached], wanted, [grad for _, grad in reached]))

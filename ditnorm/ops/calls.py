@@ -1,7 +1,9 @@
-"""The arguments of each op as one structure: everything else that has to name them takes the structure.
+"""The arguments of each op as one structure: everything else that has to name them takes the
+structure.
 
-The fields are the op's arguments in the order of its schema, tensors first. What users write as a name ("layer", "eager") or a value an
-op takes as a number, its place in ``NORMS``, ``QK_NORMS``, ``ROUNDINGS``, ``LAWS`` or ``HALVES``; those of the C++ side are the same.
+The fields are the op's arguments in the order of its schema, tensors first. What users write as a
+name ("layer", "eager") or a value an op takes as a number, its place in ``NORMS``, ``QK_NORMS``,
+``ROUNDINGS``, ``LAWS`` or ``HALVES``; those of the C++ side are the same.
 """
 
 from typing import Annotated, NamedTuple
@@ -71,7 +73,9 @@ class ScaleResidual(NamedTuple):
 
 
 class QKNormRope(NamedTuple):
-    """Query and key, normed and rotated. A rotary table that is complex stands in ``cos``, without ``sin``."""
+    """Query and key, normed and rotated. A rotary table that is complex stands in ``cos``, without
+    ``sin``.
+    """
 
     query: Tensor
     key: Tensor
@@ -127,7 +131,9 @@ class DequantizeProduct(NamedTuple):
 
 
 def default_eps(norm: str, x: Tensor) -> float:
-    """What torch's function takes where nothing is said: ``layer_norm`` 1e-5, ``rms_norm`` what its arithmetic resolves."""
+    """What torch's function takes where nothing is said: ``layer_norm`` 1e-5, ``rms_norm`` what its
+    arithmetic resolves.
+    """
     if norm != "rms":
         return 1e-5
     return torch.finfo(torch.float64 if x.dtype is torch.float64 else torch.float32).eps
@@ -138,7 +144,9 @@ SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
 QKCall = QKNormRope | JointQKNormRope
 
 Modulation = tuple[Tensor | None, Tensor | None]
-"""A modulation and the table that is added to it in float32; either may be missing (a table alone is an error)."""
+"""A modulation and the table that is added to it in float32; either may be missing (a table alone
+is an error).
+"""
 
 
 def modulations(call: SiteCall) -> dict[str, Modulation]:

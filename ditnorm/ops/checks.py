@@ -1,8 +1,9 @@
 """The contract of the arguments of a norm site's op, as named errors.
 
-The compiled kernels reject what they can't serve in a few words (PyTorch's stable ABI knows only ``RuntimeError``); this module
-says what was wrong, or that nothing was and PyTorch's operations serve the call (``unfused``). It runs when they have rejected, in
-the fakes (tracing) and in the reference, never on a successful CUDA call.
+The compiled kernels reject what they can't serve in a few words (PyTorch's stable ABI knows only
+``RuntimeError``); this module says what was wrong, or that nothing was and PyTorch's operations
+serve the call (``unfused``). It runs when they have rejected, in the fakes (tracing) and in the
+reference, never on a successful CUDA call.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,9 @@ class UnfusedError(TypeError):
 
 
 def check(call: SiteCall) -> None:
-    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument."""
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations);
+    the message names the argument.
+    """
     if not isinstance(call, ScaleResidual):
         _option("norm", call.norm, NORMS)
         if not isinstance(call.eps, (int, float)):
@@ -105,7 +108,9 @@ def batch_of(call: SiteCall) -> int:
 
 
 def index_range(call: Any) -> None:
-    """Raises ``IndexError`` where ``index`` selects no row. It reads the values, so it looks only at those that are on the CPU."""
+    """Raises ``IndexError`` where ``index`` selects no row. It reads the values, so it looks only
+    at those that are on the CPU.
+    """
     index = getattr(call, "index", None)
     if index is None or transformed() or type(index) is not Tensor or index.device.type != "cpu" or index.numel() == 0:
         return
@@ -116,12 +121,16 @@ def index_range(call: Any) -> None:
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where ``tensor`` is. Of the meta device, which has none, PyTorch mustn't be asked."""
+    """Whether autocast is on where ``tensor`` is. Of the meta device, which has none, PyTorch
+    mustn't be asked.
+    """
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def transformed() -> bool:
-    """Whether other code than eager PyTorch's stands behind a call: a compiler, a tracer, a function transform, forward-mode gradients."""
+    """Whether other code than eager PyTorch's stands behind a call: a compiler, a tracer, a
+    function transform, forward-mode gradients.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -206,7 +215,8 @@ def _residual(residual: Tensor, x: Tensor) -> None:
 
 
 def _devices(tensors: Mapping[str, Any], first: Tensor, of: str) -> None:
-    # Without this, one meta tensor sends a CPU call to the fake kernel, which returns uninitialised memory.
+    # Without this, one meta tensor sends a CPU call to the fake kernel.
+    # What that returns is uninitialised memory.
     for name, t in tensors.items():
         if isinstance(t, Tensor) and t.device != first.device:
             raise ValueError(f"{name}: expected the device of {of}, {first.device}, got {t.device}")

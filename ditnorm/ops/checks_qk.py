@@ -1,4 +1,6 @@
-"""The contract of the arguments of the ops of query and key, as named errors. When it runs: see :mod:`ditnorm.ops.checks`."""
+"""The contract of the arguments of the ops of query and key, as named errors. When it runs: see
+:mod:`ditnorm.ops.checks`.
+"""
 
 from typing import Any
 
@@ -11,7 +13,9 @@ from .reference_qk import token_count
 
 
 def check(call: QKCall) -> None:
-    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations); the message names the argument."""
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices, combinations);
+    the message names the argument.
+    """
     _options(call)
     query = call.query
     for prefix in _prefixes(call):
@@ -48,7 +52,9 @@ def unfused(call: QKCall) -> str | None:
 
 
 def streams_of(call: QKCall, prefix: str) -> dict[str, Tensor]:
-    """The tensors [B, S, H * d] of a call's own stream, or of the one whose arguments' names have a prefix."""
+    """The tensors [B, S, H * d] of a call's own stream, or of the one whose arguments' names have a
+    prefix.
+    """
     names = ("query", "key", "value") if isinstance(call, JointQKNormRope) else ("query", "key")
     return {name: getattr(call, f"{prefix}{name}") for name in names}
 
@@ -58,7 +64,9 @@ def _prefixes(call: QKCall) -> tuple[str, ...]:
 
 
 def _joined(call: JointQKNormRope, prefix: str, streams: dict[str, Tensor]) -> None:
-    """Checks that the tensors of a stream have the same tokens, and the widths of the call's own stream."""
+    """Checks that the tensors of a stream have the same tokens, and the widths of the call's own
+    stream.
+    """
     for name, x in streams.items():
         width = call.query.shape[-1] if prefix == "" else getattr(call, name).shape[-1]
         if x.shape[1] != streams["query"].shape[1] or x.shape[-1] != width:

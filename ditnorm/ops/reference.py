@@ -1,14 +1,16 @@
-"""The ops of norm sites in plain PyTorch: the specification, the path of every device without kernels, and the fallback.
+"""The ops of norm sites in plain PyTorch: the specification, the path of every device without
+kernels, and the fallback.
 
     r = residual + gate * x                      (``scale_residual``)
     y = norm(r) * (1 + scale) + shift            (``norm_scale_shift``)
 
 A call has one of two laws (``upcast``):
 
-- Everything is cast to one wide dtype first, and each stored result is rounded once. ``rounding="single"`` has this law always,
-  ``"eager"`` where ``WanTransformerBlock`` has it.
-- Every operation runs, and rounds, in the dtype of its operands, as in ``QwenImageTransformerBlock``. Operands of several dtypes
-  are promoted as upstream promotes them, and so are the results.
+- Everything is cast to one wide dtype first, and each stored result is rounded once.
+  ``rounding="single"`` has this law always, ``"eager"`` where ``WanTransformerBlock`` has it.
+- Every operation runs, and rounds, in the dtype of its operands, as in
+  ``QwenImageTransformerBlock``. Operands of several dtypes are promoted as upstream promotes them,
+  and so are the results.
 
 Either way ``rounding="eager"`` is what diffusers computes, rounding for rounding.
 """
@@ -23,16 +25,20 @@ from .calls import NormScaleShift, ScaleResidual, ScaleResidualNormScaleShift, S
 
 
 def norm_scale_shift(call: NormScaleShift, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """``y``, contiguous, in the dtype of ``x``, or where dtypes are mixed in the one that upstream's has. ``norm``: in place of its own."""
+    """``y``, contiguous, in the dtype of ``x``, or where dtypes are mixed in the one that
+    upstream's has. ``norm``: in place of its own.
+    """
     return _modulated_norm(call, call.x, upcast(call), norm)
 
 
 def scale_residual_norm_scale_shift(
     call: ScaleResidualNormScaleShift, norm: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(y, r)``, both contiguous: ``r`` in the dtype of ``residual``, ``y`` in that of ``x``. The norm reads the rounded ``r``.
+    """``(y, r)``, both contiguous: ``r`` in the dtype of ``residual``, ``y`` in that of ``x``. The
+    norm reads the rounded ``r``.
 
-    Where dtypes are mixed under ``"eager"``, both have the dtypes of upstream's. ``norm``: in place of its own.
+    Where dtypes are mixed under ``"eager"``, both have the dtypes of upstream's. ``norm``: in place
+    of its own.
     """
     law = upcast(call)
     r = _gated_residual(call, law)
@@ -40,16 +46,19 @@ def scale_residual_norm_scale_shift(
 
 
 def scale_residual(call: ScaleResidual) -> Tensor:
-    """``r``, contiguous, in the dtype of ``residual``, or where dtypes are mixed in the one that upstream's has."""
+    """``r``, contiguous, in the dtype of ``residual``, or where dtypes are mixed in the one that
+    upstream's has.
+    """
     law = upcast(call)
-    # At the end of a block Wan casts x too, in the middle it doesn't; only the bits of a float64 show it.
+    # At the end of a block Wan casts x too, in the middle it doesn't. Only float64 shows it.
     gated = call if law is None or call.gate is None else call._replace(x=call.x.to(law))
     return _gated_residual(gated, law)
 
 
 def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torch.dtype | None) -> Tensor:
     residual, x, gate = call.residual, call.x, _modulation(call, "gate", law)
-    if law is None or (gate is None and call.rounding == "eager"):  # without a gate upstream adds the two as they are
+    # Without a gate upstream adds the two as they are.
+    if law is None or (gate is None and call.rounding == "eager"):
         return (residual + x if gate is None else residual + gate * x).contiguous()
     r = residual.to(law) + (x.to(law) if gate is None else gate * x)
     return r.to(residual.dtype).contiguous()
@@ -71,7 +80,9 @@ def _modulated_norm(
 
 
 def normalize(x: Tensor, call: NormScaleShift | ScaleResidualNormScaleShift) -> Tensor:
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, wider than ``x`` if the norm or its affine is."""
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, wider than
+    ``x`` if the norm or its affine is.
+    """
     weight, bias, wide = call.weight, call.bias, x.dtype
     if call.norm == "fp32_layer":
         wide = torch.float32
@@ -83,11 +94,14 @@ def normalize(x: Tensor, call: NormScaleShift | ScaleResidualNormScaleShift) -> 
         n = n if bias is None else n + bias
     else:
         n = F.layer_norm(x, x.shape[-1:], weight, bias, call.eps)
-    return n if wide is dtype else n.to(dtype)  # autocast makes some norms float32, and nothing makes them narrow again
+    # Autocast makes some norms float32, and nothing makes them narrow again.
+    return n if wide is dtype else n.to(dtype)
 
 
 def upcast(call: SiteCall) -> torch.dtype | None:
-    """The dtype that a call casts everything to first, or None where every operation runs in the dtype of its operands."""
+    """The dtype that a call casts everything to first, or None where every operation runs in the
+    dtype of its operands.
+    """
     given = [(m, table) for m, table in modulations(call).values() if m is not None]
     if call.rounding == "single":
         return torch.float64 if any(t.dtype is torch.float64 for t in call if isinstance(t, Tensor)) else torch.float32
@@ -101,13 +115,16 @@ def upcast(call: SiteCall) -> torch.dtype | None:
 
 
 def _modulation(call: SiteCall, name: str, law: torch.dtype | None) -> Tensor | None:
-    """A modulation as one row per sample or per token of ``x``, its table added, in the dtype in which the law reads it."""
+    """A modulation as one row per sample or per token of ``x``, its table added, in the dtype in
+    which the law reads it.
+    """
     m: Tensor | None
     table: Tensor | None
     m, table = getattr(call, name), getattr(call, f"{name}_table")
     if m is None:
         return None
-    if law is not None:  # before rows are selected, so that the gradients of a row are summed in the wide dtype
+    # Before rows are selected, so that the gradients of a row are summed in the wide dtype.
+    if law is not None:
         m = m.to(law)
     if call.index is not None:
         m = _select(m, call.index)
@@ -121,11 +138,14 @@ def _modulation(call: SiteCall, name: str, law: torch.dtype | None) -> Tensor | 
 
 
 def _select(rows: Tensor, index: Tensor) -> Tensor:
-    """``rows`` [M, D] or [B or 1, M, D] at ``index`` [S] or [B or 1, S] -> [B or 1, S, D]; out of range an index gives a row of NaN."""
+    """``rows`` [M, D] or [B or 1, M, D] at ``index`` [S] or [B or 1, S] -> [B or 1, S, D]; out of
+    range an index gives a row of NaN.
+    """
     rows = rows if rows.dim() == 3 else rows[None]
     index = (index if index.dim() == 2 else index[None])[..., None].long()
     inside = (index >= 0) & (index < rows.shape[1])
-    if rows.shape[1] == 2:  # as upstream selects: the gradient of a row is summed without rounding in between
+    # Two rows are selected as upstream does: the gradient of each is summed without rounding in between.
+    if rows.shape[1] == 2:
         taken = torch.where(index == 0, rows[:, :1], rows[:, 1:])
     else:
         batch = torch.arange(max(rows.shape[0], index.shape[0]), device=rows.device)[:, None]

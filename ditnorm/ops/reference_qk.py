@@ -1,10 +1,12 @@
-"""QK normalisation and rotary embedding in plain PyTorch: the specification, the path of every device without kernels, and the fallback.
+"""QK normalisation and rotary embedding in plain PyTorch: the specification, the path of every
+device without kernels, and the fallback.
 
     n = rms_norm(x) * weight                                     over each head, or across all heads
     (a, b) -> (a * cos - b * sin, b * cos + a * sin)             for each pair of neighbours of n (RoPE, arXiv:2104.09864)
 
-``rounding="eager"`` is what diffusers' attention processors compute, rounding for rounding: the norm as its module computes it, the
-rotation in float32 from the rounded norm. ``rounding="single"`` is float32 throughout with one rounding of the result.
+``rounding="eager"`` is what diffusers' attention processors compute, rounding for rounding: the
+norm as its module computes it, the rotation in float32 from the rounded norm. ``rounding="single"``
+is float32 throughout with one rounding of the result.
 """
 
 import torch
@@ -23,7 +25,9 @@ def qk_norm_rope(call: QKNormRope) -> tuple[Tensor, Tensor]:
 
 
 def joint_qk_norm_rope(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
-    """``(query, key, value)`` of both streams, one after the other along the tokens, each [B, S, H, d], contiguous."""
+    """``(query, key, value)`` of both streams, one after the other along the tokens, each [B, S, H,
+    d], contiguous.
+    """
     options = (call.head_dim, call.norm, call.eps, call.rounding)
     own = (
         norm_rope(call.query, call.query_weight, call.cos, call.sin, *options),
@@ -43,7 +47,9 @@ def joint_qk_norm_rope(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
 def norm_rope(
     x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, head_dim: int, norm: str, eps: float, rounding: str
 ) -> Tensor:
-    """``x`` [B, S, H * d] normed, its leading tokens rotated, as many as ``cos`` has -> [B, S, H, d]."""
+    """``x`` [B, S, H * d] normed, its leading tokens rotated, as many as ``cos`` has -> [B, S, H,
+    d].
+    """
     if rounding == "single":
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = norm_rope(x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager")
@@ -56,7 +62,9 @@ def norm_rope(
 
 
 def normalize(x: Tensor, weight: Tensor | None, head_dim: int, norm: str, eps: float) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) of ``x`` [B, S, H * d], across all heads if ``weight`` is as long, else of each -> [B, S, H, d]."""
+    """RMSNorm (arXiv:1910.07467) of ``x`` [B, S, H * d], across all heads if ``weight`` is as long,
+    else of each -> [B, S, H, d].
+    """
     across = weight is not None and weight.shape[0] != head_dim
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -67,7 +75,9 @@ def normalize(x: Tensor, weight: Tensor | None, head_dim: int, norm: str, eps: f
 
 
 def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """As diffusers' ``RMSNorm``, which rounds to the dtype of a half-precision weight before it multiplies."""
+    """As diffusers' ``RMSNorm``, which rounds to the dtype of a half-precision weight before it
+    multiplies.
+    """
     variance = x.float().pow(2).mean(-1, keepdim=True)
     n = x * torch.rsqrt(variance + eps)
     if weight is None:
