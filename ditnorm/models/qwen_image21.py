@@ -9,11 +9,11 @@ from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
+from ..fused.module import upstream_of
 from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..swapping.fingerprint import fingerprint
-from ..swapping.generated import origin_of
 
 SELECT_MODULATION_ROWS = "8dced6670ad1"
 """``_select_modulation_rows`` of diffusers 0.41.0 to 0.42.1."""
@@ -84,7 +84,7 @@ class _SelectsRows:
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
-        upstream: Any = origin_of(type(module)) or type(module)
+        upstream: Any = upstream_of(type(module))
         if fingerprint(upstream.forward.__globals__.get("_select_modulation_rows")) != SELECT_MODULATION_ROWS:
             return "this version of _select_modulation_rows is unknown"
         return super().unsupported(module)  # type: ignore[misc]
