@@ -93,7 +93,7 @@ __device__ __forceinline__ const T* advance(const void* data, int64_t elements) 
   return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(data) + elements * sizeof(T));
 }
 
-// How rows pass the caches: as anything else, or first to leave. Which is faster was measured for each op: docs/kernels.md.
+// How rows pass the caches: as anything else, or first to leave. which is faster was measured for each op: docs/kernels-log.md.
 enum class Cache { normal, streaming };
 
 template <Cache CACHE, class T, int N>

@@ -2,7 +2,7 @@
 // T, modulations all in M (T or float32), affine in T (or float32 where nothing is rounded to T), tables in float32, everything aligned;
 // scale and shift both given or both missing; of the modulations given, all have a table or none has. variants.h lists its forms.
 //
-// docs/kernels.md tells what was measured on the way here.
+// docs/kernels-log.md tells what was measured on the way here.
 #pragma once
 #include "formulas.cuh"
 #include "launch.h"

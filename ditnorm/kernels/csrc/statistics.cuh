@@ -1,11 +1,14 @@
-// The statistics of a row in the order of ATen's vectorised LayerNorm and RMSNorm (layer_norm_kernel.cu), so that the results equal
-// eager PyTorch's bit for bit on CUDA:
+// The statistics of a row in the order of ATen's vectorised LayerNorm and RMSNorm (layer_norm_kernel.cu), so that the
+// results equal eager PyTorch's bit for bit on CUDA. ATen has 128 lanes in 4 warps:
 //
-//   128 lanes; lane l takes the groups of 4 consecutive elements l, l + 128, l + 256, ... and runs Welford over them in order;
-//   in each warp of 32 lanes, lane l combines with l + 16, then l + 8, + 4, + 2, + 1; at last warps 0 and 1 with 2 and 3, and 0 with 1.
+//   elements    0..3   4..7  ...  508..511 | 512..515 ...        groups of 4, to the lanes in turn;
+//   lane          0      1   ...     127   |    0     ...        Welford over a lane's elements in their order
 //
-// So the lanes combine along the bits 4, 3, 2, 1, 0, 6, 5 of their numbers. Here both sides of a pair compute the result, and no thread
-// has to be told. The fused multiply-adds are those that nvcc contracts in ATen.
+//   in a warp   lane l with l + 16, then l + 8, l + 4, l + 2, l + 1     bits 4, 3, 2, 1, 0 of the lane's number
+//   the warps   0 with 2 and 1 with 3, then 0 with 1                    bits 6, 5
+//
+// A thread stands in for one lane, or for two neighbours. Both sides of a pair compute the result, and no thread has to be
+// told. The fused multiply-adds are those that nvcc contracts in ATen.
 #pragma once
 #include "lanes.h"
 #include "numerics.cuh"

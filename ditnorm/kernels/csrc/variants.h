@@ -2,7 +2,7 @@
 // scale_residual_norm_scale_shift) and the norm across heads of query and key.
 //
 // The first row of a table that serves a problem runs it; where none does, the generic kernel runs. All rows give the same bits. They are
-// there for speed, as measured: docs/kernels.md. A new kernel is a new row, above those that it is to take problems from.
+// there for speed, as measured: docs/kernels-log.md. A new kernel is a new row, above those that it is to take problems from.
 #pragma once
 #include "lanes.h"
 #include "problem.h"
