@@ -5,8 +5,8 @@ Called with ``x`` alone each is the plain norm. Parameters and state-dict keys a
 that it derives from. Shapes, dtypes, rounding laws and errors of the modulation: see
 :mod:`ditnorm.functional`.
 
-A layer that carries a forward hook runs unfused: the hook sees what it would see on the norm, and
-PyTorch modulates the result.
+A layer runs unfused where others see, or change, what a norm takes and returns, such as a hook: they
+see what they would see on the norm, and PyTorch modulates the result.
 """
 
 from functools import partial
@@ -29,6 +29,7 @@ from .ops.calls import NormScaleShift as _NormCall
 from .ops.calls import ScaleResidualNormScaleShift as _ResidualNormCall
 from .ops.quantization import Law, Quantized
 from .swapping.norm_kinds import norm_kind, unknown_norm
+from .swapping.swapped import Swapped, untouched
 
 L = TypeVar("L", bound="_Norm")
 
@@ -37,7 +38,7 @@ _NAMES = {"layer": "a LayerNorm", "rms": "an RMSNorm", "fp32_layer": "an FP32Lay
 _DEFAULT_EPS = torch.finfo(torch.float32).eps
 
 
-class _Norm(nn.Module):
+class _Norm(Swapped, nn.Module):
     """What the layers share beside ``weight`` and ``bias`` (Parameters or None)."""
 
     norm: str = "layer"
@@ -85,8 +86,10 @@ class _Norm(nn.Module):
             raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
         self._set("rounding", rounding)
 
-    def _hooked(self) -> bool:
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Whether ``upstream`` is the norm that the layer computes."""
+        return norm_kind(upstream) == cls.norm
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rounding={self.rounding!r}"
@@ -107,6 +110,8 @@ class _NormScaleShift(_Norm):
         """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype,
         or that quantised by ``law``.
         """
+        if scale is None and shift is None and not self.upstream_known():
+            return super().forward(x)
         op: Any = norm_scale_shift if law is None else partial(norm_scale_shift_quantize, law=law)
         return op(
             x,
@@ -123,7 +128,7 @@ class _NormScaleShift(_Norm):
         )
 
     def __call__(self, x: Tensor, *scale_shift: Tensor | None, **modulation: Any) -> Any:
-        if (scale_shift or modulation) and self._hooked():
+        if (scale_shift or modulation) and not untouched(self):
             return self._unfused(x, *scale_shift, **modulation)
         return super().__call__(x, *scale_shift, **modulation)
 
@@ -236,6 +241,8 @@ class ScaleResidualNormScaleShift(_Norm):
         """
         if x is None:
             _nothing_modulated(gate, scale, shift, gate_table, scale_table, shift_table, index, law)
+            if not self.upstream_known():
+                return super().forward(residual)
             return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps, rounding=self.rounding)
         op: Any = scale_residual_norm_scale_shift if law is None else partial(scale_residual_norm_scale_shift_quantize, law=law)
         return op(
@@ -259,7 +266,7 @@ class ScaleResidualNormScaleShift(_Norm):
         if x is None:
             _nothing_modulated(*gate_scale_shift, **modulation)
             return super().__call__(residual)
-        if self._hooked():
+        if not untouched(self):
             return self._unfused(residual, x, *gate_scale_shift, **modulation)
         return super().__call__(residual, x, *gate_scale_shift, **modulation)
 
@@ -326,12 +333,17 @@ class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):  
         self._configure(rounding)
 
 
-class ScaleResidualIdentity(nn.Identity):
+class ScaleResidualIdentity(Swapped, nn.Identity):
     """The residual alone, where a block has ``nn.Identity`` for its norm (Wan without
     ``cross_attn_norm``): ``(r, r)``.
     """
 
     rounding = "single"
+
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Whether ``upstream`` computes nothing."""
+        return norm_kind(upstream) == "identity"
 
     def forward(  # type: ignore[override]
         self,
@@ -349,12 +361,31 @@ class ScaleResidualIdentity(nn.Identity):
         """
         if x is None:
             _nothing_modulated(gate, gate_table, index, law)
-            return residual
+            return super().forward(residual)
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
         if law is not None:
             return quantize(r, law), r
         # Upstream casts to float32 and back here: unless the residual is float32, it hands on a copy.
         return r if r.dtype is torch.float32 else r.clone(), r
+
+    def __call__(self, residual: Tensor, x: Tensor | None = None, *gate: Tensor | None, **modulation: Any) -> Any:
+        if x is not None and not untouched(self):
+            return self._unfused(residual, x, *gate, **modulation)
+        return super().__call__(residual, x, *gate, **modulation)
+
+    def _unfused(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        gate: Tensor | None = None,
+        *,
+        gate_table: Tensor | None = None,
+        index: Tensor | None = None,
+        law: Law | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        tables = (gate_table, None, None)
+        call = _ResidualNormCall(residual, x, gate, None, None, None, None, *tables, index, "fp32_layer", 0.0, self.rounding)
+        return reference.scale_residual_norm_scale_shift(call, super().__call__)
 
 
 def _nothing_modulated(*modulation: Any, **named: Any) -> None:

@@ -140,7 +140,7 @@ def test_a_norm_with_a_forward_hook_is_reported_as_unfused(model: nn.Module) -> 
     model.blocks[2].norm3.register_forward_hook(lambda module, args, output: None)
     (found,) = report(model).transformers
     assert found.hooked == ["blocks.2.norm3"]
-    assert rows(str(report(model)))["unfused"] == "blocks.2.norm3: has a forward hook, which is shown the norm's own output"
+    assert rows(str(report(model)))["unfused"] == "blocks.2.norm3: watched by a hook, which is shown upstream's own values"
 
 
 class Processor:

@@ -30,6 +30,8 @@ class AdaLayerNormZero(Modulating, FusedUnit):
         emb: Tensor | None = None,
         law: Law | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(x, timestep, class_labels, hidden_dtype, emb)  # type: ignore[misc]
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
@@ -47,6 +49,8 @@ class AdaLayerNormZeroSingle(Modulating, FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(self, x: Tensor, emb: Tensor | None = None, law: Law | None = None) -> tuple[Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(x, emb)  # type: ignore[misc]
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
         x = modulated(self.norm, x, scale_msa, shift_msa, law=law)
@@ -62,6 +66,8 @@ class AdaLayerNormContinuous(Modulating, FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        if not self.intact():
+            return super().forward(x, conditioning_embedding)  # type: ignore[misc]
         emb = self.modulation(conditioning_embedding, x.dtype)
         scale, shift = emb.chunk(2, dim=1)
         return modulated(self.norm, x, scale, shift)

@@ -7,7 +7,7 @@ before or after patching, are respected: one that isn't known runs as upstream r
 import importlib
 from collections.abc import Iterator, Mapping
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from .. import kernels
 from ..layers import _DEFAULT_EPS
 from ..ops.quantization import Law
 from ..swapping.fingerprint import fingerprint
-from ..swapping.generated import origin_of
 from ..swapping.norm_kinds import norm_kind, unknown_norm
+from ..swapping.swapped import untouched
 from .module import FusedModule, Part, upstream_of
 from .norms import dtype_of
 from .qk_sites import QKSite
@@ -32,11 +32,11 @@ class QKNorm(FusedModule):
     a transfer on another stream may overwrite its memory before an op has read it.
     """
 
+    fingerprints = {}
     unfused_by_hooks = True
 
     weight: nn.Parameter | None
-    _forward_hooks: dict[int, Any]
-    _forward_pre_hooks: dict[int, Any]
+    eps: float | None
 
     @classmethod
     def knows(cls, upstream: type) -> bool:
@@ -55,6 +55,44 @@ def weight_of(norm: Any) -> Tensor | None:
     return weight
 
 
+def _alike(norms: list[Any], kind: str) -> bool:
+    """Whether one op can stand for ``norms``, which are of ``kind``, as they are now."""
+    eps = norms[0].eps if isinstance(norms[0], QKNorm) else None
+    for norm in norms:
+        if not isinstance(norm, QKNorm):
+            return False
+        state: dict[str, Any] = norm.__dict__
+        parameters = state["_parameters"]
+        if state["eps"] != eps:
+            return False
+        if kind == "rms":  # its weight tells a norm across heads from one for each
+            if parameters.get("weight") is None:
+                return False
+        elif parameters.get("bias") is not None or state.get("bias") is not None:
+            return False
+    return True
+
+
+class Processor(NamedTuple):
+    """What a class of processors was when it was looked at and found to be known."""
+
+    call: Any
+    """Its ``__call__``."""
+    form: Any
+    """How it builds its mask, see :attr:`FusedAttention.processors`."""
+    helpers: tuple[tuple[dict[str, Any], str, Any], ...]
+    """The functions that it calls and the body doesn't, with the globals that hold them."""
+
+    def still(self, cls: Any) -> bool:
+        """Whether the class still is that."""
+        if cls.__call__ is not self.call:
+            return False
+        for namespace, name, function in self.helpers:  # noqa: SIM110 (a generator takes several times as long, in Dynamo too)
+            if namespace.get(name) is not function:
+                return False
+        return True
+
+
 class FusedAttention(FusedModule):
     """A ``forward`` that computes what upstream's attention module does with one of the ``processors``."""
 
@@ -71,22 +109,20 @@ class FusedAttention(FusedModule):
     optional = True
     reported_as = "query and key"
 
-    known: ClassVar[Mapping[type, Any]]
-    """The processors that this process has, with their form; set on the generated class."""
+    known: ClassVar[dict[type, Processor]]
+    """The processors that this process has; set on the generated class."""
 
     processor: Any
-    _modules: dict[str, Any]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        origin = origin_of(cls)
-        if origin is not None:
-            cls.known = cls.known_processors(origin)
 
     @classmethod
-    def known_processors(cls, origin: type) -> dict[type, Any]:
-        """The processor classes with an accepted fingerprint -> their form."""
-        known: dict[type, Any] = {}
+    def _look(cls) -> bool:
+        cls.known = {} if torch.compiler.is_compiling() else cls.known_processors(cls.origin)
+        return super()._look()
+
+    @classmethod
+    def known_processors(cls, origin: type) -> dict[type, Processor]:
+        """The processor classes with an accepted fingerprint."""
+        known: dict[type, Processor] = {}
         for path, forms in cls.processors.items():
             module, _, name = path.rpartition(":")
             try:
@@ -98,14 +134,21 @@ class FusedAttention(FusedModule):
             call = vars(processor).get("__call__")
             digest = fingerprint(call) or ""
             if digest in forms and cls._unknown_helper(call) is None:
-                known[processor] = forms[digest]
+                helpers = tuple((namespace, name, namespace.get(name)) for namespace, name, _ in cls._helpers(call))
+                known[processor] = Processor(call, forms[digest], helpers)
         return known
 
     @classmethod
-    def _unknown_helper(cls, call: Any) -> str | None:
+    def _helpers(cls, call: Any) -> Iterator[tuple[dict[str, Any], str, frozenset[str]]]:
+        """The globals that hold a function that ``call`` calls, its name, and its accepted fingerprints."""
         for path, accepted in cls.helpers.items():
             module, _, name = path.rpartition(":")
-            function = getattr(importlib.import_module(module), name) if module else call.__globals__.get(name)
+            yield vars(importlib.import_module(module)) if module else call.__globals__, name, accepted
+
+    @classmethod
+    def _unknown_helper(cls, call: Any) -> str | None:
+        for namespace, name, accepted in cls._helpers(call):
+            function = namespace.get(name)
             if function is not None and fingerprint(function) not in accepted:
                 return name
         return None
@@ -153,20 +196,30 @@ class FusedAttention(FusedModule):
     @classmethod
     def norms(cls, module: Any) -> tuple[str, ...]:
         """The norms that the fused call stands in for."""
-        if getattr(module, "add_q_proj", None) is None:
+        if module._modules.get("add_q_proj") is None:
             return ("norm_q", "norm_k")
         return ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
-    def fuses(self) -> bool:
-        """Whether a call takes the fused path: a known processor, our norms, and none that a user's hook looks at."""
-        if type(self.processor) not in self.known:
-            return False
-        modules = self._modules
-        for name in self.norms(self):
-            norm = modules.get(name)
-            if not isinstance(norm, QKNorm) or norm._forward_hooks or norm._forward_pre_hooks:
-                return False
-        return True
+    def fuses(self) -> Processor | None:
+        """The processor, where a call takes the fused path: it is known, the norms are ours and alike, and nobody watches them."""
+        if not self.intact():
+            return None
+        cls = type(self.processor)
+        known = self.known.get(cls)
+        if (known is None or not known.still(cls)) and (known := self._look_at(cls)) is None:
+            return None
+        modules, kind = self._modules, self.norm
+        norms = [modules.get(name) for name in self.norms(self)]
+        return known if _alike(norms, kind) and untouched(*norms) else None
+
+    @classmethod
+    def _look_at(cls, processor: type) -> Processor | None:
+        """The processor class, if it is known by now: methods of classes, and functions, are replaced and put back."""
+        named = any(path.rpartition(":")[2] == processor.__name__ for path in cls.processors)
+        if not named or torch.compiler.is_compiling():
+            return None
+        cls.known = cls.known_processors(cls.origin)
+        return cls.known.get(processor)
 
     def law(self, x: Tensor, *names: str) -> Law | None:
         """The law by which the projections ``names`` quantise what the module is given with the shape and dtype of ``x``.

@@ -1,13 +1,11 @@
 """What is found in a model by itself: blocks, and parts that also occur outside of blocks."""
 
 import warnings
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import nn
 
-from ..layers import ScaleResidualIdentity
 from ..swapping.generated import origin_of
-from ..swapping.hook_chains import set_class
 from .feed_forward import FusedFeedForward
 from .gelu import FusedGELU
 from .module import FusedModule
@@ -25,24 +23,26 @@ class FusedUnit(FusedModule):
     """Where what it returns suits only some models: fingerprints of their ``forward``. Their blocks must all have a body."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Gives a module back to upstream's ``forward`` when somebody replaces one of its norms by a module that takes no modulation."""
         super().__setattr__(name, value)
-        upstream = origin_of(type(self))
-        if upstream is None or name not in self.sites or issubclass(self.sites[name], FusedModule) or self._takes(name, value):
+        if name != "__class__":  # after which it may be upstream's module
+            self._announce(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As of ``nn.Module``, also for ``register_module``."""
+        super().add_module(name, module)  # type: ignore[misc]
+        self._announce(name, module)
+
+    def _announce(self, name: str, value: Any) -> None:
+        """Says so where somebody replaces one of the norms by a module that takes no modulation: calls are upstream's then."""
+        layers = dict(self._modulated).get(name)
+        if layers is None or (isinstance(value, layers) and origin_of(type(value)) is not None):
             return
-        set_class(cast(nn.Module, self), upstream)
         warnings.warn(
-            f"ditnorm: one {upstream.__name__} isn't fused any more: its {name} was replaced by {type(value).__name__}; patching again "
+            f"ditnorm: one {type(self).__name__} isn't fused any more: its {name} was replaced by {type(value).__name__}; patching again "
             "fuses it where it can",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-
-    @classmethod
-    def _takes(cls, site: str, value: Any) -> bool:
-        """Whether ``value``, put where the norm of ``site`` was, is a layer that takes the same modulation."""
-        unmodulated = (ScaleResidualIdentity,) if site in cls.unmodulated else ()
-        return origin_of(type(value)) is not None and isinstance(value, (cls.sites[site], *unmodulated))
 
 
 class FusedBlock(FusedUnit):

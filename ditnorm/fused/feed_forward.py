@@ -27,7 +27,7 @@ class FusedFeedForward(FusedModule):
 
     def forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:
         layers = list(self.net._modules.values())
-        if args or kwargs or len(layers) != 3 or not _quantises(*layers):
+        if args or kwargs or not self.intact() or len(layers) != 3 or not _quantises(*layers):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         gelu, _, linear = layers
         inner = gelu.proj(hidden_states)

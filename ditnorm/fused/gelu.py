@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import autocasts, transformed
 from ..swapping.originals import defined_in, replaced, replaced_functional
-from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, seen_by_a_mode
+from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, seen_by_a_mode
 from .module import FusedModule
 
 # What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes through it.
@@ -19,7 +19,6 @@ _LINEAR_FORWARD = nn.Linear.forward if replaced(nn.Linear, "forward") is None el
 _GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else None
 _GELU = F.gelu if replaced_functional("gelu") is None else None
 _LINEAR = F.linear if replaced_functional("linear") is None else None
-_CALL = nn.Module.__call__
 
 _QUANTISERS = ("bitsandbytes", "diffusers", "ditnorm", "optimum")
 """Whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another weight.)"""
@@ -37,6 +36,8 @@ class FusedGELU(FusedModule):
     gelu: Any
 
     def forward(self, hidden_states: Any) -> Tensor:
+        if not self.intact():
+            return super().forward(hidden_states)  # type: ignore[misc]
         if self.rounding == "single" and self.is_torchs() and _fits_epilogue(self.proj, hidden_states, self.approximate):
             return linear_gelu(self.proj, hidden_states)
         return self.activate(self.proj(hidden_states))
@@ -109,10 +110,10 @@ def _plain(linear: nn.Module, x: Tensor) -> bool:
 def _called_as_module(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no wrapper, nothing compiled."""
     return (
-        type(module).__call__ is _CALL
+        type(module).__call__ is module_call
         and "forward" not in module.__dict__
         and module._compiled_call_impl is None
-        and not (module._forward_hooks or module._forward_pre_hooks or hooks_for_all_modules())
+        and not (module._forward_hooks or module._forward_pre_hooks or any(hooks_for_all_modules))
     )
 
 

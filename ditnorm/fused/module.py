@@ -9,7 +9,8 @@ from torch import nn
 
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
-from .norms import dtype_of, layer_for, norm_call
+from ..swapping.swapped import Swapped
+from .norms import dtype_of, layer_for, layers_at, norm_call
 from .sites import FusedCall, Site
 
 
@@ -24,7 +25,7 @@ class Part:
     """Where ``body`` is None: why there is none."""
 
 
-class FusedModule:
+class FusedModule(Swapped):
     """A ``forward`` that computes what the upstream one does, with ops of this package.
 
     A body is a plain mixin: :func:`ditnorm.swapping.generated.subclass` puts it in front of an upstream class, and modules change to the
@@ -36,6 +37,8 @@ class FusedModule:
 
     fingerprints: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Upstream's ``forward`` and each method of the class that the body inlines -> the accepted fingerprints."""
+    functions: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Functions of upstream's module that the body inlines -> the accepted fingerprints."""
     sites: ClassVar[Mapping[str, type]] = {}
     """Path of a sub-module -> what it must become: a layer of :mod:`ditnorm.layers` for a norm, or a body."""
     unmodulated: ClassVar[frozenset[str]] = frozenset()
@@ -51,10 +54,16 @@ class FusedModule:
     reported_as: ClassVar[str | None] = None
     """For users: what of an optional part runs unfused where it can't be swapped. None: no op of ours is missing, and nobody is told."""
     unfused_by_hooks: ClassVar[bool] = False
-    """Whether a user's forward hook on the module makes its site run unfused."""
+    """Whether the module runs unfused, or as upstream's, where a hook watches it."""
 
     rounding: str
     """The law; set on the generated class."""
+    _inlined: ClassVar[tuple[tuple[dict[str, Any] | None, str, Any], ...]] = ()
+    """What the body inlines, when upstream's class was last looked at: methods, and functions with the globals that hold them."""
+    _modulated: ClassVar[tuple[tuple[str, tuple[type, ...]], ...]] = ()
+    """The sites of norms in the module itself, and the layers that can be called there; set with the one before."""
+
+    _modules: dict[str, Any]
 
     if TYPE_CHECKING:
 
@@ -72,9 +81,51 @@ class FusedModule:
         return cls.knows(upstream_of(type(module)))
 
     @classmethod
+    def _look(cls) -> bool:
+        if not super()._look() or cls._unknown_function(cls.origin) is not None:
+            return False
+        methods = ((None, name, getattr(cls.origin, name)) for name in cls.fingerprints if name != "forward")
+        namespace = cls.origin.forward.__globals__
+        cls._inlined = (*methods, *((namespace, name, namespace[name]) for name in cls.functions))
+        norms = ((path, expected) for path, expected in cls.sites.items() if not issubclass(expected, FusedModule))
+        cls._modulated = tuple((path, layers_at(expected, path not in cls.unmodulated)) for path, expected in norms)
+        return True
+
+    def intact(self) -> bool:
+        """Whether the body still stands for upstream's class, and all its norms take modulation. If not, a call is upstream's affair.
+
+        Methods and modules are replaced in ways that nothing announces, so each call asks.
+        """
+        cls = type(self)
+        if not (cls.origin.forward is cls.known_forward or cls._look()):
+            return False
+        if cls._inlined and not self._inlines() and not (cls._look() and self._inlines()):
+            return False
+        modules = self._modules
+        for path, layers in cls._modulated:
+            norm = modules.get(path)
+            if not isinstance(norm, layers) or type(norm).origin is None:  # type: ignore[attr-defined]
+                return False
+        return True
+
+    def _inlines(self) -> bool:
+        """Whether what the body inlines is what it was."""
+        for namespace, name, function in self._inlined:
+            found = getattr(self, name) if namespace is None else namespace.get(name)
+            if getattr(found, "__func__", found) is not function:
+                return False
+        return True
+
+    @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
         """Why this instance of a matching class can't be fused, or None. Its parts are looked at on their own."""
-        return None
+        name = cls._unknown_function(upstream_of(type(module)))
+        return None if name is None else f"this version of {name} is unknown"
+
+    @classmethod
+    def _unknown_function(cls, upstream: Any) -> str | None:
+        found = {name: upstream.forward.__globals__.get(name) for name in cls.functions}
+        return next((name for name, function in found.items() if fingerprint(function) not in cls.functions[name]), None)
 
     @classmethod
     def parts(cls, module: nn.Module) -> Iterator[Part]:
@@ -123,7 +174,7 @@ def matches(body: type[Any], cls: type) -> bool:
 
     A body may have one parameter more, ``law``: how what it returns is to be quantised.
     """
-    ours, theirs = _parameters(body.__dict__["forward"]), _parameters(getattr(cls, "forward", None))
+    ours, theirs = _parameters(body.own_forward), _parameters(getattr(cls, "forward", None))
     if ours is None or tuple(name for name in ours if name != "law") != theirs:
         return False
     return all(fingerprint(getattr(cls, name, None)) in accepted for name, accepted in body.fingerprints.items())

@@ -49,6 +49,11 @@ def layer_for(expected: type, norm: nn.Module, upstream: type, modulated: bool) 
     return layer, None
 
 
+def layers_at(expected: type, modulated: bool) -> tuple[type, ...]:
+    """The layers that a site that expects ``expected`` can call."""
+    return (expected,) if modulated else (expected, ScaleResidualIdentity)
+
+
 def norm_call(layer: Any, norm: Any, width: int, dtype: torch.dtype, table: torch.dtype | None, modulated: bool) -> Site:
     """What ``layer`` calls in the place of ``norm``; ``width``: that of the stream."""
     if layer is ScaleResidualIdentity:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..functional import dequantize_product, quantize
 from ..ops import quantization
 from ..ops.checks import same_bits
 from ..ops.quantization import INT8_ROW, Law, Quantized
+from ..swapping.swapped import untouched
 from .module import FusedModule, upstream_of
 from .quantized_weights import from_torchao, law_of
 from .sites import FusedCall
@@ -62,7 +62,7 @@ class QuantizedLinear(FusedModule):
         weight, bias = parameters["weight"], parameters["bias"]
         if isinstance(input, Quantized):
             return product(input, weight, bias)
-        if _is_compiling() or not _serves(input):
+        if _is_compiling() or not _serves(input) or not self.as_made():
             return super().forward(input)  # type: ignore[misc]
         law = law_of(weight)
         if type(law) is not Law or not _fits(law, input, weight, bias):
@@ -123,8 +123,7 @@ def dense_for(x: Tensor, linear: Any) -> Any:
 
 def hooked(module: Any) -> bool:
     """Whether somebody looks at what goes into ``module`` or comes out of it."""
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
+    return not untouched(module)
 
 
 def _serves(x: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """HunyuanVideo (text-to-video, both image-to-video kinds, Framepack), HunyuanVideo-1.5, HunyuanImage-2.1."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Law
+from ..swapping.swapped import untouched
 
 MODULATED = (
     ModulatedModel(
@@ -69,7 +71,8 @@ class HunyuanVideoAttention(FusedAttention):
         kwargs = dict(cross_attention_kwargs)
         rotary = kwargs.pop("image_rotary_emb", None)
         aligned = rotary is None or encoder_hidden_states is None or rotary[0].shape[0] == hidden_states.shape[1]
-        if kwargs or not self.fuses() or not self.fits("joint_qk_norm_rope", aligned):
+        known = self.fuses()
+        if kwargs or known is None or not self.fits("joint_qk_norm_rope", aligned):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         text_tokens = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         dual = text_tokens > 0 and self.add_q_proj is not None
@@ -104,7 +107,7 @@ class HunyuanVideoAttention(FusedAttention):
             value = value.unflatten(2, (self.heads, -1))
 
         processor = self.processor
-        if self.known[type(processor)] == "pairwise_mask":
+        if known.form == "pairwise_mask":
             attention_mask = pairwise_mask(attention_mask, query.shape[1], mask_form(query, processor))  # type: ignore[arg-type]
         hidden_states = self.upstream("dispatch_attention_fn")(
             query,
@@ -129,7 +132,7 @@ class HunyuanVideoAttention(FusedAttention):
 
     def takes_joined(self) -> bool:
         """Whether a single-stream block may hand over its sequence in one piece: nobody but us sees what goes in and comes out."""
-        return "forward" not in self.__dict__ and not (self._forward_hooks or self._forward_pre_hooks) and self.fuses()
+        return untouched(self) and self.fuses() is not None
 
 
 class HunyuanVideoTransformerBlock(FusedBlock):
@@ -157,6 +160,10 @@ class HunyuanVideoTransformerBlock(FusedBlock):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, *args, **kwargs
+            )
         given, c_given = _laws(self, hidden_states, encoder_hidden_states, freqs_cis)
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb, **given)
         c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb, **c_given)
@@ -195,7 +202,20 @@ class HunyuanImageTransformerBlock(HunyuanVideoTransformerBlock):
         return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
 
 
-class HunyuanVideoSingleTransformerBlock(FusedBlock):
+class _Single:
+    """A single-stream block: its residual is the streams themselves, where upstream's is the copy that its norm was given."""
+
+    _modules: dict[str, Any]
+    sites: ClassVar[Mapping[str, type]]
+
+    def intact(self) -> bool:
+        """As of :class:`FusedModule`; besides, nobody else is given what the norm is given, and could write to it."""
+        norm: Any = self._modules.get("norm")
+        known = super().intact() and isinstance(norm, self.sites["norm"])  # type: ignore[misc]
+        return known and norm.intact() and untouched(norm, norm.norm)
+
+
+class HunyuanVideoSingleTransformerBlock(_Single, FusedBlock):
     """diffusers' ``HunyuanVideoSingleTransformerBlock``: attention and MLP side by side over both streams as one."""
 
     family = "HunyuanVideo"
@@ -214,6 +234,10 @@ class HunyuanVideoSingleTransformerBlock(FusedBlock):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs
+            )
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         x, gate = self.norm(x, emb=temb, **_law_joined(self, x, image_rotary_emb))
@@ -237,6 +261,8 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
     def forward(
         self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Law | None = None
     ) -> tuple[Tensor, ...]:
+        if not self.intact():
+            return super().forward(hidden_states, emb, token_replace_emb, first_frame_num_tokens)  # type: ignore[misc]
         emb = self.modulation(emb)
         token_replace_emb = self.modulation(token_replace_emb)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
@@ -258,6 +284,8 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
     def forward(
         self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Law | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(hidden_states, emb, token_replace_emb, first_frame_num_tokens)  # type: ignore[misc]
         emb = self.modulation(emb)
         token_replace_emb = self.modulation(token_replace_emb)
         shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
@@ -293,6 +321,10 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         token_replace_emb: Tensor = None,  # type: ignore[assignment]  # upstream's default; always given
         num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
+            )
         given, c_given = _laws(self, hidden_states, encoder_hidden_states, freqs_cis)
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = self.norm1(
             hidden_states, temb, token_replace_emb, num_tokens, **given
@@ -318,7 +350,7 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
         return hidden_states, encoder_hidden_states
 
 
-class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
+class HunyuanVideoTokenReplaceSingleTransformerBlock(_Single, FusedBlock):
     """diffusers' ``HunyuanVideoTokenReplaceSingleTransformerBlock``: the single-stream block with two modulations."""
 
     family = "HunyuanVideo"
@@ -337,6 +369,10 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(FusedBlock):
         token_replace_emb: Tensor = None,  # type: ignore[assignment]  # upstream's default; always given
         num_tokens: int = None,  # type: ignore[assignment]  # noqa: RUF013
     ) -> tuple[Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, token_replace_emb, num_tokens
+            )
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens, **_law_joined(self, x, image_rotary_emb))

@@ -58,9 +58,10 @@ class QwenImageAttention(FusedAttention):
     ) -> tuple[Tensor, Tensor]:
         kwargs = dict(cross_attention_kwargs)
         mask, rotary = kwargs.pop("encoder_hidden_states_mask", None), kwargs.pop("image_rotary_emb", None)
-        form = self.known.get(type(self.processor))
+        known = self.fuses()
+        form = None if known is None else known.form
         fits = (attention_mask is None or form == "given_mask") and _aligned(hidden_states, encoder_hidden_states, rotary)
-        if encoder_hidden_states is None or kwargs or not self.fuses() or not self.fits("joint_qk_norm_rope", fits):
+        if encoder_hidden_states is None or kwargs or known is None or not self.fits("joint_qk_norm_rope", fits):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         if mask is not None and form == "joint_mask":
             of_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
@@ -151,6 +152,16 @@ class QwenImageTransformerBlock(FusedBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states,
+                encoder_hidden_states,
+                encoder_hidden_states_mask,
+                temb,
+                image_rotary_emb,
+                joint_attention_kwargs,
+                modulate_index,
+            )
         img_mod_params = self.img_mod(temb)
         if self.zero_cond_t:
             temb = temb.chunk(2, dim=0)[0]

@@ -3,20 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
-from ..fused.module import upstream_of
 from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from ..swapping.fingerprint import fingerprint
 
-SELECT_MODULATION_ROWS = "8dced6670ad1"
-"""``_select_modulation_rows`` of diffusers 0.41.0 to 0.42.1."""
+_SELECTS_ROWS = {"_select_modulation_rows": frozenset({"8dced6670ad1"})}  # 0.41.0 to 0.42.1
 
 
 class _Projected:
@@ -56,7 +53,7 @@ class QwenImage21Attention(FusedAttention):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         rotary_emb = kwargs.get("rotary_emb")
         aligned = rotary_emb is None or rotary_emb.shape[0] == hidden_states.shape[1]
-        if not self.fuses() or not self.fits("qk_norm_rope", aligned):
+        if self.fuses() is None or not self.fits("qk_norm_rope", aligned):
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
         shared = quantized_for(hidden_states, self.to_q, self.to_k, self.to_v)
         query, key, value = self.to_q(shared), self.to_k(shared), self.to_v(shared)
@@ -79,17 +76,6 @@ class QwenImage21Attention(FusedAttention):
         return self.processor(projected, hidden_states, **kwargs | {"rotary_emb": None})
 
 
-class _SelectsRows:
-    """What bodies that inline ``_select_modulation_rows`` check besides."""
-
-    @classmethod
-    def unsupported(cls, module: nn.Module) -> str | None:
-        upstream: Any = upstream_of(type(module))
-        if fingerprint(upstream.forward.__globals__.get("_select_modulation_rows")) != SELECT_MODULATION_ROWS:
-            return "this version of _select_modulation_rows is unknown"
-        return super().unsupported(module)  # type: ignore[misc]
-
-
 def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:
     """With a mask [B + 1, N] -> [B, 2, N]: the rows that the mask selects from, that of timestep 0 (the last one) and the sample's own."""
     if target_token_mask is None:
@@ -102,7 +88,7 @@ def _no_shift(scale: Tensor) -> Tensor:
     return torch.full_like(scale, -0.0)
 
 
-class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
+class QwenImage21TransformerBlock(FusedBlock):
     """diffusers' ``QwenImage21TransformerBlock``: ``hidden_states`` [B, S, D]; ``modulation`` [B, 4 * D].
 
     With ``target_token_mask`` [S] ``modulation`` is [B + 1, 4 * D], and tokens where it is False take the last row.
@@ -111,6 +97,7 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
     family = "Qwen-Image"
     names = frozenset({"QwenImage21TransformerBlock"})
     fingerprints = {"forward": frozenset({"5da14fbe1fdd"}), "_modulate": frozenset({"f369c76c2619"})}  # 0.41.0 to 0.42.1
+    functions = _SELECTS_ROWS
     sites = {"img_norm1": LayerNormScaleShift, "img_norm2": ScaleResidualNormScaleShift, "attn": QwenImage21Attention}
     residuals = 1
 
@@ -127,6 +114,19 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
         segments: list[tuple[int, int, bool]] | None = None,
         key_valid: Tensor | None = None,
     ) -> Tensor:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states,
+                modulation,
+                rotary_emb,
+                attention_mask,
+                target_token_mask,
+                layer_cache,
+                kv_cache_mode,
+                cache_write_slice,
+                segments,
+                key_valid,
+            )
         scale1, gate1, scale2, gate2 = _rows(modulation, target_token_mask).chunk(4, dim=-1)
         gate1, gate2, no_shift = gate1.tanh(), gate2.tanh(), _no_shift(scale1)
 
@@ -149,14 +149,17 @@ class QwenImage21TransformerBlock(_SelectsRows, FusedBlock):
         return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
 
 
-class QwenImage21AdaLayerNormContinuous(_SelectsRows, FusedUnit):
+class QwenImage21AdaLayerNormContinuous(FusedUnit):
     """diffusers' ``QwenImage21AdaLayerNormContinuous``, the output norm: ``conditioning_embedding`` [B, D], with a mask [B + 1, D]."""
 
     family = "Qwen-Image"
     names = frozenset({"QwenImage21AdaLayerNormContinuous"})
     fingerprints = {"forward": frozenset({"264465afb9c3"})}  # 0.41.0 to 0.42.1
+    functions = _SELECTS_ROWS
     sites = {"norm": LayerNormScaleShift}
 
     def forward(self, hidden_states: Tensor, conditioning_embedding: Tensor, target_token_mask: Tensor | None = None) -> Tensor:
+        if not self.intact():
+            return super().forward(hidden_states, conditioning_embedding, target_token_mask)  # type: ignore[misc]
         scale = _rows(self.linear(self.silu(conditioning_embedding).to(hidden_states.dtype)), target_token_mask)
         return modulated(self.norm, hidden_states, scale, _no_shift(scale), target_token_mask)

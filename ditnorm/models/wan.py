@@ -14,6 +14,8 @@ from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.checks import transformed
 from ..ops.quantization import Law
+from ..swapping.callers import caller_of
+from ..swapping.swapped import untouched
 
 
 class WanAttention(FusedAttention):
@@ -36,7 +38,7 @@ class WanAttention(FusedAttention):
         # Text of another batch than the video's is broadcast inside the attention.
         same_batch = encoder_hidden_states is None or encoder_hidden_states.shape[0] == hidden_states.shape[0]
         aligned = rotary_emb is None or (encoder_hidden_states is None and rotary_emb[0].shape[1] == hidden_states.shape[1])
-        if kwargs or not self.fuses() or not self.fits("qk_norm_rope", same_batch and aligned):
+        if kwargs or self.fuses() is None or not self.fits("qk_norm_rope", same_batch and aligned):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)  # type: ignore[misc]
         image_states = None
         if self.add_k_proj is not None:  # image-to-video: 512 tokens of text, after those of the image
@@ -116,6 +118,8 @@ class WanTransformerBlock(FusedBlock):
     residuals = 1
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
+        if not self.intact():
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[misc]
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table)
 
         x = self.norm1(hidden_states, **modulation1, law=_law(self.attn1, hidden_states, rotary_emb))
@@ -145,6 +149,10 @@ class WanVACETransformerBlock(FusedBlock):
         temb: Tensor,
         rotary_emb: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
+        if not self.intact():
+            return super().forward(  # type: ignore[misc]
+                hidden_states, encoder_hidden_states, control_hidden_states, temb, rotary_emb
+            )
         if self.proj_in is not None:
             control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table.to(temb.device))
@@ -176,6 +184,7 @@ class WanTimeTextImageEmbedding(FusedUnit):
     fingerprints = {"forward": frozenset({"cad5ec5dcd1f"})}  # 0.37.0 to 0.42.1, in Wan and ChronoEdit
     holders = frozenset({"c9bb19925b53", "1b954adb29e2"})  # the same, and Wan from 0.40.0 on
     anywhere = (FusedGELU,)
+    unfused_by_hooks = True
 
     def forward(
         self,
@@ -187,22 +196,29 @@ class WanTimeTextImageEmbedding(FusedUnit):
         temb, timestep_proj, text, image = super().forward(  # type: ignore[misc]
             timestep, encoder_hidden_states, encoder_hidden_states_image, timestep_seq_len
         )
-        if timestep_seq_len is not None and _rows_are_equal(temb) and _rows_are_equal(timestep_proj):
+        rows = temb, timestep_proj
+        if timestep_seq_len is not None and _have_values(temb) and self._goes_to_known_code() and all(map(_rows_are_equal, rows)):
             temb, timestep_proj = temb[:, :1].clone(), timestep_proj[:, :1].clone()
         return temb, timestep_proj, text, image
+
+    def _goes_to_known_code(self) -> bool:
+        """Whether what is returned is seen by nobody but a model and blocks that are known to broadcast it."""
+        model: Any = caller_of(self, self.holders) if self.intact() and untouched(self) else None  # type: ignore[arg-type]
+        return model is not None and all(isinstance(block, WanTransformerBlock) and untouched(block) for block in model.blocks)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _rows_are_equal(rows: Tensor) -> bool:
-    """Whether the rows [B, S, D] of each sample are the same bits. False where there are none to look at, and for gradients, which would be
-    sums over the tokens.
-    """
+def _have_values(rows: Tensor) -> bool:
+    """Whether there are bits to compare now. Not for gradients: that of one row would be a sum over the tokens."""
     if torch.is_grad_enabled() or transformed() or type(rows) is not Tensor or rows.device.type == "meta":
         return False
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
+    return not (rows.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _rows_are_equal(rows: Tensor) -> bool:
+    """Whether the rows [B, S, D] of each sample are the same bits."""
     # A part at a time: a comparison makes a byte of each value.
     parts = rows.view(_BITS[rows.element_size()]).chunk(6, dim=-1)
     return bool(torch.stack([(part == part[:, :1]).all() for part in parts]).all())

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import kernels
 from ..fused.quantized_linear import QuantizedProduct
+from ..swapping.swapped import untouched
 from . import patch, verification
 from .restoring import tables
 from .targets import listed, modules_of, number_of, targets
@@ -43,7 +44,7 @@ class TransformerReport:
     changed: Mapping[str, list[str]]
     """What happened to fused parts since -> the parts. Whether they still run fused isn't known, and they can't be unpatched."""
     hooked: list[str]
-    """Norms that run unfused because they carry a forward hook."""
+    """Parts, such as norms, that run unfused because a hook watches them: one of their own, or one for all modules."""
     attentions: int
     """Attention modules of the fusable or fused blocks whose query and key are fused too."""
     unfused_attentions: Mapping[str, list[str]]
@@ -82,7 +83,7 @@ class TransformerReport:
         for reason, units in self.changed.items():
             yield "  changed since", f"{listed(units)}: {reason}"
         if self.hooked:
-            yield "  unfused", f"{listed(self.hooked)}: has a forward hook, which is shown the norm's own output"
+            yield "  unfused", f"{listed(self.hooked)}: watched by a hook, which is shown upstream's own values"
 
 
 @dataclass(frozen=True, repr=False)
@@ -138,7 +139,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         verification=_verification(model, fused, roundings),
         refused=_by_reason(unit for unit in units if not unit.fused),
         changed=_by_reason(fused),
-        hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and _hooked(swap.module)],
+        hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and not untouched(swap.module)],
         attentions=sum(call.op.endswith("qk_norm_rope") for call in calls),
         unfused_attentions=_unfused(counted, "query and key"),
         products=Counter(str(call.law) for call in calls if isinstance(call, QuantizedProduct)),
@@ -160,10 +161,6 @@ def _grouped(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     for name, reason in named:
         found.setdefault(reason, []).append(name)
     return found
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _verification(model: nn.Module, fused: list[Unit], roundings: Iterable[str]) -> Verification:

@@ -32,7 +32,7 @@ class Swap:
 
     @property
     def unfused_by_hooks(self) -> bool:
-        """Whether a user's forward hook makes its site run unfused: on a norm it is shown the norm's own output."""
+        """Whether it runs unfused where a hook watches it: that of a norm is shown the norm's own output."""
         return self.body.unfused_by_hooks if issubclass(self.body, FusedModule) else True
 
     def calls(self, dtype: torch.dtype) -> Iterator[FusedCall]:

@@ -128,3 +128,45 @@ def _module_called(value: Any) -> nn.Module | None:
 def _describe(value: Any) -> str:
     name = getattr(value, "__qualname__", type(value).__name__)
     return f"{getattr(value, '__module__', type(value).__module__)}.{name}"
+
+
+_MOVING = {
+    "accelerate.hooks": frozenset({"AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook"}),
+    "diffusers.hooks.group_offloading": frozenset({"GroupOffloadingHook", "LazyPrefetchGroupOffloadingHook", "LayerExecutionTrackerHook"}),
+    "diffusers.hooks.layerwise_casting": frozenset({"LayerwiseCastingHook"}),
+}
+"""The hooks that change where weights are, or in which dtype, and look at no value."""
+
+
+def only_moves_weights(module: nn.Module) -> bool:
+    """Whether calls of ``module``, whose instance has a forward, end in that of its class, with hooks between that only move weights."""
+    value = module.__dict__["forward"]
+    for _ in range(_LONGEST_CHAIN):
+        if _is_bound(value, module, (type(module).forward,)):
+            return True
+        try:
+            hook, holder, key = _hook(value, module)
+        except (Untraceable, LookupError, AttributeError):
+            return False
+        if not _moves(hook):
+            return False
+        value = holder[key]
+    return False
+
+
+_LONGEST_CHAIN = 16
+
+
+def _hook(wrapper: Any, module: nn.Module) -> tuple[Any, dict[str, Any], str]:
+    """The hook behind a wrapper, and where what it calls is held."""
+    holder, key = _next(wrapper, module)[0]
+    if key == "_old_forward":
+        return module.__dict__["_hf_hook"], holder, key
+    return holder["pre_forward"].__self__, holder, key
+
+
+def _moves(hook: Any) -> bool:
+    cls = type(hook)
+    if cls.__name__ == "SequentialHook" and cls.__module__ == "accelerate.hooks":
+        return all(map(_moves, hook.hooks))
+    return cls.__name__ in _MOVING.get(cls.__module__, ())

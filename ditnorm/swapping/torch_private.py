@@ -5,7 +5,7 @@ the package names them. (``nn.Module`` keeps its hooks and sub-modules in ``_for
 its pickles contain those names, so they stay.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch.nn.modules import module as _module
 
 
 class _Unknown:
-    """In the place of what holds a private name: forward-mode gradients, or a hook, may be there."""
+    """In the place of what holds a private name: forward-mode gradients may be on."""
 
     _current_level = 0
-    _global_forward_hooks = _global_forward_pre_hooks = frozenset({"unknown"})
 
 
 def _yes() -> bool:
@@ -40,13 +39,17 @@ forward_ad: Any = _found(torch.autograd.forward_ad, "_current_level")
 addmm_activation: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_activation", None)
 """A linear with its GELU in one kernel (cuBLASLt's epilogue). Without it there are two."""
 
-_hooked_before: Any = _found(_module, "_global_forward_pre_hooks")
-_hooked_after: Any = _found(_module, "_global_forward_hooks")
+hooks_for_all_modules: tuple[Mapping[int, Any], ...] = tuple(
+    getattr(_module, f"_global_{kind}_hooks", {0: "unknown"}) for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)
+"""What ``register_module_forward_hook`` and its like added; PyTorch changes these, and never puts others in their place. Where one can't
+be seen: something."""
 
+module_call: Any = getattr(torch.nn.Module, "_wrapped_call_impl", torch.nn.Module.__call__)
+"""PyTorch's own ``nn.Module.__call__``, which tools replace to see all calls. Where it has another name: the one found at import."""
 
-def hooks_for_all_modules() -> bool:
-    """Whether ``register_module_forward_hook`` or ``register_module_forward_pre_hook`` added any. Where that can't be seen: yes."""
-    return bool(_hooked_after._global_forward_hooks or _hooked_before._global_forward_pre_hooks)
+frame_of_a_call: Any = getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
+"""The code of the method that calls a module's forward, whose ``self`` is the module. None: no frame is."""
 
 
 def function_transform() -> bool:

@@ -1,0 +1,81 @@
+"""What a swapped module asks in its calls: whether upstream's class still is what was looked at, and whether somebody watches the module.
+
+Both are asked so often that they only compare objects; reading source, or following the wrappers of hooks, is left to where a comparison
+fails.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import Module
+
+from .hook_chains import only_moves_weights
+from .torch_private import hooks_for_all_modules, module_call
+
+_forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks = hooks_for_all_modules
+
+
+class Swapped:
+    """What goes in front of an upstream class: a body, or a layer."""
+
+    origin: ClassVar[Any] = None
+    """The upstream class; set on the generated class. None: it stands in front of none, as a layer that users make."""
+    known_forward: ClassVar[Any] = None
+    """Its forward when it was last looked at, if that was one to stand in for."""
+    own_forward: ClassVar[Any]
+    """The forward that goes in front, as it was defined."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        generated = "origin" in cls.__dict__
+        if generated or cls.origin is None:  # not where others derive a class from a generated one
+            cls.own_forward = getattr(cls, "forward", None)
+        if generated:
+            cls._look()
+
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Whether this class may stand in for ``upstream``, going by what is in it now."""
+        raise NotImplementedError
+
+    @classmethod
+    def as_made(cls) -> bool:
+        """Whether the class and the upstream class run what they ran when this one was made."""
+        origin = cls.origin
+        return cls.forward is cls.own_forward and (  # type: ignore[attr-defined]
+            origin is None or origin.forward is cls.known_forward or cls._look()
+        )
+
+    @classmethod
+    def upstream_known(cls) -> bool:
+        """Whether the upstream class still is one to stand in for. Others replace methods of classes, for the whole process."""
+        return cls.origin is None or cls.origin.forward is cls.known_forward or cls._look()
+
+    @classmethod
+    def _look(cls) -> bool:
+        if torch.compiler.is_compiling() or not cls.knows(cls.origin):
+            return False
+        cls.known_forward = cls.origin.forward
+        return True
+
+
+def untouched(*modules: Any) -> bool:
+    """Whether what goes into ``modules`` and comes out of them is between their callers and their bodies, or upstream's classes.
+
+    That isn't so where hooks, their own or for all modules, are shown it, or where somebody has replaced a forward, of an instance or a
+    class. Hooks that move or cast weights don't count, nor do those on the way back where there is none.
+    """
+    if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks or Module.__call__ is not module_call:
+        return False
+    grad, seen = torch.is_grad_enabled(), None
+    for module in modules:
+        state = module.__dict__  # its entries take a third of the time of attributes of a module
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or (grad and (state["_backward_hooks"] or state["_backward_pre_hooks"])):
+            return False
+        if "forward" in state and not only_moves_weights(module):
+            return False
+        cls = type(module)
+        if cls is not seen and issubclass(cls, Swapped) and not cls.as_made():
+            return False
+        seen = cls
+    return True
