@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..swapping.swapped import untouched
+
 if TYPE_CHECKING:
     from .modulation_table import ModulationTable
 
@@ -137,7 +139,7 @@ class RowEmbedding:
 
     def _is_read_by_others(self, device: str) -> bool:
         """Whether gradients go through it, or its dtype may change on the way, or a hook looks at it."""
-        return torch.is_grad_enabled() or torch.is_autocast_enabled(device) or bool(self._forward_hooks)  # type: ignore[attr-defined]
+        return torch.is_grad_enabled() or torch.is_autocast_enabled(device) or not untouched(self)
 
 
 def call_on(x: Tensor, module: nn.Module) -> Tensor:

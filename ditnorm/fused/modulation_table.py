@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..swapping.generated import origin_of
 from ..swapping.hook_chains import set_class
 from .modulation import Modulating, ModulationSequential
-from .module import upstream_of
+from .module import FusedModule, upstream_of
 
 Key = tuple[tuple[int, ...], torch.dtype, bytes]
 Inputs = Sequence[Tensor | None]
@@ -308,7 +308,7 @@ class ModulationTable:
             if siblings.get(key) is not module and getattr(siblings.get(key), "_orig_mod", None) is not module:
                 return f"{name} was replaced"
         for name, holder, _ in self.holders:
-            if not isinstance(holder, Modulating):
+            if not isinstance(holder, Modulating) or (isinstance(holder, FusedModule) and not holder.intact()):
                 return f"{name} isn't fused any more"
             for part in holder.modulation_modules():
                 if "_diffusers_hook" in part.__dict__ and part._diffusers_hook.get_hook("group_offloading") is not None:  # type: ignore[operator, union-attr]
