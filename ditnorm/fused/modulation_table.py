@@ -133,7 +133,6 @@ class ModulationTable:
         if all(known() is not pipeline for known in self.pipelines):
             self.pipelines = [known for known in self.pipelines if known() is not None] + [weakref.ref(pipeline)]
 
-    @torch.no_grad()
     def rows(self, embedding: Tensor, inputs: Inputs, output: int) -> Tensor | None:
         """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module makes of ``inputs``: int64 [B].
 
@@ -141,7 +140,7 @@ class ModulationTable:
         """
         if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._captured(embedding)
-        with self._lock, torch.inference_mode(False):
+        with self._lock, torch.inference_mode(False), torch.no_grad():  # the first, which would let later runs write rows, enables gradients
             reason = self._reason_to_give_up()
             if reason is not None:
                 self.restore()
@@ -186,10 +185,16 @@ class ModulationTable:
             return []
         value = timestep.flatten()[0]
         for timesteps in self._known_schedules():
-            for taken in _as_models_take_them(timesteps.to(timestep.device), timestep.dtype):
+            timesteps = timesteps.to(timestep.device)
+            for form, taken in enumerate(_as_models_take_them(timesteps, timestep.dtype)):
                 found = (taken == value).nonzero().flatten().tolist()
                 if found:
-                    return [self._embedded(given, taken, found[0], step, output) for step in range(found[0], len(taken))]
+                    now = found[0]
+                    rest = [self._embedded(given, value, taken, step, output) for step in range(now, len(taken))]
+                    if timestep.dtype is not self.dtype:  # HunyuanVideo's latents, and so its timesteps, change their dtype in the first step
+                        taken = _as_models_take_them(timesteps, self.dtype)[form]
+                        rest += [self._embedded(given, value, taken, step, output) for step in range(now + 1, len(taken))]
+                    return rest
         return []
 
     def _known_schedules(self) -> Iterator[Tensor]:
@@ -200,13 +205,12 @@ class ModulationTable:
             if isinstance(timesteps, Tensor) and timesteps.ndim == 1:
                 yield timesteps
 
-    def _embedded(self, given: dict[str, Tensor], taken: Tensor, now: int, step: int, output: int) -> Tensor:
+    def _embedded(self, given: dict[str, Tensor], now: Tensor, taken: Tensor, step: int, output: int) -> Tensor:
         """What the embedding makes of ``given`` with the timestep of another step. Other values beside it, a 0 for instance, stay."""
         timestep = given["timestep"]
-        changed = {"timestep": torch.where(timestep == taken[now], taken[step], timestep)}
+        changed = {"timestep": torch.where(timestep == now, taken[step], timestep.to(taken.dtype))}
         if "timestep_r" in given:  # the timestep of the next step, and 0 at the end
-            next_of = torch.cat([taken, taken.new_zeros(1)])
-            changed["timestep_r"] = torch.where(given["timestep_r"] == next_of[now + 1], next_of[step + 1], given["timestep_r"])
+            changed["timestep_r"] = torch.zeros_like(changed["timestep"]) + taken[step + 1] if step + 1 < len(taken) else changed["timestep"] * 0
         upstream: Any = origin_of(type(self.embedding))
         embedded = upstream.forward(self.embedding, **(given | changed))
         return embedded[output] if isinstance(embedded, tuple) else embedded
@@ -496,12 +500,11 @@ def _bits(t: Tensor) -> Tensor:
     return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """What pipelines make of the timesteps of a scheduler before a model gets them."""
-    yield timesteps.to(dtype)
-    if dtype.is_floating_point:
-        yield timesteps.to(dtype) / 1000
-        yield (timesteps / 1000).to(dtype)
+def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What pipelines make of the timesteps of a scheduler before a model gets them, in each way that there is."""
+    if not dtype.is_floating_point:
+        return [timesteps.to(dtype)]
+    return [timesteps.to(dtype), timesteps.to(dtype) / 1000, (timesteps / 1000).to(dtype)]
 
 
 def _adapters(module: nn.Module) -> Any:
