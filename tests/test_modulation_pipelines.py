@@ -70,7 +70,7 @@ def test_several_results_a_prompt_share_rows(family: str) -> None:
     expected, pipe = generate(pipelines.pipeline(family), family, steps=4, **number), precomputed(family)
     assert torch.equal(generate(pipe, family, steps=4, **number), expected)
     assert counts(pipe) == (3, 1, 0)
-    assert table_of(pipe).row_count == (4 if family == "Qwen-Image" else 5)  # its latents change their dtype, here to an equal timestep once
+    assert table_of(pipe).row_count == (4 if family == "Qwen-Image" else 5)  # and both dtypes of its latents
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,11 @@ from ..swapping.hook_chains import set_class
 from .modulation import Modulating, ModulationSequential
 from .module import FusedModule, upstream_of
 
+GROUP_OFFLOADED = "group offloading moves the weights in its own order, and keeps those of modulations off the device as it is"
+
 Key = tuple[tuple[int, ...], torch.dtype, bytes]
 Inputs = Sequence[Tensor | None]
+DtypeOf = Callable[[nn.Module], torch.dtype | None]
 
 _ROWS, _STEP = 128, 64  # two schedules of 50 steps, as guidance with two pooled texts needs
 _IN_USE = 4  # embeddings of one forward pass, and of the one before it in the same thread
@@ -63,11 +66,14 @@ class ModulationTable:
     Threads take turns at look-ups. Rows that a thread may still read are not given to others.
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype: torch.dtype) -> None:
-        """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of the embedding only."""
+    def __init__(self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype_of: DtypeOf) -> None:
+        """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of the embedding only.
+
+        ``dtype_of``: the dtype of a model's activations.
+        """
         self.model, self.embedding = model, embedding
         self.holders = list(holders)
-        self.dtype = dtype
+        self.dtype_of = dtype_of
         upstream: Any = origin_of(type(embedding)) or type(embedding)
         self.inputs = tuple(inspect.signature(upstream.forward).parameters)[1:]
         self.timesteps: Tensor | None = None
@@ -79,7 +85,7 @@ class ModulationTable:
         for _, holder, _ in self.holders:  # already now: what is compiled or captured holds them
             holder.__dict__["modulation_changes"] = 0
             out_features: int = holder.modulation_modules()[-1].out_features
-            self._table_of(holder, torch.empty(0, out_features, dtype=dtype, device=device))
+            self._table_of(holder, torch.empty(0, out_features, dtype=self.dtype, device=device))
 
     def _start(self) -> None:
         self.pipelines: list[weakref.ref[Any]] = []
@@ -99,13 +105,19 @@ class ModulationTable:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't known."""
-        kept = ("model", "embedding", "holders", "dtype", "inputs", "timesteps", "_capacity")
+        kept = ("model", "embedding", "holders", "dtype_of", "inputs", "timesteps", "_capacity")
         counters = ("hits", "misses", "schedules", "changes", "seconds")
         return {name: self.__dict__[name] for name in (*kept, *counters)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = self.dtype_of(self.model)
+        assert dtype is not None
+        return dtype
 
     @property
     def row_count(self) -> int:
@@ -140,7 +152,11 @@ class ModulationTable:
         """
         if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._captured(embedding)
-        with self._lock, torch.inference_mode(False), torch.no_grad():  # the first, which would let later runs write rows, enables gradients
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # the first, which would let later runs write rows, enables gradients
             reason = self._reason_to_give_up()
             if reason is not None:
                 self.restore()
@@ -191,7 +207,7 @@ class ModulationTable:
                 if found:
                     now = found[0]
                     rest = [self._embedded(given, value, taken, step, output) for step in range(now, len(taken))]
-                    if timestep.dtype is not self.dtype:  # HunyuanVideo's latents, and so its timesteps, change their dtype in the first step
+                    if timestep.dtype is not self.dtype:  # as HunyuanVideo's latents, and timesteps, are from step 2 on
                         taken = _as_models_take_them(timesteps, self.dtype)[form]
                         rest += [self._embedded(given, value, taken, step, output) for step in range(now + 1, len(taken))]
                     return rest
@@ -210,7 +226,9 @@ class ModulationTable:
         timestep = given["timestep"]
         changed = {"timestep": torch.where(timestep == now, taken[step], timestep.to(taken.dtype))}
         if "timestep_r" in given:  # the timestep of the next step, and 0 at the end
-            changed["timestep_r"] = torch.zeros_like(changed["timestep"]) + taken[step + 1] if step + 1 < len(taken) else changed["timestep"] * 0
+            changed["timestep_r"] = (
+                torch.zeros_like(changed["timestep"]) + taken[step + 1] if step + 1 < len(taken) else changed["timestep"] * 0
+            )
         upstream: Any = origin_of(type(self.embedding))
         embedded = upstream.forward(self.embedding, **(given | changed))
         return embedded[output] if isinstance(embedded, tuple) else embedded
@@ -264,6 +282,7 @@ class ModulationTable:
     def _fill(self, work: list[tuple[Tensor, Entry]], device: torch.device) -> bool:
         """Makes the rows, module by module. False where equal samples of a batch gave other bits, so that they can't share a row."""
         unequal = torch.zeros((), dtype=torch.bool, device=device)
+        dtype = self.dtype
         for _, holder, _ in self.holders:
             send_home(holder)
         for _, holder, halved in _progress(streamed(self.holders, device), len(self.holders)):
@@ -271,7 +290,7 @@ class ModulationTable:
             for embedding, entry in work:
                 seen = embedding.chunk(2)[0] if halved else embedding
                 index = entry.index[: len(seen)]
-                y = holder.modulation_from_weights(seen, self.dtype)
+                y = holder.modulation_from_weights(seen, dtype)
                 first = [index.index(row) for row in dict.fromkeys(index)]
                 rows += [index[i] for i in first]
                 if len(first) < len(index):
@@ -311,25 +330,27 @@ class ModulationTable:
         for name, siblings, key, module in self._path:
             if siblings.get(key) is not module and getattr(siblings.get(key), "_orig_mod", None) is not module:
                 return f"{name} was replaced"
+            if is_group_offloaded(module):
+                return GROUP_OFFLOADED
         for name, holder, _ in self.holders:
             if not isinstance(holder, Modulating) or (isinstance(holder, FusedModule) and not holder.intact()):
                 return f"{name} isn't fused any more"
             for part in holder.modulation_modules():
-                if "_diffusers_hook" in part.__dict__ and part._diffusers_hook.get_hook("group_offloading") is not None:  # type: ignore[operator, union-attr]
-                    return "group offloading moves their weights in its own order, and keeps them off the device as it is"
+                if is_group_offloaded(part):
+                    return GROUP_OFFLOADED
                 if any(hasattr(p, "placements") for p in part._parameters.values()):
                     return f"the weights of {name} are spread over several devices"
         return None
 
-    def restore(self) -> None:
-        """Brings the weights to where the model is by now, and upstream's classes back."""
+    def restore(self, bring: bool = True) -> None:
+        """Upstream's classes come back, and the weights go to where the model is by now, unless ``bring`` is False."""
         ours = {id(p) for _, holder, _ in self.holders if isinstance(holder, Modulating) for p in holder.modulation_weights()}
         device = next((p.device for p in self.model.parameters() if id(p) not in ours and p.device.type != "meta"), torch.device("cpu"))
         set_class(self.embedding, upstream_of(type(self.embedding)))
         del self.embedding.__dict__["modulations"]
         for _, holder, _ in self.holders:
             parts = holder.modulation_modules() if isinstance(holder, Modulating) else list(holder.children())
-            for p in (p for part in parts for p in part.parameters() if p.device.type == "cpu"):
+            for p in (p for part in parts for p in part.parameters() if bring and p.device.type == "cpu"):
                 p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
             for attribute in ("modulation_table", "modulation_changes"):
                 holder.__dict__.pop(attribute, None)
@@ -413,6 +434,11 @@ def _link(model: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module]:
     parent, _, key = name.rpartition(".")
     siblings: dict[str, Any] = model.get_submodule(parent)._modules
     return siblings, key, siblings[key]
+
+
+def is_group_offloaded(module: nn.Module) -> bool:
+    hooks: Any = module.__dict__.get("_diffusers_hook")
+    return hooks is not None and hooks.get_hook("group_offloading") is not None
 
 
 def send_home(holder: Any) -> None:

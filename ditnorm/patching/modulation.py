@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
-from ..fused.modulation_table import ModulationTable, send_home
+from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, send_home
 from ..models import MODULATED
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
@@ -125,14 +125,9 @@ def _weights_obstacle(plan: Plan) -> str | None:
         for name, p in module.named_parameters(recurse=False):
             if hasattr(p, "placements") or type(p).__module__.startswith("torch.distributed"):
                 return f"{path}.{name} is spread over several devices ({type(p).__name__})"
-    for name, modulation in _modulations(plan.model, plan.units):
-        for part in modulation.modules():
-            hook = getattr(part, "_diffusers_hook", None)
-            if hook is not None and hook.get_hook("group_offloading") is not None:
-                return (
-                    f"{name} is under group offloading, which moves the weights of modulations in its own order: it keeps them off the "
-                    "device as it is"
-                )
+    if any(is_group_offloaded(module) for module in plan.model.modules()):
+        return GROUP_OFFLOADED
+    for _, modulation in _modulations(plan.model, plan.units):
         devices |= {p.device for p in modulation.parameters() if p.device.type not in ("cpu", "meta")}
     if len(devices) > 1:
         return f"the weights of its modulations are on several devices ({', '.join(map(str, sorted(devices, key=str)))})"
@@ -172,10 +167,8 @@ def _set_up(plan: Plan) -> ModulationTable:
             set_class(module, generated.subclass(ModulationSequential, nn.Sequential, "eager"))
         send_home(module)
         holders.append((name, module, name.endswith(halves) if halves else False))
-    dtype = verification.stream_dtype(plan.model)
-    assert dtype is not None
     embedding = plan.embedding
-    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, dtype)
+    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, verification.stream_dtype)
     upstream: Any = type(embedding)
     set_class(embedding, generated.subclass(RowEmbedding, upstream, "eager"))
     _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)
