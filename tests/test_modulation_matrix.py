@@ -13,10 +13,14 @@ from torch import Tensor
 import ditnorm
 
 FAMILIES = ("Qwen-Image", "HunyuanVideo")
-REFUSED: dict[str, str] = {}
-"""Feature -> why precomputing is refused where the feature is there before."""
-GIVEN_UP: dict[str, str] = {}
-"""Feature -> why a table is given up when the feature comes after, in the words of the warning."""
+GROUP_OFFLOADED = "group offloading moves the weights in its own order"
+REFUSED = {
+    "group offloading, block level, disk": GROUP_OFFLOADED,
+    "group offloading, leaf level, disk": GROUP_OFFLOADED,
+    "`enable_group_offload`, leaf level, disk": GROUP_OFFLOADED,
+    "norms replaced by a module of the user's": "can't be fused",
+}
+"""Feature -> why precomputing is refused where the feature is there before. Where it comes after, the table is given up."""
 
 
 def cells() -> Iterator[Any]:

@@ -16,12 +16,13 @@ PROFILED_SHARE = 0.01  # of a step's time, that a kernel must cost for --profile
 
 NOTES = """step ms: median wall time of one denoising step; GPU ms: sum over its kernels; first step: with the compiler's work.
 kernels: launched in one step; other: share of GPU time outside matmul and attention; bits: latents of patched against eager.
-patched, single: with rounding="single", which isn't bit-identical, but nearer to float32 or as near."""
+patched, single: with rounding="single", which isn't bit-identical, but nearer to float32 or as near.
+patched, precomputed: with precompute_modulation; table s: making the table of 50 steps, inside the first step."""
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as text."""
-    rows = [["model", "layers", "", "step ms", "vs eager", "GPU ms", "first step s", "kernels", "peak GB", "other", "bits"]]
+    rows = [["model", "layers", "", "step ms", "vs eager", "GPU ms", "first step s", "kernels", "peak GB", "table s", "other", "bits"]]
     for entry in entries.values():
         if "error" in entry:
             continue
@@ -39,6 +40,7 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
                     f"{column['first_step_s']:.1f}",
                     str(shares["kernels"]),
                     "" if column["peak_gb"] is None else f"{column['peak_gb']:.2f}",
+                    "" if column.get("table_s") is None else f"{column['table_s']:.2f}",
                     f"{column['other_share']:.1%}",
                     bits(entry, name),
                 ]
@@ -87,15 +89,16 @@ def profile_table(entry: Mapping[str, Any]) -> str:
 def chart(entries: Mapping[str, Mapping[str, Any]], path: Path, device: str) -> None:
     """Bars: time of a step of each model in each column, eager = 100 %."""
     good = [entry for entry in entries.values() if "error" not in entry]
-    names = list(good[0]["columns"])
+    names = list(dict.fromkeys(name for entry in good for name in entry["columns"]))
     colours = {variant.name: variant.colour for variant in VARIANTS}
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(good)), layout="constrained")
     height = 0.8 / len(names)
     for offset, name in enumerate(names):
-        values = [100 * entry["columns"][name]["step_ms"] / entry["columns"][EAGER.name]["step_ms"] for entry in good]
-        places = [index + offset * height for index in range(len(good))]
+        measured = [(index, entry["columns"]) for index, entry in enumerate(good) if name in entry["columns"]]
+        values = [100 * columns[name]["step_ms"] / columns[EAGER.name]["step_ms"] for _, columns in measured]
+        places = [index + offset * height for index, _ in measured]
         bars = axes.barh(places, values, height * 0.92, label=name, color=colours[name])
-        texts = [f"{value:.0f} %   {entry['columns'][name]['step_ms']:,.0f} ms" for value, entry in zip(values, good, strict=True)]
+        texts = [f"{value:.0f} %   {columns[name]['step_ms']:,.0f} ms" for value, (_, columns) in zip(values, measured, strict=True)]
         axes.bar_label(bars, texts, padding=3, fontsize=8)
     axes.set_yticks(
         [index + 0.4 - height / 2 for index in range(len(good))], [f"{entry['title']}\n{layer_counts(entry)} layers" for entry in good]

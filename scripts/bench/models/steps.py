@@ -12,6 +12,8 @@ from common.execution import synchronize
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ditnorm.patching.restoring import tables as modulation_tables
+
 from .kernel_shares import Shares, costs, profiled, shares
 from .real_model import RealModel
 from .variants import EAGER, Variant
@@ -33,6 +35,8 @@ class Column:
     """How many were timed."""
     peak_gb: float | None
     """Largest memory allocated on the GPU, weights included, 1e9 bytes; None on the CPU."""
+    table_s: float | None
+    """What making the table of precomputed modulations took, inside the first step; None where there is none."""
     shares: Shares
     costs: Mapping[str, tuple[int, float]]
     """Launches and milliseconds of a step outside matmul and attention, by the name of the kernel."""
@@ -45,6 +49,7 @@ class Column:
             "step_ms": self.step_ms,
             "steps": self.steps,
             "peak_gb": self.peak_gb,
+            "table_s": self.table_s,
             "shares": asdict(self.shares),
             "other_share": self.shares.other,
         }
@@ -72,14 +77,16 @@ def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, va
     model = real.build(layers, device)
     columns: dict[str, Column] = {}
     with tqdm(desc=real.title, unit="step", leave=False) as progress:
-        for variant in variants:
+        for variant in (variant for variant in variants if variant.serves(model)):
             progress.set_description(f"{real.title}, {variant.name}")
             with variant.applied(model):
                 columns[variant.name] = _column(model, real, device, progress.update)
     eager = columns[EAGER.name].latents
     if not all(step.isfinite().all() for step in eager):
         raise RuntimeError("the latents of the unpatched model aren't finite: nothing was compared")
-    identical = {variant.name: _equal(columns[variant.name].latents, eager) for variant in variants if variant.exact}
+    identical = {
+        variant.name: _equal(columns[variant.name].latents, eager) for variant in variants if variant.exact and variant.name in columns
+    }
     again = (
         eager
         if all(n == COMPARED for n in identical.values())
@@ -105,8 +112,11 @@ def _column(model: nn.Module, real: RealModel, device: torch.device, on_step: Ca
             latents.append(result.cpu())
         on_step()
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    tables = [table.seconds for table in modulation_tables(model)]
+    table_s = sum(tables) if tables else None
     kernels = profiled(lambda: next(steps), device)
-    return Column(seconds[0], statistics.median(seconds[1:]) * 1000, len(seconds) - 1, peak, shares(kernels), costs(kernels), latents)
+    step_ms = statistics.median(seconds[1:]) * 1000
+    return Column(seconds[0], step_ms, len(seconds) - 1, peak, table_s, shares(kernels), costs(kernels), latents)
 
 
 def _denoise(model: nn.Module, real: RealModel, device: torch.device) -> Iterator[Tensor]:
