@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.set_description("baseline")
             baseline = column(pipe, given, options, progress.update)
             ditnorm.patch_pipeline(pipe, strict=True)
+            if options.precompute_modulation:
+                ditnorm.precompute_modulation(pipe)
             progress.set_description("patched")
             patched = column(pipe, given, options, progress.update)
 

@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser, *, tiny: Path, pipelines: str, 
     parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the pipeline's)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component in use")
+    parser.add_argument("--precompute-modulation", action="store_true", help="patched with modulations from a table (docs/modulation.md)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="for what it writes (default: %(default)s)")
 
 

@@ -161,6 +161,8 @@ def run(subject: Subject, options: argparse.Namespace, device: torch.device, pro
     eager = session.generate()
     progress.set_description("patched")
     ditnorm.patch_pipeline(session.pipe, rounding=options.rounding)
+    if options.precompute_modulation:
+        ditnorm.precompute_modulation(session.pipe)
     patched = session.generate()
     parity = compare("patched : unpatched", patched, eager)
     both: Generation | None = None
@@ -236,6 +238,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
         "pipeline": name,
         "model": options.model,
         "rounding": options.rounding,
+        "precompute_modulation": options.precompute_modulation,
         "dtype": options.dtype,
         "parity": good,
         "rule": rule,
@@ -245,7 +248,8 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     path = write(result, options.out, subject.tiny, f"{name}, {options.dtype}", report)
     header = ["a : b", "steps equal", "latents' error", "PSNR", "worst PSNR", "SSIM", "worst SSIM"]
     header += [] if result.parity.frames.lpips is None else ["LPIPS"]
-    print(f"\n{name}, {options.model}, {options.dtype}, rounding {options.rounding}\n{environment_line(device)}\n")
+    precomputed = ", modulations precomputed" * options.precompute_modulation
+    print(f"\n{name}, {options.model}, {options.dtype}, rounding {options.rounding}{precomputed}\n{environment_line(device)}\n")
     print(text_table([header, *(difference.row() for difference in result.rows())]))
     print("\n".join(["", *(f"not compared: {note}" for note in result.notes)]))
     print(f"parity {'holds' if good else 'DOES NOT HOLD'}: {rule}\nside by side: {path}")

@@ -1,0 +1,193 @@
+"""What empties a table of precomputed modulations, and what switches it off."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from compatibility import lora
+from compatibility.feature import forward, load
+from support import tiny
+from torch import Tensor, nn
+
+import ditnorm
+from ditnorm.patching.restoring import tables
+
+FAMILIES = ["Qwen-Image", "HunyuanVideo"]
+LINEAR = {"Qwen-Image": "transformer_blocks.1.img_mod.1", "HunyuanVideo": "single_transformer_blocks.1.norm.linear"}
+
+
+def linear(model: nn.Module, family: str) -> Any:
+    return model.get_submodule(LINEAR[family])
+
+
+def fused_and_unloaded(model: Any, family: str) -> None:
+    lora.add(model).fuse_lora()
+    model.unload_lora()
+
+
+def scaled_behind_the_version(model: Any, family: str) -> None:
+    linear(model, family).weight.data.mul_(2)
+
+
+def another_parameter(model: Any, family: str) -> None:
+    linear(model, family).weight = nn.Parameter(linear(model, family).weight.detach() * 2)
+
+
+def another_linear(model: Any, family: str) -> None:
+    old, parent = linear(model, family), model.get_submodule(LINEAR[family].rpartition(".")[0])
+    new = copy.deepcopy(old)
+    new.weight.data *= 2
+    setattr(parent, LINEAR[family].rpartition(".")[2], new)
+
+
+def there_and_back(model: Any, family: str) -> None:
+    """Float16 has fewer exponents, so that some weights change."""
+    with torch.no_grad():
+        linear(model, family).weight *= 1e-5
+    forward(model, family)
+    model.half()
+    model.bfloat16()
+
+
+def hooked(model: Any, family: str) -> None:
+    linear(model, family).register_forward_hook(lambda module, args, output: output * 2)
+
+
+def loaded_anew(model: Any, family: str) -> None:
+    model.load_state_dict({key: t * 1.5 if "mod.1" in key or "linear" in key else t for key, t in model.state_dict().items()})
+
+
+def assigned(model: Any, family: str) -> None:
+    model.load_state_dict({key: t * 1.5 if "mod.1" in key or "linear" in key else t for key, t in model.state_dict().items()}, assign=True)
+
+
+CHANGES = [
+    fused_and_unloaded,
+    scaled_behind_the_version,
+    another_parameter,
+    another_linear,
+    there_and_back,
+    hooked,
+    loaded_anew,
+    assigned,
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_empty_the_table(change: Callable[[Any, str], None], family: str) -> None:
+    unpatched = load(family)
+    model = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
+    before = forward(model, family)
+    with torch.no_grad():
+        change(unpatched, family)
+        change(model, family)
+    expected = forward(unpatched, family)
+    assert not torch.equal(expected, before)
+    for _ in range(2):
+        assert torch.equal(forward(model, family), expected)
+    (table,) = tables(model)
+    assert table.changes
+    ditnorm.unpatch_model(model)
+    assert torch.equal(forward(model, family), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_of_adapters_are_part_of_the_weights(family: str) -> None:
+    unpatched = load(family)
+    model = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
+    for m in (unpatched, model):
+        lora.add(lora.add(m, "a", 1), "b", 2, rank=2)
+    for names, weights in ((["a"], [1.0]), (["a"], [0.3]), (["a", "b"], [0.3, 0.7]), (["b"], [1.0])):
+        for m in (unpatched, model):
+            m.set_adapters(names, weights)
+        assert torch.equal(forward(model, family), forward(unpatched, family))
+    arguments = tiny.inputs({"Qwen-Image": "qwen-image", "HunyuanVideo": "hunyuan-video"}[family], 2, torch.bfloat16)
+    for scale in (0.5, 2.0):
+        given = arguments | {"attention_kwargs": {"scale": scale}}
+        assert torch.equal(tiny.run(model, dict(given)), tiny.run(unpatched, dict(given)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replaced_block_gives_the_table_up(family: str) -> None:
+    class Doubled(nn.Module):
+        """Reads what it is given for an embedding."""
+
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            embedding = kwargs["temb"] if "temb" in kwargs else args[2]
+            return tuple(t * (1 + embedding.mean()) for t in self.block(*args, **kwargs))
+
+    unpatched = load(family)
+    model = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
+    forward(model, family)
+    for m in (unpatched, model):
+        m.transformer_blocks[1] = Doubled(m.transformer_blocks[1])
+    with pytest.warns(UserWarning, match=r"aren't precomputed any more: transformer_blocks\.1 was replaced"):
+        output = forward(model, family)
+    assert torch.equal(output, forward(unpatched, family))
+    assert not tables(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_weights(family: str) -> None:
+    name = {"Qwen-Image": "qwen-image", "HunyuanVideo": "hunyuan-video"}[family]
+    arguments = tiny.inputs(name, 1, torch.float32)
+    gradients: list[Tensor] = []
+    for prepare in (ditnorm.patch_model, ditnorm.precompute_modulation):
+        model = prepare(tiny.load(name, torch.float32))
+        tiny.run(model, arguments)
+        model(**arguments, return_dict=False)[0].square().sum().backward()
+        gradients.append(model.get_submodule(LINEAR[family]).weight.grad)  # type: ignore[arg-type]
+    assert torch.equal(*gradients)
+
+
+def test_a_hook_on_the_embedding_sees_the_embedding() -> None:
+    seen: list[Tensor] = []
+    model = ditnorm.precompute_modulation(load("Qwen-Image"))
+    expected = forward(model, "Qwen-Image")
+    handle = model.time_text_embed.register_forward_hook(lambda module, args, output: seen.append(output))  # type: ignore[union-attr]
+    assert torch.equal(forward(model, "Qwen-Image"), expected)
+    assert seen[0].is_floating_point()
+    handle.remove()
+    hooked = load("Qwen-Image")
+    hooked.time_text_embed.register_forward_hook(lambda module, args, output: None)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="nothing was changed: model: time_text_embed has a forward hook"):
+        ditnorm.precompute_modulation(hooked)
+
+
+def test_saving_and_loading_see_the_weights_as_ever(tmp_path: Any) -> None:
+    model: Any = load("Qwen-Image")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    ditnorm.precompute_modulation(model)
+    expected = forward(model, "Qwen-Image")
+    assert {key: t.shape for key, t in model.state_dict().items()} == {key: t.shape for key, t in before.items()}
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert [name for name, _ in model.named_parameters()] == list(before)
+    model.save_pretrained(tmp_path)
+    loaded = diffusers.QwenImageTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert torch.equal(forward(loaded, "Qwen-Image"), expected)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(2, 2), [1.0]])
+def test_timesteps_of_another_form_are_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match="timesteps: expected a 1-D tensor"):
+        ditnorm.precompute_modulation(load("Qwen-Image"), timesteps=given)
+
+
+def test_an_unknown_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    original = diffusers.QwenImageTransformer2DModel.forward
+    monkeypatch.setattr(diffusers.QwenImageTransformer2DModel, "forward", changed)
+    model = load("Qwen-Image")
+    with pytest.raises(RuntimeError, match=r"nothing was changed: model: .* is not a version that ditnorm knows"):
+        ditnorm.precompute_modulation(model)
+    assert not tables(model)
