@@ -601,3 +601,16 @@ def test_a_block_put_behind_the_embedding_gets_the_rows_of_all_tokens(where: str
             another.__class__ = type("Another", (transformer_wan.WanTransformerBlock,), {"forward": forward, "__module__": __name__})
             model.blocks[1] = another
         assert torch.equal(tiny.run(model, arguments), expected)
+
+
+def test_a_function_of_torch_replaced_for_the_process_is_seen_by_the_report_and_by_patching_again() -> None:
+    # Not by a call, as README says.
+    model, upstream = tiny.load("qwen-image", DTYPE), tiny.load("qwen-image", DTYPE)
+    patch_model(model, strict=True)
+    original = F.layer_norm
+    with replaced(F, "layer_norm", lambda *args, **kwargs: original(*args, **kwargs) * 0.5):
+        assert any("torch.nn.functional.layer_norm was replaced" in reason for reason in unfused_parts(model))
+        with pytest.warns(UserWarning, match="not fused"):
+            patch_model(model)
+        unpatch_model(model)
+        assert torch.equal(run(model, "qwen-image"), run(upstream, "qwen-image"))
