@@ -69,6 +69,8 @@ _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 _quantize = kernels.ops.quantize.default
 _gelu_quantize = kernels.ops.gelu_quantize.default
 _dequantize_product = kernels.ops.dequantize_product.default
+_norm_scale_shift_quantize = kernels.ops.norm_scale_shift_quantize.default
+_scale_residual_norm_scale_shift_quantize = kernels.ops.scale_residual_norm_scale_shift_quantize.default
 
 # Under Dynamo an op that rejects its arguments ends the trace, and nothing catches that.
 # So what no kernel takes is found before.
@@ -278,20 +280,64 @@ def quantize(x: Tensor, law: Law) -> Quantized:
     return Quantized(values, scale, x.shape, x.dtype, law)
 
 
-def norm_scale_shift_quantize(x: Tensor, *modulation: Tensor | None, law: Law, **options: Any) -> Quantized:
-    """:func:`norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize` does. Not
-    differentiable.
-    """
-    return quantize(norm_scale_shift(x, *modulation, **options), law)
+def norm_scale_shift_quantize(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    law: Law,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    index: Tensor | None = None,
+    norm: str = "layer",
+    eps: float | None = None,
+    rounding: str = "single",
+) -> Quantized:
+    """:func:`quantize` of :func:`norm_scale_shift`. Not differentiable."""
+    tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
+    try:
+        if not _needs_pytorch(tensors, rounding):
+            codes = (_NORM[norm], default_eps(norm, x) if eps is None else eps, _ROUNDING[rounding], CODES[law])
+            values, row_scale = _norm_scale_shift_quantize(*tensors, *codes)
+            return Quantized(values, row_scale, x.shape, x.dtype, law)
+    except _REJECTED:
+        pass  # one of the two ops says what is wrong with the call
+    options: dict[str, Any] = {"weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table, "index": index}
+    return quantize(norm_scale_shift(x, scale, shift, **options, norm=norm, eps=eps, rounding=rounding), law)
 
 
 def scale_residual_norm_scale_shift_quantize(
-    residual: Tensor, x: Tensor, *modulation: Tensor | None, law: Law, **options: Any
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    law: Law,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    index: Tensor | None = None,
+    norm: str = "layer",
+    eps: float | None = None,
+    rounding: str = "single",
 ) -> tuple[Quantized, Tensor]:
-    """:func:`scale_residual_norm_scale_shift`, its ``y`` quantised by ``law`` as :func:`quantize`
-    does. Not differentiable.
-    """
-    y, r = scale_residual_norm_scale_shift(residual, x, *modulation, **options)
+    """``(y, r)`` of :func:`scale_residual_norm_scale_shift`, its ``y`` as :func:`quantize` makes it. Not differentiable."""
+    tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
+    try:
+        if not _needs_pytorch(tensors, rounding):
+            codes = (_NORM[norm], default_eps(norm, x) if eps is None else eps, _ROUNDING[rounding], CODES[law])
+            values, row_scale, r = _scale_residual_norm_scale_shift_quantize(*tensors, *codes)
+            return Quantized(values, row_scale, x.shape, x.dtype, law), r
+    except _REJECTED:
+        pass  # one of the two ops says what is wrong with the call
+    options: dict[str, Any] = {"weight": weight, "bias": bias, "gate_table": gate_table, "scale_table": scale_table}
+    options |= {"shift_table": shift_table, "index": index, "norm": norm, "eps": eps, "rounding": rounding}
+    y, r = scale_residual_norm_scale_shift(residual, x, gate, scale, shift, **options)
     return quantize(y, law), r
 
 
@@ -320,6 +366,11 @@ def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bia
         return _dequantize_product(product, scale, weight_scale, bias, _HALF[dtype])
     except _REJECTED:
         return _rejected("dequantize_product", (product, scale, weight_scale, bias), (dtype,))
+
+
+def _needs_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
+    """Whether PyTorch's operations are to make what is quantised."""
+    return (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding)
 
 
 def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:

@@ -1,14 +1,18 @@
 """Models with quantised weights: patched they keep the bits of torchao's own, and quantise what several layers read once."""
 
+import copy
+import io
+import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from support import quantised, tiny
 from support.quantised import LAWS
 from torch import Tensor, nn
 
-from ditnorm import kernels, patch_model, unpatch_model
+from ditnorm import kernels, patch_model, report, unpatch_model
 from ditnorm.fused.quantized_linear import QuantizedLinear
 from ditnorm.ops.quantization import FLOAT8_ROW, Law
 
@@ -71,3 +75,133 @@ def test_no_activation_is_quantised_by_torchao(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Float8Tensor, "from_hp", refuse)
     run(model, name)
+
+
+def test_the_report_names_what_is_fused_and_what_isnt_and_why() -> None:
+    model = tiny.load("qwen-image", DTYPE)
+    quantised.quantise(model, FLOAT8_ROW, lambda name: "blocks.0" in name)
+    bounded = next(m for name, m in model.named_modules() if name.endswith("blocks.0.attn.to_q"))
+    bounded.weight = nn.Parameter(quantised.weight(torch.randn(bounded.weight.shape, dtype=DTYPE), FLOAT8_ROW, hp_value_ub=3.0), False)  # type: ignore[arg-type]
+    expected = run(model, "qwen-image")
+    patch_model(model)
+    assert same(run(model, "qwen-image"), expected)
+    text = str(report(model))
+    assert f"quantised     float8-row: {len(fused_linears(model))} linear layers" in text
+    assert "quantised linear layers transformer_blocks.0.attn.to_q: activations have bounds" in " ".join(text.split())
+    assert "bit-identical: verified" in text
+
+
+def test_strict_patching_leaves_unknown_quantisers_to_torchao() -> None:
+    model = tiny.load("wan-t2v", DTYPE)
+    linear: nn.Linear = model.get_submodule("blocks.0.attn1.to_q")  # type: ignore[assignment]
+    linear.weight = nn.Parameter(quantised.weight(linear.weight, FLOAT8_ROW, hp_value_ub=3.0), requires_grad=False)
+    expected = run(model, "wan-t2v")
+    with pytest.warns(UserWarning, match=r"blocks\.0\.attn1\.to_q not fused: activations have bounds"):
+        patch_model(model, strict=True)
+    assert same(run(model, "wan-t2v"), expected)
+
+
+def test_nobody_is_told_of_weights_that_leave_activations_alone() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny.load("wan-t2v", DTYPE)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    expected = run(model, "wan-t2v")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        patch_model(model, strict=True)
+    assert not fused_linears(model)
+    assert same(run(model, "wan-t2v"), expected)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_weights_quantised_after_patching_are_fused_by_patching_again(law: Law) -> None:
+    model = patch_model(tiny.load("wan-t2v", DTYPE))
+    twin = model_of("wan-t2v", law)
+    quantised.quantise(model, law, in_blocks)
+    expected = run(twin, "wan-t2v")
+    assert same(run(model, "wan-t2v"), expected)  # torchao serves them
+    assert not fused_linears(model)
+    patch_model(model)
+    assert fused_linears(model)
+    assert same(run(model, "wan-t2v"), expected)
+
+
+def test_some_layers_may_stay_as_they_are() -> None:
+    for kept in ("to_k", "ffn.net.2", "ffn.net.0.proj", "attn1"):
+        model = quantised.quantise(tiny.load("wan-t2v", DTYPE), FLOAT8_ROW, lambda name, kept=kept: in_blocks(name) and kept not in name)  # type: ignore[misc]
+        expected = run(model, "wan-t2v")
+        assert same(run(patch_model(model), "wan-t2v"), expected), kept
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_copies_saves_and_moves_keep_it(law: Law) -> None:
+    model = model_of("wan-t2v", law)
+    expected = run(model, "wan-t2v")
+    patch_model(model)
+    assert same(run(copy.deepcopy(model), "wan-t2v"), expected)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert fused_linears(loaded)
+    assert same(run(loaded, "wan-t2v"), expected)
+    other = patch_model(model_of("wan-t2v", law))
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert same(run(other.to("cpu"), "wan-t2v"), expected)
+
+
+def test_a_users_hook_sees_the_activation() -> None:
+    model = model_of("wan-t2v", FLOAT8_ROW)
+    expected = run(model, "wan-t2v")
+    patch_model(model)
+    seen: list[Any] = []
+    for path in ("blocks.0.attn1", "blocks.1.attn1.to_q", "blocks.1.ffn", "blocks.2.ffn.net.0", "blocks.2.ffn.net.2", "blocks.2.norm1"):
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    assert same(run(model, "wan-t2v"), expected)
+    assert len(seen) >= 6
+    assert all(type(x) is Tensor for x in seen)
+
+
+def test_adapters_are_given_the_activation() -> None:
+    name = "qwen-image"
+    model = model_of(name, FLOAT8_ROW)
+    patched = patch_model(copy.deepcopy(model))
+    for m in (model, patched):
+        torch.manual_seed(1)
+        m.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False))  # type: ignore[operator]
+    assert same(run(patched, name), run(model, name))
+    assert same(run(patch_model(model), name), run(patched, name))
+
+
+def test_gradients_autocast_and_float32_leave_it_to_torchao() -> None:
+    name = "wan-t2v"
+    model = model_of(name, FLOAT8_ROW).requires_grad_(False)
+    patched = patch_model(copy.deepcopy(model))
+    arguments = tiny.inputs(name, 2, DTYPE)
+    with torch.enable_grad():
+        assert same(patched(**arguments, return_dict=False)[0], model(**arguments, return_dict=False)[0])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert same(patched(**arguments, return_dict=False)[0], model(**arguments, return_dict=False)[0])
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "qwen-image", "hunyuan-video"])
+def test_compiled_blocks_have_no_more_graphs(name: str) -> None:
+    """And no break: torchao's own path is traced."""
+    model = model_of(name, FLOAT8_ROW)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    counts = []
+    for m in (model, patch_model(copy.deepcopy(model))):
+        torch._dynamo.reset()
+        graphs.clear()
+        for block in (m.get_submodule(path) for path in dict(m.named_modules()) if path.endswith("blocks.0") and "refiner" not in path):
+            block.compile(backend=backend, fullgraph=True)
+        expected = run(m, name)
+        counts.append((len(graphs), expected))
+    assert counts[1][0] <= counts[0][0]
+    assert same(counts[1][1], counts[0][1])
+    torch._dynamo.reset()

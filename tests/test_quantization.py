@@ -142,6 +142,61 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
         assert differing.float().mean() < 0.01
 
 
+MODULATED = ((2, 5, 3072), (1, 3, 1536), (2, 2, 2048), (1, 2, 4096), (1, 2, 5120), (1, 2, 6144), (2, 3, 1152), (1, 3, 40), (1, 2, 13))
+
+
+def modulations(shape: tuple[int, ...], case: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a norm site with a gate."""
+    names, width = ("gate", "scale", "shift"), shape[-1]
+    if case == "none":
+        return {}
+    tokens = shape[1] if case == "per token" else 1
+    chunks = torch.randn(shape[0], tokens, 3 * width).to(torch.float32 if case == "float32" else dtype).chunk(3, dim=-1)
+    found: dict[str, Any] = dict(zip(names, chunks, strict=True))
+    if case in ("tables", "per token"):
+        found |= {f"{name}_table": torch.randn(width) for name in names}
+    if case == "affine":
+        found |= {"weight": torch.randn(width).to(dtype), "bias": torch.randn(width).to(dtype)}
+    if case == "tables and affine":  # between Wan's attentions
+        found = {"gate": found["gate"], "gate_table": torch.randn(width), "weight": torch.randn(width), "bias": torch.randn(width)}
+    return found
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("rounding", ["eager", "single"])
+@pytest.mark.parametrize("case", ["plain", "tables", "per token", "float32", "affine", "tables and affine", "none"])
+def test_a_norm_site_quantises_what_it_returns_otherwise(law: Law, rounding: str, case: str, device: str) -> None:
+    """In one kernel or two."""
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    for shape, dtype in itertools.product(MODULATED, HALVES if case == "plain" else (torch.bfloat16,)):
+        x, residual = rows(shape, dtype).clamp(-1e4, 1e4).to(device), rows(shape, dtype).clamp(-1e4, 1e4).to(device)
+        given = {name: t.to(device) for name, t in modulations(shape, case, dtype).items()}
+        options: dict[str, Any] = {"norm": "fp32_layer" if "affine" in case else "layer", "eps": 1e-6, "rounding": rounding, **given}
+        y, r = functional.scale_residual_norm_scale_shift(residual, x, **options)
+        got, got_r = functional.scale_residual_norm_scale_shift_quantize(residual, x, law=law, **options)
+        assert torch.equal(got_r.nan_to_num(), r.nan_to_num())
+        assert equal(got[:2], expected(y, law)), (shape, dtype)
+        assert got.shape == y.shape
+        for name in ("gate", "gate_table"):
+            options.pop(name, None)
+        if "affine" not in case or "and" not in case:
+            y = functional.norm_scale_shift(x, **options)
+            assert equal(functional.norm_scale_shift_quantize(x, law=law, **options)[:2], expected(y, law)), (shape, dtype)
+
+
+def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
+    x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="scale: got"):
+        functional.norm_scale_shift_quantize(x, torch.ones(5), law=FLOAT8_ROW)
+    with pytest.raises(ValueError, match="law: expected one of"):
+        functional.norm_scale_shift_quantize(x, law="float8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="residual: "):
+        functional.scale_residual_norm_scale_shift_quantize(x[..., :8], x, law=INT8_ROW)
+    meta = functional.norm_scale_shift_quantize(x.to("meta"), law=INT8_ROW)
+    assert (meta.values.shape, meta.values.dtype, meta.scale.shape) == ((6, 16), torch.int8, (6, 1))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("biased", [False, True])

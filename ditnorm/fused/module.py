@@ -53,6 +53,8 @@ class FusedModule(Swapped):
     """Whether a module without this part is fused all the same."""
     reported_as: ClassVar[str | None] = None
     """For users: what of an optional part runs unfused where it can't be swapped. None: no op of ours is missing, and nobody is told."""
+    demanded: ClassVar[bool] = True
+    """Whether ``strict`` patching fails where such an optional part can't be swapped."""
     unfused_by_hooks: ClassVar[bool] = False
     """Whether the module runs unfused, or as upstream's, where a hook watches it."""
 

@@ -4,23 +4,27 @@ weight's own dispatch, of an activation that is quantised in one pass, or behind
 What isn't served here, torchao serves: weights and configurations that aren't known, gradients, autocast, compilers.
 """
 
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import dequantize_product, quantize
-from ..ops import quantization
+from ..functional import dequantize_product, gelu_quantize, norm_scale_shift_quantize, quantize
+from ..ops import quantization, reference
+from ..ops.calls import NormScaleShift
 from ..ops.checks import same_bits
 from ..ops.quantization import INT8_ROW, Law, Quantized
 from ..swapping.swapped import untouched
 from .module import FusedModule, upstream_of
-from .quantized_weights import from_torchao, law_of
+from .quantized_weights import law_of, quantises_activations
 from .sites import FusedCall
 
 _HALVES = (torch.bfloat16, torch.float16)
+_ROWS = 1024  # that a verification quantises
 _FEWEST_INT8_ROWS = 17  # of which PyTorch multiplies int8 matrices on a GPU
 
 _is_compiling = torch.compiler.is_compiling
@@ -34,12 +38,13 @@ class QuantizedLinear(FusedModule):
 
     optional = True
     reported_as = "matrix product"
+    demanded = False
 
     @classmethod
     def applies_to(cls, module: nn.Module) -> bool:
-        """Whether ``module`` has a weight that a library of quantisers made."""
+        """Whether ``module`` has a weight with which torchao quantises activations. Where it doesn't, no op of ours is missing."""
         weight = module._parameters.get("weight")
-        return weight is not None and upstream_of(type(module)) is nn.Linear and from_torchao(weight)
+        return weight is not None and upstream_of(type(module)) is nn.Linear and quantises_activations(weight)
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
@@ -55,7 +60,7 @@ class QuantizedLinear(FusedModule):
         """One, on a stream of ``dtype``."""
         law = law_of(module.weight)
         if isinstance(law, Law):
-            yield QuantizedProduct(law, module.in_features, module.out_features, dtype, module.bias is not None, Weight(module))
+            yield QuantizedProduct(law, module.in_features, module.out_features, dtype, module.bias is not None, weakref.ref(module))
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         parameters = self._parameters
@@ -138,19 +143,6 @@ def _fits(law: Law, x: Tensor, weight: Any, bias: Tensor | None) -> bool:
     return x.numel() > 0 and (law is not INT8_ROW or x.numel() >= _FEWEST_INT8_ROWS * width)
 
 
-class Weight:
-    """A linear layer whose weight a verification may use; all are equal, since its values don't matter."""
-
-    def __init__(self, linear: Any) -> None:
-        self.linear = linear
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Weight)
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @dataclass(frozen=True)
 class QuantizedProduct:
     """A quantised matrix product, with a quantiser of its activation."""
@@ -160,7 +152,8 @@ class QuantizedProduct:
     out: int
     dtype: torch.dtype
     bias: bool
-    weight: Weight
+    linear: weakref.ref[Any] = field(compare=False)
+    """One of the layers: which one doesn't matter, and what was verified must not keep it alive."""
 
     @property
     def op(self) -> str:
@@ -175,26 +168,30 @@ class QuantizedProduct:
 
     def same_bits(self, device: torch.device) -> bool:
         """Values and scales against the law in PyTorch, and the product against torchao's own."""
-        linear = self.weight.linear
-        if linear.weight.device != device:  # offloaded: no weight to compare with
-            return self._same_values(device)
-        rows = self._rows(device)
-        law = law_for(rows, linear)
-        if law is None:
-            return self._same_values(device)
-        expected = nn.Linear.forward(linear, rows)
-        return self._same_values(device) and same_bits(product(quantize(rows, law), linear.weight, linear.bias), expected)
+        linear, rows = self.linear(), self._rows(device)
+        if not self._same_values(rows):
+            return False
+        if linear is None or linear.weight.device != device or law_of(linear.weight) is not self.law:
+            return True  # offloaded: no weight to multiply with
+        fused = product(quantize(rows, self.law), linear.weight, linear.bias)
+        return same_bits(fused, nn.Linear.forward(linear, rows))
 
     def _rows(self, device: torch.device) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(_ROWS, self.width, generator=generator, device=device)
-        spread = torch.randn(_ROWS, 1, generator=generator, device=device).mul(2).exp()
-        return (x * spread).to(self.dtype)
+        x, spread = (torch.randn(_ROWS, n, generator=generator, device=device, dtype=torch.float32) for n in (self.width, 1))
+        return (x * (2 * spread).exp()).to(self.dtype)
 
-    def _same_values(self, device: torch.device) -> bool:
-        rows = self._rows(device)
-        found = quantize(rows, self.law)
-        return same_bits((found.values, found.scale), quantization.quantize(rows, self.law))
-
-
-_ROWS = 1024
+    def _same_values(self, rows: Tensor) -> bool:
+        """Of an activation as it is, and of what a norm and GELU make of it."""
+        law = self.law
+        scale, shift = rows[:2].chunk(2)
+        norm: dict[str, Any] = {"norm": "layer", "eps": 1e-6, "rounding": "eager"}
+        normed = reference.norm_scale_shift(NormScaleShift(rows, scale, shift, None, None, None, None, None, **norm))
+        return all(
+            same_bits((found.values, found.scale), quantization.quantize(expected, law))
+            for found, expected in (
+                (quantize(rows, law), rows),
+                (norm_scale_shift_quantize(rows, scale, shift, law=law, **norm), normed),
+                (gelu_quantize(rows, law), F.gelu(rows, approximate="tanh")),
+            )
+        )

@@ -64,9 +64,9 @@ Reader = Callable[[Any], Law | str]
 """A weight -> the law of its activations, or why it has none that is fused."""
 
 
-def from_torchao(weight: Tensor) -> bool:
-    """Whether ``weight`` is one of torchao's tensors."""
-    return type(weight).__module__.partition(".")[0] == "torchao"
+def quantises_activations(weight: Tensor) -> bool:
+    """Whether ``weight`` is one of torchao's tensors, and not the only one that is quantised."""
+    return type(weight).__module__.partition(".")[0] == "torchao" and getattr(weight, "act_quant_kwargs", None) is not None
 
 
 def law_of(weight: Tensor) -> Law | str:

@@ -130,6 +130,53 @@ class DequantizeProduct(NamedTuple):
     dtype: Half
 
 
+class NormScaleShiftQuantize(NamedTuple):
+    """:class:`NormScaleShift`, quantised."""
+
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    scale_table: Tensor | None
+    shift_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    norm: Norm
+    eps: float
+    rounding: Rounding
+    law: Quantiser
+
+    @property
+    def site(self) -> NormScaleShift:
+        """What is quantised."""
+        return NormScaleShift(*self[:-1])
+
+
+class ScaleResidualNormScaleShiftQuantize(NamedTuple):
+    """:class:`ScaleResidualNormScaleShift`, its ``y`` quantised."""
+
+    residual: Tensor
+    x: Tensor
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gate_table: Tensor | None
+    scale_table: Tensor | None
+    shift_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    norm: Norm
+    eps: float
+    rounding: Rounding
+    law: Quantiser
+
+    @property
+    def site(self) -> ScaleResidualNormScaleShift:
+        """What is quantised."""
+        return ScaleResidualNormScaleShift(*self[:-1])
+
+
 def default_eps(norm: str, x: Tensor) -> float:
     """What torch's function takes where nothing is said: ``layer_norm`` 1e-5, ``rms_norm`` what its
     arithmetic resolves.
@@ -139,6 +186,7 @@ def default_eps(norm: str, x: Tensor) -> float:
     return torch.finfo(torch.float64 if x.dtype is torch.float64 else torch.float32).eps
 
 
+QuantizedSiteCall = NormScaleShiftQuantize | ScaleResidualNormScaleShiftQuantize
 SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
 """A call at a norm site of a block."""
 QKCall = QKNormRope | JointQKNormRope

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .calls import HALVES, DequantizeProduct, Quantize
+from . import checks
+from .calls import HALVES, DequantizeProduct, Quantize, QuantizedSiteCall
 from .checks import FLOATS, _devices, _shape, _tensor
 from .quantization import LAWS, Law
 
@@ -16,6 +17,17 @@ def check(call: Quantize) -> None:
     if call.x.dim() not in (2, 3) or call.x.shape[-1] < 1:
         raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(call.x)}")
     check_law(call.law, call.x)
+
+
+def check_site(call: QuantizedSiteCall) -> None:
+    """As :func:`check`."""
+    checks.check(call.site)
+    check_law(call.law, call.x)
+
+
+def unfused_site(call: QuantizedSiteCall) -> str | None:
+    """Why no kernel takes a call that :func:`check_site` has passed, or None."""
+    return checks.unfused(call.site)
 
 
 def check_law(law: Law, x: Tensor) -> None:

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import quantization
-from .calls import DequantizeProduct, Quantize
+from . import quantization, reference
+from .calls import DequantizeProduct, NormScaleShiftQuantize, Quantize, ScaleResidualNormScaleShiftQuantize
 
 
 def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
@@ -15,6 +15,17 @@ def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
 def gelu_quantize(call: Quantize) -> tuple[Tensor, Tensor]:
     """The same of GELU(x) in its tanh approximation (arXiv:1606.08415), which is rounded to the dtype of ``x`` before."""
     return quantization.quantize(F.gelu(call.x, approximate="tanh"), call.law)
+
+
+def norm_scale_shift_quantize(call: NormScaleShiftQuantize) -> tuple[Tensor, Tensor]:
+    """The same of ``y``."""
+    return quantization.quantize(reference.norm_scale_shift(call.site), call.law)
+
+
+def scale_residual_norm_scale_shift_quantize(call: ScaleResidualNormScaleShiftQuantize) -> tuple[Tensor, Tensor, Tensor]:
+    """``(values, scale, r)``: the same of ``y``, beside ``r``."""
+    y, r = reference.scale_residual_norm_scale_shift(call.site)
+    return *quantization.quantize(y, call.law), r
 
 
 def dequantize_product(call: DequantizeProduct) -> Tensor:

@@ -16,10 +16,12 @@ from .calls import (
     DequantizeProduct,
     JointQKNormRope,
     NormScaleShift,
+    NormScaleShiftQuantize,
     QKNormRope,
     Quantize,
     ScaleResidual,
     ScaleResidualNormScaleShift,
+    ScaleResidualNormScaleShiftQuantize,
 )
 
 
@@ -140,6 +142,22 @@ OPS: Mapping[str, Op] = {
             checks_quantize.check_product,
             _fused,
             lambda call: call.product.new_empty(call.product.shape, dtype=call.dtype),
+        ),
+        Op(
+            "norm_scale_shift_quantize",
+            NormScaleShiftQuantize,
+            reference_quantize.norm_scale_shift_quantize,
+            checks_quantize.check_site,
+            checks_quantize.unfused_site,
+            lambda call: checks_quantize.like_quantized(call.x, call.law),
+        ),
+        Op(
+            "scale_residual_norm_scale_shift_quantize",
+            ScaleResidualNormScaleShiftQuantize,
+            reference_quantize.scale_residual_norm_scale_shift_quantize,
+            checks_quantize.check_site,
+            checks_quantize.unfused_site,
+            lambda call: (*checks_quantize.like_quantized(call.x, call.law), call.residual.new_empty(call.x.shape)),
         ),
     )
 }

@@ -73,8 +73,8 @@ def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str, pipe: o
     _complete(models)
     found = targets(models, pipe)
     refused = _refusals(found)
-    if strict and refused:
-        raise RuntimeError("ditnorm: nothing was patched: " + "; ".join(refused))
+    if strict and (demanded := _refusals(found, demanded=True)):
+        raise RuntimeError("ditnorm: nothing was patched: " + "; ".join(demanded))
     if torch.cuda.is_initialized():
         _look_at_cuda(found, strict, rounding)
     for message in refused:
@@ -137,12 +137,13 @@ def _is_stale(module: nn.Module) -> bool:
     return _untraceable(module) is not None
 
 
-def _refusals(found: Targets) -> list[str]:
-    """One line for each reason."""
+def _refusals(found: Targets, demanded: bool = False) -> list[str]:
+    """One line for each reason; of all that isn't fused, or of what is ``demanded`` to be."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, (_, units) in found.items():
         for unit in units:
-            left = [(part.name, part.reason) for part in unit.unfused] if unit.refusal is None else [(unit.name, unit.refusal)]
+            unfused = [part for part in unit.unfused if part.demanded or not demanded]
+            left = [(part.name, part.reason) for part in unfused] if unit.refusal is None else [(unit.name, unit.refusal)]
             for part, reason in left:
                 by_reason.setdefault((name, reason), []).append(part)
     return [f"{name}: {listed(units)} not fused: {reason}" for (name, reason), units in by_reason.items()]

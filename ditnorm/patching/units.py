@@ -47,6 +47,8 @@ class Unfused:
     name: str
     what: str
     reason: str
+    demanded: bool
+    """Whether ``strict`` patching fails for it."""
 
 
 @dataclass
@@ -189,7 +191,7 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
             yield from list(_swaps(unit, inside, part.module, part.body))
         except _Refused as refused:
             if part.body.reported_as is not None:
-                unit.unfused.append(Unfused(_join(unit.name, inside), part.body.reported_as, refused.within(inside)))
+                unit.unfused.append(Unfused(_join(unit.name, inside), part.body.reported_as, refused.within(inside), part.body.demanded))
 
 
 def _untouchable(module: nn.Module) -> str | None:

@@ -7,9 +7,11 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from support import quantised
 from torch import Tensor, nn
 
 from ditnorm import patch_model
+from ditnorm.ops.quantization import Law
 from ditnorm.swapping import generated
 
 from .feature import DEVICE, DTYPE, Feature, its_output, weights_at_rest
@@ -66,11 +68,14 @@ def _torchao(config: str) -> Callable[[], Any]:
     return make
 
 
-def _torchao_by_hand(model: nn.Module, folder: Path) -> nn.Module:
-    import torchao.quantization
+def _torchao_by_hand(law: Law) -> Callable[[nn.Module, Path], nn.Module]:
+    """Weights and activations of the blocks, before or after patching; patched again, so that the linear layers are fused too."""
 
-    torchao.quantization.quantize_(model, torchao.quantization.Int8DynamicActivationInt8WeightConfig())
-    return model
+    def apply(model: nn.Module, folder: Path) -> nn.Module:
+        quantised.quantise(model, law, lambda name: "blocks." in name and "refiner" not in name)
+        return patch_model(model) if any(generated.origin_of(type(m)) for m in model.modules()) else model
+
+    return apply
 
 
 def _quanto_by_hand(model: nn.Module, folder: Path) -> nn.Module:
@@ -124,7 +129,25 @@ def _bitsandbytes(**how: Any) -> Callable[[], Any]:
 FEATURES = (
     Feature("layers that return fp32 into a bf16 stream", _returns_float32, its_output),
     Feature("`TorchAoConfig`, int8 weights", _from_pretrained(_torchao("Int8WeightOnlyConfig")), its_output, needs=("torchao",)),
-    Feature("torchao int8 weights and activations, by hand", _torchao_by_hand, its_output, needs=("torchao",)),
+    *(
+        Feature(f"torchao {law} weights and activations, by hand", _torchao_by_hand(law), its_output, needs=("torchao",), fused="any")
+        for law in quantised.LAWS
+    ),
+    Feature(
+        "`TorchAoConfig`, int8 weights and activations",
+        _from_pretrained(_torchao("Int8DynamicActivationInt8WeightConfig")),
+        its_output,
+        needs=("torchao",),
+        fused="any",
+    ),
+    Feature(
+        "`TorchAoConfig`, fp8 weights and activations",
+        _from_pretrained(_torchao("Float8DynamicActivationFloat8WeightConfig")),
+        its_output,
+        needs=("torchao",),
+        fused="any",
+        gpus=1,
+    ),
     Feature("`TorchAoConfig`, fp8 weights", _from_pretrained(_torchao("Float8WeightOnlyConfig")), its_output, needs=("torchao",)),
     Feature(
         "`QuantoConfig`, fp8 weights",

@@ -37,7 +37,8 @@ def weight(plain: Tensor, law: Law, **options: Any) -> Any:
 
 def quantise(model: nn.Module, law: Law, which: Callable[[str], bool] = lambda name: True) -> nn.Module:
     """Every linear layer of which the name passes ``which`` and the shape suits the matrix products."""
+    multiple = 16 if next(model.parameters()).is_cuda else 8
     for name, linear in model.named_modules():
-        if isinstance(linear, nn.Linear) and which(name) and not (linear.in_features % 8 or linear.out_features % 8):
+        if isinstance(linear, nn.Linear) and which(name) and not (linear.in_features % multiple or linear.out_features % multiple):
             linear.weight = nn.Parameter(weight(linear.weight, law), requires_grad=False)
     return model

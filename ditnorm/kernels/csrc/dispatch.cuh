@@ -4,8 +4,6 @@
 
 namespace ditnorm {
 
-constexpr int kNotServed = -1;  // in place of a cudaError_t: no fast kernel serves the problem
-
 inline int64_t bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline bool aligned16(const void* data, DType dtype, int64_t stride_a, int64_t stride_b) {

@@ -36,8 +36,9 @@ inline DType float_dtype(const Tensor& t) {
   return DType::f16;
 }
 
+// Returns 0, or kNotServed.
 template <class Problem>
-void call_kernel(int (*op)(const Problem&, void*), const Problem& problem, int32_t device_index) {
+int call_kernel(int (*op)(const Problem&, void*), const Problem& problem, int32_t device_index) {
 #ifdef DITNORM_CPU_SIM
   (void)device_index;
   const int error = op(problem, nullptr);
@@ -45,7 +46,8 @@ void call_kernel(int (*op)(const Problem&, void*), const Problem& problem, int32
   const abi::DeviceGuard guard(device_index);
   const int error = op(problem, abi::current_cuda_stream(device_index));
 #endif
-  if (error != 0) throw std::runtime_error(std::string("ditnorm: kernel launch failed: ") + error_string(error));
+  if (error != 0 && error != kNotServed) throw std::runtime_error(std::string("ditnorm: kernel launch failed: ") + error_string(error));
+  return error;
 }
 
 }  // namespace ditnorm

@@ -5,6 +5,7 @@
 
 #include "op_call.h"
 #include "op_table.h"
+#include "quantize_ops.h"
 
 namespace ditnorm {
 namespace {
@@ -117,6 +118,11 @@ class Call {
     problem.round_each = t != DType::f32;
   }
 
+  // False where no kernel serves the problem.
+  bool try_run(int (*op)(const Problem&, void*)) const {
+    return problem.batch * problem.tokens == 0 || call_kernel(op, problem, device_index_) != kNotServed;
+  }
+
   void run(int (*op)(const Problem&, void*)) const {
     if (problem.batch * problem.tokens == 0) return;
     call_kernel(op, problem, device_index_);
@@ -161,6 +167,19 @@ class Call {
 
 Tensor empty_like(const Tensor& t) { return abi::empty(t.dim(), t.sizes(), t.dtype(), t); }
 
+// y of `plain`, quantised: in its kernel where there is one that does both, else behind it.
+QuantizedOutput run_quantized(Call& call, const Tensor& x, int64_t law, int (*both)(const Problem&, void*),
+                              int (*plain)(const Problem&, void*)) {
+  QuantizedOutput output(x, law);
+  call.problem.quantized = output.out;
+  if (output.out.law != Law::float8_tensor && call.try_run(both)) return output;
+  const Tensor y = empty_like(x);
+  call.problem.y = y.data();
+  call.run(plain);
+  quantize_into(output, y, false);
+  return output;
+}
+
 Tensor norm_scale_shift_op(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& weight, const Optional& bias,
                            const Optional& scale_table, const Optional& shift_table, const Optional& index, int64_t norm, double eps,
                            int64_t rounding) {
@@ -198,6 +217,40 @@ std::tuple<Tensor, Tensor> scale_residual_norm_scale_shift_op(const Tensor& resi
   return {std::move(y), std::move(r)};
 }
 
+std::tuple<Tensor, Tensor> norm_scale_shift_quantize_op(const Tensor& x, const Optional& scale, const Optional& shift,
+                                                        const Optional& weight, const Optional& bias, const Optional& scale_table,
+                                                        const Optional& shift_table, const Optional& index, int64_t norm, double eps,
+                                                        int64_t rounding, int64_t law) {
+  Call call(x);
+  call.index(index);
+  call.modulation(call.problem.scale, scale, scale_table);
+  call.modulation(call.problem.shift, shift, shift_table);
+  call.affine(weight, bias);
+  call.norm(norm, eps);
+  call.rounding(rounding);
+  QuantizedOutput output = run_quantized(call, x, law, &norm_scale_shift_quantize, &norm_scale_shift);
+  return {std::move(output.values), std::move(output.scale)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_residual_norm_scale_shift_quantize_op(
+    const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& scale, const Optional& shift, const Optional& weight,
+    const Optional& bias, const Optional& gate_table, const Optional& scale_table, const Optional& shift_table, const Optional& index,
+    int64_t norm, double eps, int64_t rounding, int64_t law) {
+  Call call(x);
+  call.residual(x, residual);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, gate_table);
+  call.modulation(call.problem.scale, scale, scale_table);
+  call.modulation(call.problem.shift, shift, shift_table);
+  call.affine(weight, bias);
+  call.norm(norm, eps);
+  call.rounding(rounding);
+  Tensor r = empty_like(residual);
+  call.problem.r = r.data();
+  QuantizedOutput output = run_quantized(call, x, law, &scale_residual_norm_scale_shift_quantize, &scale_residual_norm_scale_shift);
+  return {std::move(output.values), std::move(output.scale), std::move(r)};
+}
+
 Tensor scale_residual_op(const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& gate_table, const Optional& index,
                          int64_t rounding) {
   Call call(x);
@@ -218,6 +271,8 @@ Ops norm_site_ops() {
       op<&norm_scale_shift_op>("norm_scale_shift"),
       op<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift"),
       op<&scale_residual_op>("scale_residual"),
+      op<&norm_scale_shift_quantize_op>("norm_scale_shift_quantize"),
+      op<&scale_residual_norm_scale_shift_quantize_op>("scale_residual_norm_scale_shift_quantize"),
   };
   return {kOps, std::size(kOps)};
 }

@@ -34,6 +34,18 @@ struct Index {  // [batch, tokens]; token s reads row index[s] of each modulatio
   int64_t rows;
 };
 
+constexpr int kNotServed = -1;  // in place of a cudaError_t: no fast kernel serves the problem
+
+// How a linear layer with quantised weights is handed what it reads. In the order of LAWS in ditnorm/ops/quantization.py.
+enum class Law : int32_t { float8_row, float8_tensor, int8_row, float8_row_bfl };
+constexpr int64_t kLaws = 4;
+
+struct Quantized {
+  Law law;
+  uint8_t* values;  // [rows, width]; null where nothing is quantised
+  float* scale;     // [rows], or one where the law has one for all rows
+};
+
 struct Problem {
   int64_t batch, tokens, width;
   Rows x, residual;  // residual.data is null in norm_scale_shift
@@ -46,6 +58,7 @@ struct Problem {
   float eps;
   // rounding="eager" with a half-precision law: every intermediate is rounded to the dtype of x. False: float32 throughout.
   bool round_each;
+  Quantized quantized;  // y in its place
 };
 
 // Where the tokens of one head are rotated by position. The tables are float32 and shared over heads.
@@ -93,5 +106,8 @@ int qk_norm_rope(const HeadProblem& problem, void* stream);
 int norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual(const Problem& problem, void* stream);
+// With y quantised. kNotServed where there is no kernel that does both.
+int norm_scale_shift_quantize(const Problem& problem, void* stream);
+int scale_residual_norm_scale_shift_quantize(const Problem& problem, void* stream);
 
 }  // namespace ditnorm

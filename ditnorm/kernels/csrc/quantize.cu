@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kMaxQuantizeThreads) quantize_kernel(const Qua
     amax.take(v[i]);
   });
   if (p.partials == nullptr) bits = amax.bits();
-  const Divisor by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.law), p.law);
-  if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.scale[row] = by.scale;
-  store_quantized(v, by, p.law, p.values + row * p.width + first, step, inside);
+  const Divisor by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.out.law), p.out.law);
+  if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
+  store_quantized(v, by, p.out.law, p.out.values + row * p.width + first, step, inside);
 }
 
 // The largest |x| of the rows of each block.
@@ -115,12 +115,12 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
       largest = bits;
       continue;
     }
-    const Divisor by(scale_of(float_of(reduce_max(bits, exchange[turn])), p.law, p.x.dtype), p.law);
-    if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.scale[row] = by.scale;
+    const Divisor by(scale_of(float_of(reduce_max(bits, exchange[turn])), p.out.law, p.x.dtype), p.out.law);
+    if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
     for (int64_t column = threadIdx.x; column < p.width; column += kAmaxThreads) {
       const float v = element<GELU>(p, x + column);
-      p.values[row * p.width + column] =
-          static_cast<uint8_t>(p.law == Law::int8_row ? to_int8(v, by.reciprocal) : to_e4m3(by.quotient<false>(v)));
+      p.out.values[row * p.width + column] =
+          static_cast<uint8_t>(p.out.law == Law::int8_row ? to_int8(v, by.reciprocal) : to_e4m3(by.quotient<false>(v)));
     }
   }
   if (!find) return;
@@ -188,7 +188,7 @@ bool has_float8() { return true; }
 #endif
 
 int quantize(const QuantizeProblem& p, void* stream) {
-  if (p.law != Law::int8_row && !has_float8()) return cudaErrorNotSupported;
+  if (p.out.law != Law::int8_row && !has_float8()) return cudaErrorNotSupported;
   return p.gelu ? quantize_after<true>(p, stream) : quantize_after<false>(p, stream);
 }
 

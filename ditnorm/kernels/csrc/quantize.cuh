@@ -66,6 +66,8 @@ class Amax {
 };
 
 // The largest of all threads' bits, in all of them. `exchange` has a place for each warp; of a block that calls this twice, two of them.
+// THREADS: of the block, 0 where that isn't known before.
+template <unsigned THREADS = 0>
 __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchange)[kMaxWarps]) {
 #ifdef __CUDA_ARCH__
   bits = __reduce_max_sync(0xffffffffu, bits);
@@ -74,7 +76,8 @@ __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchang
 #endif
   if (threadIdx.x % 32 == 0) exchange[threadIdx.x / 32] = bits;
   __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) bits = Amax<float>::larger(bits, exchange[warp]);
+  const unsigned warps = (THREADS == 0 ? blockDim.x : THREADS) / 32;
+  for (unsigned warp = 0; warp < warps; ++warp) bits = Amax<float>::larger(bits, exchange[warp]);
   return bits;
 }
 

@@ -6,20 +6,14 @@
 
 namespace ditnorm {
 
-// In the order of LAWS in ditnorm/ops/quantization.py.
-enum class Law : int32_t { float8_row, float8_tensor, int8_row, float8_row_bfl };
-constexpr int64_t kLaws = 4;
-
 constexpr unsigned kMaxQuantizeThreads = 512, kAmaxThreads = 256;
 constexpr int64_t kMaxPartials = 1024;
 
 struct QuantizeProblem {
   int64_t batch, tokens, width;
   Rows x;
-  Law law;
+  Quantized out;
   bool gelu;           // of x, with its tanh approximation, before it is quantised
-  uint8_t* values;     // [batch * tokens, width]
-  float* scale;        // [batch * tokens], or one
   uint32_t* partials;  // room for partial_count numbers where the law has one scale for all rows, else null
   int64_t partial_count;
 };
@@ -33,6 +27,9 @@ struct ProductProblem {
   DType dtype;                        // half precision
   void* y;
 };
+
+// Whether the current GPU multiplies float8 matrices, which PyTorch asks compute capability 8.9 for.
+bool has_float8();
 
 // As those of problem.h. A GPU before compute capability 8.9, which multiplies no float8 matrices, quantises to int8 only.
 int quantize(const QuantizeProblem& problem, void* stream);

@@ -1,54 +1,66 @@
 // The quantising ops: as ops.cpp.
+#include "quantize_ops.h"
+
 #include <algorithm>
 #include <iterator>
 
-#include "op_call.h"
 #include "op_table.h"
-#include "quantize.h"
 
 namespace ditnorm {
-namespace {
 
-int32_t value_dtype(Law law) { return law == Law::int8_row ? aoti_torch_dtype_int8() : aoti_torch_dtype_float8_e4m3fn(); }
-
-std::tuple<Tensor, Tensor> quantized(const Tensor& x, int64_t law, bool gelu) {
+QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law) {
+  check(law >= 0 && law < kLaws, "ditnorm: law");
   const int64_t dim = x.dim();
   check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
-  check(law >= 0 && law < kLaws, "ditnorm: law");
   const int64_t* sizes = x.sizes();
-  const int64_t batch = dim == 3 ? sizes[0] : 1, tokens = sizes[dim - 2], width = sizes[dim - 1], rows = batch * tokens;
+  const int64_t rows = dim == 3 ? sizes[0] * sizes[1] : sizes[0], width = sizes[dim - 1];
   check(width >= 1, "ditnorm: x must have a last dim");
+  out.law = static_cast<Law>(law);
+  const bool int8 = out.law == Law::int8_row, per_row = out.law != Law::float8_tensor;
+  check(per_row || rows > 0, "ditnorm: the largest value of nothing");
+  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {per_row ? rows : 1, 1};
+  values = abi::empty(2, values_sizes, int8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_float8_e4m3fn(), x);
+  scale = abi::empty(2, scale_sizes, aoti_torch_dtype_float32(), x);
+  out.values = static_cast<uint8_t*>(values.data());
+  out.scale = static_cast<float*>(scale.data());
+}
+
+void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu) {
+  const int64_t dim = x.dim(), width = x.sizes()[dim - 1];
   const Tensor copy = width == 1 || x.strides()[dim - 1] == 1 ? Tensor() : abi::contiguous(x);
   const Tensor& source = copy.handle() == nullptr ? x : copy;
-  const int64_t* strides = source.strides();
-
+  const int64_t *sizes = source.sizes(), *strides = source.strides();
   QuantizeProblem problem{};
-  problem.batch = batch;
-  problem.tokens = tokens;
+  problem.batch = dim == 3 ? sizes[0] : 1;
+  problem.tokens = sizes[dim - 2];
   problem.width = width;
   problem.x = {source.data(), float_dtype(x), dim == 3 ? strides[0] : 0, strides[dim - 2]};
-  problem.law = static_cast<Law>(law);
+  problem.out = output.out;
   problem.gelu = gelu;
-  const bool per_row = problem.law != Law::float8_tensor;
-  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {per_row ? rows : 1, 1};
-  Tensor values = abi::empty(2, values_sizes, value_dtype(problem.law), x);
-  Tensor scale = abi::empty(2, scale_sizes, aoti_torch_dtype_float32(), x);
-  problem.values = static_cast<uint8_t*>(values.data());
-  problem.scale = static_cast<float*>(scale.data());
+  const int64_t rows = problem.batch * problem.tokens;
+  if (rows == 0) return;
   Tensor partials;
-  if (!per_row) {
-    check(rows > 0, "ditnorm: the largest value of nothing");
+  if (output.out.law == Law::float8_tensor) {
     problem.partial_count = std::min(rows, kMaxPartials);
     partials = abi::empty(1, &problem.partial_count, aoti_torch_dtype_int32(), x);
     problem.partials = static_cast<uint32_t*>(partials.data());
   }
-  if (rows > 0) call_kernel(&quantize, problem, x.device_index());
-  return {std::move(values), std::move(scale)};
+  call_kernel(&quantize, problem, x.device_index());
 }
 
-std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, false); }
+namespace {
 
-std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, int64_t law) { return quantized(x, law, true); }
+std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) {
+  QuantizedOutput output(x, law);
+  quantize_into(output, x, false);
+  return {std::move(output.values), std::move(output.scale)};
+}
+
+std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, int64_t law) {
+  QuantizedOutput output(x, law);
+  quantize_into(output, x, true);
+  return {std::move(output.values), std::move(output.scale)};
+}
 
 Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const Tensor& weight_scale, const Optional& bias, int64_t dtype) {
   const int32_t float32 = aoti_torch_dtype_float32(),

@@ -7,6 +7,7 @@
 #include "formulas.cuh"
 #include "launch.h"
 #include "modulation.cuh"
+#include "quantize.cuh"
 #include "statistics.cuh"
 #include "unroll.cuh"
 #include "variants.h"
@@ -134,6 +135,21 @@ class Row {
       const Pack<T, N> y = modulated(v[i], statistics, m, weights, biases, i);
       store_row<kCache>(static_cast<T*>(p_.y) + target + i * kStep, y);
     });
+  }
+
+  // The same, quantised: the row is y then, and stays in registers until its largest element is known.
+  __device__ __forceinline__ void store_quantized(Elements& v, const Statistics& statistics, const Modulations& m, const Affine& weights,
+                                                  const Affine& biases, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
+    Amax<T> amax;
+    place_.each([&](auto i) {
+      ask(m, i + kAhead);
+      v[i] = modulated(v[i], statistics, m, weights, biases, i);
+      amax.take(v[i]);
+    });
+    const Law law = p_.quantized.law;
+    const Divisor by(scale_of<T>(float_of(reduce_max<SHAPE::kThreads>(amax.bits(), exchange)), law), law);
+    if (threadIdx.x == 0) p_.quantized.scale[at_.batch * p_.tokens + at_.token] = by.scale;
+    ditnorm::store_quantized(v, by, law, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); });
   }
 
  private:
@@ -266,7 +282,8 @@ class Row {
   const bool tabled_ = kAny && (p_.scale.table.data != nullptr || (RESIDUAL && p_.gate.table.data != nullptr));
 };
 
-template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
+// QUANTIZES: y in its place.
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, bool QUANTIZES, class TILES, class SHAPE>
 __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) row_kernel(const Problem p) {
   using R = Row<T, M, EXTRAS, RESIDUAL, ROUND, TILES, SHAPE>;
   __shared__ Exchange exchange;
@@ -293,7 +310,12 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) row_kernel(co
   typename R::Affine weights, biases;
   if constexpr (EXTRAS == Extras::affine) row.load_affine(weights, biases);
   const Statistics statistics = row.statistics(v, m, exchange);
-  row.store(v, statistics, m, weights, biases, target);
+  if constexpr (QUANTIZES) {
+    __shared__ uint32_t maxima[kMaxWarps];
+    row.store_quantized(v, statistics, m, weights, biases, target, maxima);
+  } else {
+    row.store(v, statistics, m, weights, biases, target);
+  }
 }
 
 }  // namespace ditnorm

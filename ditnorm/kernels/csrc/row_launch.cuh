@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "dispatch.cuh"
+#include "quantize.h"
 #include "row_kernel.cuh"
 #include "variants.h"
 
@@ -21,25 +22,28 @@ inline bool shared_modulations(const Problem& p) {
   return p.index.data == nullptr && p.scale.row_stride == 0 && p.shift.row_stride == 0 && p.batch * p.tokens > kManyRows;
 }
 
-// Goes through kNormSites. (Templates of functions: generic lambdas that pass constants on to each other crash compilers.)
-template <class T, class M, bool RESIDUAL, bool ROUND>
+// Goes through kNormSites, or where y is quantised through kQuantizedNormSites. (Templates of functions: generic lambdas that pass
+// constants on to each other crash compilers.)
+template <class T, class M, bool RESIDUAL, bool ROUND, bool QUANTIZES>
 class RowLaunch {
  public:
   RowLaunch(const Problem& p, void* stream) : p_(p), stream_(stream), extras_(extras(p)), shared_(shared_modulations(p)) {}
 
   int run() {
-    try_sites(std::make_integer_sequence<int, std::size(variants::kNormSites)>{});
+    try_sites(std::make_integer_sequence<int, QUANTIZES ? std::size(variants::kQuantizedNormSites) : std::size(variants::kNormSites)>{});
     return result_;
   }
 
  private:
+  static constexpr const NormSite& site(int i) { return QUANTIZES ? variants::kQuantizedNormSites[i] : variants::kNormSites[i]; }
+
   template <int... SITES>
   void try_sites(std::integer_sequence<int, SITES...>) {
     (void)(try_site<SITES>() || ...);
   }
   template <int SITE>
   bool try_site() {
-    constexpr const NormSite& kSite = variants::kNormSites[SITE];
+    constexpr const NormSite& kSite = site(SITE);
     if constexpr (kSite.compiled_for(RESIDUAL, dtype_of<T>, dtype_of<M>, ROUND)) {
       return kSite.serves(extras_, shared_) && try_widths<SITE>(std::make_integer_sequence<int, kSite.widths.count()>{});
     }
@@ -51,12 +55,12 @@ class RowLaunch {
   }
   template <int SITE, int WIDTH>
   bool try_width() {
-    constexpr const NormSite& kSite = variants::kNormSites[SITE];
+    constexpr const NormSite& kSite = site(SITE);
     using Row = Tiles<kSite.widths.list[WIDTH].tiles, kSite.widths.full(WIDTH), kSite.widths.list[WIDTH].blocks>;
     using Threads = Shape<kSite.lanes, kSite.ahead>;
     if (!Row::serves(p_.width)) return false;
     const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
-    result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, Row, Threads>, grid, Threads::kThreads, stream_, p_);
+    result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
     return true;
   }
 
@@ -70,10 +74,18 @@ class RowLaunch {
 template <bool RESIDUAL, class T>
 int launch_row_kernels(const Problem& p, DType modulation, void* stream) {
   if constexpr (!std::is_same_v<T, float>) {
-    if (modulation == DType::f32) return RowLaunch<T, float, RESIDUAL, false>(p, stream).run();
-    if (p.round_each) return RowLaunch<T, T, RESIDUAL, true>(p, stream).run();
+    if (modulation == DType::f32) return RowLaunch<T, float, RESIDUAL, false, false>(p, stream).run();
+    if (p.round_each) return RowLaunch<T, T, RESIDUAL, true, false>(p, stream).run();
   }
-  return RowLaunch<T, T, RESIDUAL, false>(p, stream).run();
+  return RowLaunch<T, T, RESIDUAL, false, false>(p, stream).run();
+}
+
+template <bool RESIDUAL>
+int launch_quantized_row_kernels(const Problem& p, void* stream) {
+  using T = __nv_bfloat16;
+  if (p.x.dtype != DType::bf16 || fast_modulation_dtype(p) != DType::bf16) return kNotServed;
+  if (p.round_each) return RowLaunch<T, T, RESIDUAL, true, true>(p, stream).run();
+  return RowLaunch<T, T, RESIDUAL, false, true>(p, stream).run();
 }
 
 }  // namespace ditnorm

@@ -1,0 +1,21 @@
+// Quantised results, and the quantising ops that others are made with:
+// quantize_ops.cpp.
+#pragma once
+#include "op_call.h"
+#include "quantize.h"
+
+namespace ditnorm {
+
+// What [.., D] is quantised to: values [rows, D] and scale [rows, 1], or [1, 1]
+// of a law with one scale for all rows.
+struct QuantizedOutput {
+  QuantizedOutput(const Tensor& x, int64_t law);
+
+  Tensor values, scale;
+  Quantized out;
+};
+
+// Quantises x, [B, S, D] or [S, D], or GELU of it.
+void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu);
+
+}  // namespace ditnorm
