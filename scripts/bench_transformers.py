@@ -1,6 +1,7 @@
 """Times whole denoising steps of real models with random weights: eager, patched with either rounding, compiled, and patched + compiled.
 
     python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile] [--accuracy] [--out DIR]
+    python scripts/bench_transformers.py --quantization NAME ...    with quantised weights; NAME is float8-row, float8-tensor or int8-row
 
 Everything runs in one process with the same weights and inputs. The latents after each of the first steps are compared, too: those of
 patched must equal those of eager bit for bit. With --accuracy, the error of one step against float32 is measured: that of
@@ -9,6 +10,7 @@ status is 1 if a model failed or one of these doesn't hold. Real sizes need a GP
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -25,23 +27,27 @@ from bench.models.catalogue import MODELS
 from bench.models.real_model import RealModel
 from bench.models.variants import EAGER, PATCHED, VARIANTS
 from common.execution import free
+from common.quantization import QUANTIZATIONS
 from common.tables import environment, environment_line
 
 PROFILED = (EAGER.name, PATCHED.name)
 
 
-def result(real: RealModel, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+def result(real: RealModel, quantization: str | None, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Measures one model; an error becomes part of the result, since the other models are still worth measuring."""
     layers = real.layers(options.layers)
     entry: dict[str, Any] = {
-        "title": real.title,
+        "title": real.title if quantization is None else f"{real.title}, {quantization}",
         "source": real.source,
         "tokens": real.tokens,
         "layers": layers,
         "all_layers": {kind: real.config[kind] for kind in layers},
     }
+    if quantization is not None:
+        entry["quantization"] = quantization
     try:
-        found = steps.measure(real, layers, device, [variant for variant in VARIANTS if variant.quick or not options.quick])
+        chosen = [variant for variant in VARIANTS if variant.quick or not options.quick]
+        found = steps.measure(real, layers, device, chosen, quantization)
         entry |= found.json()
         if options.profile:
             entry["costs"] = {name: found.columns[name].costs for name in PROFILED}
@@ -68,6 +74,7 @@ def failed(entry: Mapping[str, Any]) -> bool:
 def chosen(options: argparse.Namespace) -> list[str]:
     """The arguments that make a difference to what is measured."""
     models = [] if options.models == list(MODELS) else ["--models", *options.models]
+    models += [] if options.quantization == [None] else ["--quantization", *options.quantization]
     layers = [] if options.layers is None else ["--layers", str(options.layers)]
     return models + layers + [f"--{name}" for name in ("quick", "profile", "accuracy") if getattr(options, name)]
 
@@ -76,6 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description="Time whole denoising steps of real models with random weights.")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        default=[None],
+        metavar="NAME",
+        help=f"torchao's, of the linear layers of the blocks: {', '.join(QUANTIZATIONS)}",
+    )
     parser.add_argument("--layers", type=int, metavar="N", help="so many blocks of each kind (default: what fits; the table says how many)")
     parser.add_argument("--quick", action="store_true", help="eager and patched only")
     parser.add_argument("--profile", action="store_true", help="list the kernels outside matmul and attention, eager and patched")
@@ -84,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.layers is not None and options.layers < 1:
         parser.error("--layers: at least 1")
+    if options.accuracy and options.quantization != [None]:
+        parser.error("--accuracy: of models that aren't quantised")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     entries: dict[str, dict[str, Any]] = {}
@@ -93,14 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/bench_transformers.py", *chosen(options)])
     document = {"command": command, "date": date.today().isoformat(), "environment": environment(device), "models": entries}
-    for name in options.models:
+    for name, quantization in itertools.product(options.models, options.quantization):
         start = time.perf_counter()
-        entry = entries[name] = result(MODELS[name], device, options)
+        key = name if quantization is None else f"{name}, {quantization}"
+        entry = entries[key] = result(MODELS[name], quantization, device, options)
         # A run cut short keeps what it has.
         (options.out / "transformers.json").write_text(json.dumps(document, indent=1) + "\n")
         outcome = entry.get("error") or report.bits(entry, PATCHED.name)
         print(f"{entry['title']}: {outcome} ({time.perf_counter() - start:.0f} s)", flush=True)
     print(f"\n{environment_line(device)}\n\n{report.table(entries)}\n\n{report.NOTES}")
+    if options.quantization != [None]:
+        print(f"\n{report.gain_table(entries)}")
     for entry in entries.values():
         if "costs" in entry:
             print(f"\n{entry['title']}\n{report.profile_table(entry)}")

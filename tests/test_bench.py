@@ -377,3 +377,20 @@ def test_committed_page_is_that_of_its_json():
         pytest.skip(f"docs/{results_page.JSON}: not measured yet")
     report = json.loads((results_page.DOCS / results_page.JSON).read_text())
     assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report)
+
+
+@pytest.mark.parametrize("quantization", ["float8-row", "float8-tensor", "int8-row"])
+def test_quantised_models_keep_the_bits_of_torchao(bench, quantization, capsys):
+    """And stand beside the patched model in bf16."""
+    pytest.importorskip("torchao")
+    chosen = ["qwen-image", "wan2.1-1.3b"] if quantization == "float8-row" else ["hunyuan-video-480p"]
+    status, report = bench("--quick", "--models", *chosen, "--quantization", quantization)
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert list(report["models"]) == [f"{name}, {quantization}" for name in chosen]
+    for entry in report["models"].values():
+        names = [name for name in entry["columns"] if name != variants.PRECOMPUTED.name]
+        assert names == ["eager", "patched", "patched, bf16"]
+        assert entry["columns"]["patched"]["steps_identical"] == entry["steps_compared"]
+        assert entry["quantization"] == quantization
+    assert "times as fast as torchao in eager mode" in output

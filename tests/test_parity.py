@@ -139,6 +139,19 @@ def test_yardstick_of_the_real_compiler(tmp_path, monkeypatch):
     assert report["comparisons"]["yardstick, compiled : unpatched"]["worst_psnr"] >= 30
 
 
+@pytest.mark.parametrize("quantization", ["float8-row", "int8-row"])
+def test_a_quantised_model_keeps_every_bit_and_stands_beside_bfloat16(quantization, tmp_path):
+    pytest.importorskip("torchao")
+    status, report = run("qwen_image", tmp_path, "--quantization", quantization)
+    assert status == 0
+    assert report["quantization"] == quantization
+    comparisons = report["comparisons"]
+    assert comparisons["patched : unpatched"]["steps_identical"] == 2
+    errors = [comparisons[f"{title} : bfloat16"]["relative_error_of_latents"] for title in ("unpatched", "patched")]
+    assert errors[0] == errors[1]
+    assert errors[0][-1] > 0
+
+
 def test_a_difference_is_a_failure(tmp_path, monkeypatch, capsys):
     patch = ditnorm.patch_pipeline
     monkeypatch.setattr(ditnorm, "patch_pipeline", lambda pipe, rounding: patch(pipe, rounding="single"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from common.execution import compile_blocks, forget_compiled, free, full_float32
+from common.quantization import QUANTIZATIONS, quantize
 from common.tables import environment, environment_line, text_table
 from digits.families import FOLDER
 from PIL import Image
@@ -102,6 +103,7 @@ def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.Argume
     )
     add_options(parser, tiny=FOLDER / subject.tiny, pipelines=f"one of {', '.join(subject.pipelines)}", out="parity-output")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="eager", help="ditnorm's (default: %(default)s)")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="torchao's, of the linear layers of the blocks")
     parser.add_argument("--compile", action="store_true", help="compare patched + compiled with compiled, too")
     return parser, parser.parse_args(argv)
 
@@ -112,6 +114,10 @@ class Session:
     def __init__(self, subject: Subject, options: argparse.Namespace, device: torch.device, on_step: Callable[[], object]) -> None:
         self.subject, self.options, self.device, self.on_step = subject, options, device, on_step
         self.pipe = loaded(options, device)
+
+    def quantize(self) -> None:
+        for model in denoisers(self.pipe):
+            quantize(model, self.options.quantization)
 
     def generate(self, like: Generation | None = None) -> Generation:
         given = arguments(self.options, self.pipe, self.subject.prompt)
@@ -157,6 +163,11 @@ def run(subject: Subject, options: argparse.Namespace, device: torch.device, pro
     yardstick: Difference | None = None
     session = Session(subject, options, device, progress.update)
 
+    plain: Generation | None = None
+    if options.quantization is not None:
+        progress.set_description("not quantised")
+        plain = session.generate()
+        session.quantize()
     progress.set_description("unpatched")
     eager = session.generate()
     progress.set_description("patched")
@@ -165,6 +176,8 @@ def run(subject: Subject, options: argparse.Namespace, device: torch.device, pro
         ditnorm.precompute_modulation(session.pipe)
     patched = session.generate()
     parity = compare("patched : unpatched", patched, eager)
+    if plain is not None:
+        others += [compare(f"{title} : {options.dtype}", run, plain) for title, run in (("unpatched", eager), ("patched", patched))]
     both: Generation | None = None
     try:
         if options.compile:
@@ -224,10 +237,12 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     parser, options = parse(subject, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with usage_errors(parser):
+        if options.quantization is not None and options.dtype != "bfloat16":
+            raise CannotRun("--quantization: of models in bfloat16")
         name = pipeline_class(options.model, options.image is not None).__name__
         if name not in subject.pipelines:
             raise CannotRun(f"{options.model} is a {name}; this script takes {', '.join(subject.pipelines)}")
-        with tqdm(total=(4 + options.compile) * options.steps, unit="step") as progress:
+        with tqdm(total=(4 + options.compile + (options.quantization is not None)) * options.steps, unit="step") as progress:
             result = run(subject, options, device, progress)
 
     good, rule = holds(result, options.rounding, options.dtype)
@@ -240,6 +255,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
         "rounding": options.rounding,
         "precompute_modulation": options.precompute_modulation,
         "dtype": options.dtype,
+        "quantization": options.quantization,
         "parity": good,
         "rule": rule,
         "comparisons": {difference.title: difference.json() for difference in result.rows()},
@@ -249,7 +265,8 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     header = ["a : b", "steps equal", "latents' error", "PSNR", "worst PSNR", "SSIM", "worst SSIM"]
     header += [] if result.parity.frames.lpips is None else ["LPIPS"]
     precomputed = ", modulations precomputed" * options.precompute_modulation
-    print(f"\n{name}, {options.model}, {options.dtype}, rounding {options.rounding}{precomputed}\n{environment_line(device)}\n")
+    kind = options.quantization or options.dtype
+    print(f"\n{name}, {options.model}, {kind}, rounding {options.rounding}{precomputed}\n{environment_line(device)}\n")
     print(text_table([header, *(difference.row() for difference in result.rows())]))
     print("\n".join(["", *(f"not compared: {note}" for note in result.notes)]))
     print(f"parity {'holds' if good else 'DOES NOT HOLD'}: {rule}\nside by side: {path}")

@@ -7,7 +7,8 @@ from typing import Any
 import matplotlib
 from common.tables import text_table
 
-from .variants import EAGER, VARIANTS
+from .quantization import gains
+from .variants import BF16, EAGER, VARIANTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -47,6 +48,15 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
             )
     errors = [f"{entry['title']}: {entry['error']}" for entry in entries.values() if "error" in entry]
     return "\n".join([text_table(rows), *errors])
+
+
+def gain_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """What patching the quantised models is worth."""
+    found = {entry["title"]: gains(entry["columns"]) for entry in entries.values() if "quantization" in entry and "error" not in entry}
+    kinds = list(dict.fromkeys(kind for of_model in found.values() for kind in of_model))
+    rows = [["patched is", *found]]
+    rows += [[kind, *(f"{of_model[kind]:.2f}" if kind in of_model else "" for of_model in found.values())] for kind in kinds]
+    return text_table(rows)
 
 
 def layer_counts(entry: Mapping[str, Any]) -> str:
@@ -90,7 +100,7 @@ def chart(entries: Mapping[str, Mapping[str, Any]], path: Path, device: str) -> 
     """Bars: time of a step of each model in each column, eager = 100 %."""
     good = [entry for entry in entries.values() if "error" not in entry]
     names = list(dict.fromkeys(name for entry in good for name in entry["columns"]))
-    colours = {variant.name: variant.colour for variant in VARIANTS}
+    colours = {variant.name: variant.colour for variant in (*VARIANTS, BF16)}
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(good)), layout="constrained")
     height = 0.8 / len(names)
     for offset, name in enumerate(names):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from common.execution import synchronize
+from common.quantization import quantize
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -16,7 +17,7 @@ from ditnorm.patching.restoring import tables as modulation_tables
 
 from .kernel_shares import Shares, costs, profiled, shares
 from .real_model import RealModel
-from .variants import EAGER, Variant
+from .variants import BF16, EAGER, Variant
 
 COMPARED = 3  # denoising steps whose latents are compared
 TIMED_STEPS, TIMED_SECONDS = 2, 2.0  # at least, after the first
@@ -72,15 +73,24 @@ class Measured:
         return {"columns": columns, "steps_compared": COMPARED, "eager_reproducible": self.reproducible}
 
 
-def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, variants: Sequence[Variant]) -> Measured:
-    """Builds one model and measures its variants, eager first."""
+def measure(
+    real: RealModel, layers: Mapping[str, int], device: torch.device, variants: Sequence[Variant], quantization: str | None = None
+) -> Measured:
+    """Builds one model and measures its variants, eager first; quantised, if it is to be, and patched before that, too."""
     model = real.build(layers, device)
     columns: dict[str, Column] = {}
     with tqdm(desc=real.title, unit="step", leave=False) as progress:
-        for variant in (variant for variant in variants if variant.serves(model)):
+
+        def measured(variant: Variant) -> Column:
             progress.set_description(f"{real.title}, {variant.name}")
             with variant.applied(model):
-                columns[variant.name] = _column(model, real, device, progress.update)
+                return _column(model, real, device, progress.update)
+
+        plain = {}
+        if quantization is not None:
+            plain[BF16.name] = measured(BF16)
+            quantize(model, quantization)
+        columns |= {variant.name: measured(variant) for variant in variants if variant.serves(model)} | plain
     eager = columns[EAGER.name].latents
     if not all(step.isfinite().all() for step in eager):
         raise RuntimeError("the latents of the unpatched model aren't finite: nothing was compared")

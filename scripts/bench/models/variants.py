@@ -87,6 +87,8 @@ EAGER = Variant("eager", "#9aa0a6", quick=True, accuracy=True)
 PATCHED = Variant("patched", "#1a73e8", (patching,), exact=True, quick=True, accuracy=True)
 PRECOMPUTED = Variant("patched, precomputed", "#12b5cb", (patching, precomputing), exact=True, quick=True)
 SINGLE = Variant("patched, single", "#8ab4f8", (partial(patching, rounding="single"),), accuracy=True)
+BF16 = Variant("patched, bf16", "#b0bec5", (patching,))
+"""Of a quantised model: the same before it was quantised."""
 VARIANTS = (
     EAGER,  # first: the others are compared with it
     PATCHED,

@@ -1,0 +1,33 @@
+"""Models with the linear layers of their blocks quantised by torchao."""
+
+import importlib
+import unittest.mock
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+QUANTIZATIONS = ("float8-row", "float8-tensor", "int8-row")
+_MULTIPLE = 16  # of which float8 matrix products take the sizes
+
+
+def quantize(model: nn.Module, name: str) -> None:
+    """Replaces the weights of the blocks, in place."""
+    torchao: Any = importlib.import_module("torchao.quantization")
+
+    configs: dict[str, Any] = {
+        "float8-row": lambda: torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow()),
+        "float8-tensor": lambda: torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerTensor()),
+        "int8-row": torchao.Int8DynamicActivationInt8WeightConfig,
+    }
+
+    def chosen(module: nn.Module, path: str) -> bool:
+        return (
+            isinstance(module, nn.Linear) and "blocks." in path and not (module.in_features % _MULTIPLE or module.out_features % _MULTIPLE)
+        )
+
+    on_gpu = next(model.parameters()).is_cuda
+    # torchao makes float8 weights for a GPU only. PyTorch multiplies them on the CPU too, which is enough to try things out.
+    unchecked = nullcontext() if on_gpu else unittest.mock.patch("torchao.quantization.quant_api._check_hardware_support")
+    with unchecked:
+        torchao.quantize_(model, configs[name](), filter_fn=chosen)
