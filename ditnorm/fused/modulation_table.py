@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..swapping.generated import origin_of
-from ..swapping.hook_chains import set_class
+from ..swapping.hook_chains import Untraceable, captured, set_class
 from .modulation import Modulating, ModulationSequential
 from .module import FusedModule, upstream_of
 
@@ -26,6 +26,7 @@ Inputs = Sequence[Tensor | None]
 DtypeOf = Callable[[nn.Module], torch.dtype | None]
 
 _ROWS, _STEP = 128, 64  # two schedules of 50 steps, as guidance with two pooled texts needs
+_SAMPLES = 8  # bytes of a weight that are looked at: each is a wait for memory
 _IN_USE = 4  # embeddings of one forward pass, and of the one before it in the same thread
 
 
@@ -97,11 +98,13 @@ class ModulationTable:
         self._fixed = False
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._free: list[int] = list(range(self._capacity))
-        self._signature: list[Any] = []
+        self._watched: list[tuple[Any, int]] = []
+        self._parts: list[tuple[Any, ...]] = []
+        self._weights: list[tuple[Any, ...]] = []
         self._path: list[tuple[str, dict[str, Any], str, nn.Module]] = []
+        self._traced: dict[int, Any] = {}
         self._keys: Tensor | None = None
         self._batches: Tensor | None = None
-        self._probes: dict[tuple[int, int, tuple[int, ...]], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't known."""
@@ -189,7 +192,7 @@ class ModulationTable:
             self._clear()
             return self._make(key, embedding, inputs, output)
         self._entries |= entries
-        self._signature = self._signed()
+        self._watch()
         self.seconds += time.perf_counter() - started
         return entries[key]
 
@@ -330,16 +333,21 @@ class ModulationTable:
         for name, siblings, key, module in self._path:
             if siblings.get(key) is not module and getattr(siblings.get(key), "_orig_mod", None) is not module:
                 return f"{name} was replaced"
-            if is_group_offloaded(module):
+            if "_diffusers_hook" in module.__dict__ and is_group_offloaded(module):
                 return GROUP_OFFLOADED
+            forward = module.__dict__.get("forward")
+            if forward is not None and self._traced.get(id(module)) is not forward:
+                try:
+                    captured(module)
+                except Untraceable as untraceable:
+                    return f"{name}: {untraceable}"
+                self._traced[id(module)] = forward
         for name, holder, _ in self.holders:
             if not isinstance(holder, Modulating) or (isinstance(holder, FusedModule) and not holder.intact()):
                 return f"{name} isn't fused any more"
-            for part in holder.modulation_modules():
-                if is_group_offloaded(part):
-                    return GROUP_OFFLOADED
-                if any(hasattr(p, "placements") for p in part._parameters.values()):
-                    return f"the weights of {name} are spread over several devices"
+        for part, *_ in self._parts:
+            if "_diffusers_hook" in part.__dict__ and is_group_offloaded(part):
+                return GROUP_OFFLOADED
         return None
 
     def restore(self, bring: bool = True) -> None:
@@ -358,48 +366,48 @@ class ModulationTable:
                 set_class(holder, upstream_of(type(holder)))
 
     def _look_for_changes(self) -> None:
-        signature = self._signed()
-        if signature != self._signature:
+        if not self._watched or not self._unchanged():
             self.changes += bool(self._entries)
             self._clear()
-            self._signature = signature
+            self._watch()
 
     def _clear(self) -> None:
         self._entries.clear()
         self._free.clear()
         self._forget(list(range(self._capacity)))
 
-    def _signed(self) -> list[Any]:
-        signature: list[Any] = []
+    def _watch(self) -> None:
+        """Notes everything that rows depend on. What is compared in every pass is kept flat, and by identity."""
+        self._watched = [(holder, holder.modulation_changes) for _, holder, _ in self.holders]
+        self._parts = []
+        self._weights = []
         for _, holder, _ in self.holders:
-            signature.append(holder.modulation_changes)
-            for module in holder.modulation_modules():
-                if module._modules:
-                    for inner in module.modules():
-                        self._sign(inner, signature)
-                else:
-                    self._sign(module, signature)
-        return signature
+            for key, part in zip(holder.modulation_parts, holder.modulation_modules(), strict=True):
+                hooks = part._forward_hooks, part._forward_pre_hooks
+                self._parts.append((part, holder._modules, key, part.__dict__.get("forward"), *map(tuple, hooks), _state(part)))
+                for module in part.modules():
+                    for name, p in module._parameters.items():
+                        if p is not None:
+                            probe = _probe(p)
+                            bits = None if probe is None else probe.tobytes()
+                            self._weights.append((module._parameters, name, p, p._version, p.dtype, p.data_ptr(), probe, bits))
 
-    def _sign(self, module: nn.Module, signature: list[Any]) -> None:
-        signature += (id(module), id(module.__dict__.get("forward")), len(module._forward_hooks), len(module._forward_pre_hooks))
-        if module._modules:
-            signature.append(_adapters(module))
-        for p in module._parameters.values():
-            if p is not None:
-                signature += (id(p), p._version, p.dtype, self._probe(p))
-
-    def _probe(self, p: Tensor) -> bytes | None:
-        """Some bytes of a tensor in host memory."""
-        if p.device.type != "cpu" or type(p) is not nn.Parameter or not p.numel():
-            return None
-        key = (id(p), p.data_ptr(), tuple(p.shape))
-        found = self._probes.get(key)
-        if found is None:
-            memory = p.detach().as_strided((p.numel(),), (1,)) if p.is_contiguous() else p.detach().reshape(-1)
-            view = memory.view(torch.uint8).numpy()
-            found = self._probes[key] = (view[:: max(1, len(view) // 61)], p.data_ptr())
-        return found[0].tobytes()
+    def _unchanged(self) -> bool:
+        if any(holder.modulation_changes != changes for holder, changes in self._watched):
+            return False
+        for part, siblings, key, forward, hooks, pre_hooks, state in self._parts:
+            if siblings.get(key) is not part or part.__dict__.get("forward") is not forward:
+                return False
+            if tuple(part._forward_hooks) != hooks or tuple(part._forward_pre_hooks) != pre_hooks:
+                return False
+            if (part._modules or state) and _state(part) != state:
+                return False
+        for parameters, name, p, version, dtype, address, probe, bits in self._weights:
+            if parameters.get(name) is not p or p._version != version or p.dtype is not dtype or p.data_ptr() != address:
+                return False
+            if probe is not None and probe.tobytes() != bits:
+                return False
+        return True
 
     # CUDA graphs.
 
@@ -531,6 +539,19 @@ def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
     if not dtype.is_floating_point:
         return [timesteps.to(dtype)]
     return [timesteps.to(dtype), timesteps.to(dtype) / 1000, (timesteps / 1000).to(dtype)]
+
+
+def _probe(p: Tensor) -> Any:
+    """A view of some low bytes of a tensor in host memory, as an array."""
+    if p.device.type != "cpu" or type(p) is not nn.Parameter or not p.is_contiguous() or p.nbytes < 4:
+        return None
+    array = p.detach().view(-1).view(torch.uint8).numpy()
+    return array[:: max(4, len(array) // _SAMPLES // 4 * 4)]
+
+
+def _state(part: nn.Module) -> list[Any]:
+    """The modules inside a module and the state of its adapters."""
+    return [(id(module), _adapters(module)) for module in part.modules() if module is not part or hasattr(module, "active_adapters")]
 
 
 def _adapters(module: nn.Module) -> Any:
