@@ -385,3 +385,18 @@ def test_a_compiled_linear_is_torchaos(law: Law) -> None:
         compiled = torch.compile(fused(linear), backend=backend, fullgraph=True)
         assert torch.equal(compiled(x), expected)
     assert len(graphs) == 1
+
+
+def test_a_replaced_linear_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = fused(quantized_linear_layer(FLOAT8_ROW))
+    x, calls, upstream = rows((2, 17, 48), torch.bfloat16), [], F.linear
+
+    def spy(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return upstream(*arguments)
+
+    monkeypatch.setattr(F, "linear", spy)
+    with torch.no_grad():
+        linear(x)
+        assert quantized_for(x, linear) is x
+    assert len(calls) == 1

@@ -19,6 +19,7 @@ from ..ops.calls import NormScaleShift
 from ..ops.checks import same_bits
 from ..ops.quantization import INT8_ROW, Law, Quantized
 from ..swapping.swapped import untouched
+from ..swapping.torch_private import any_autocast_enabled
 from .module import FusedModule, upstream_of
 from .quantized_weights import law_of, quantises_activations
 from .sites import FusedCall
@@ -28,7 +29,7 @@ _ROWS = 1024  # that a verification quantises
 _FEWEST_INT8_ROWS = 17  # of which PyTorch multiplies int8 matrices on a GPU
 
 _is_compiling = torch.compiler.is_compiling
-_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_LINEAR = F.linear
 
 
 class QuantizedLinear(FusedModule):
@@ -132,8 +133,9 @@ def hooked(module: Any) -> bool:
 
 
 def _serves(x: Tensor) -> bool:
-    """Whether nothing but the values of ``x`` matters: no graph, no autocast, no tensor of another kind."""
-    return type(x) is Tensor and x.dtype in _HALVES and not torch.is_grad_enabled() and not _any_autocast_enabled()
+    """Whether nothing but the values of ``x`` matters: no graph, no autocast, no tensor of another kind, nobody in PyTorch's place."""
+    plain = type(x) is Tensor and x.dtype in _HALVES and F.linear is _LINEAR
+    return plain and not torch.is_grad_enabled() and not any_autocast_enabled()
 
 
 def _fits(law: Law, x: Tensor, weight: Any, bias: Tensor | None) -> bool:
