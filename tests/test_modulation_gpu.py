@@ -48,7 +48,7 @@ def test_weights_are_pinned_in_host_memory_and_come_back_to_where_the_model_is(n
 
 def test_gradients_go_through_weights_in_host_memory() -> None:
     model, arguments = loaded("qwen-image")
-    twin = ditnorm.precompute_modulation(copy.deepcopy(model))
+    twin = ditnorm.precompute_modulation(copy.deepcopy(ditnorm.patch_model(model)))
     for m in (model, twin):
         m(**arguments, return_dict=False)[0].float().square().sum().backward()
     name = "transformer_blocks.0.img_mod.1.weight"
