@@ -1,0 +1,1 @@
+"""What ``bench_quantize.py`` measures: the quantising ops."""
