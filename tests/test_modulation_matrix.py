@@ -19,7 +19,8 @@ REFUSED = {
     "group offloading, leaf level, disk": GROUP_OFFLOADED,
     "`enable_group_offload`, leaf level, disk": GROUP_OFFLOADED,
     "norms replaced by a module of the user's": "can't be fused",
-    "the forward of a block replaced on the instance": "can't be fused",
+    "the `forward` of a block replaced on the instance": "can't be fused",
+    "a module wrapped around every block (xDiT)": "is a Wrapper, which ditnorm doesn't know",
 }
 """Feature -> why precomputing is refused where the feature is there before. Where it comes after, the table is given up."""
 

@@ -82,6 +82,7 @@ class ModulationTable:
         self.seconds = 0.0
         self._capacity = _ROWS
         self._start()
+        self._trace()
         device = next((p.device for p in embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
         for _, holder, _ in self.holders:  # already now: what is compiled or captured holds them
             holder.__dict__["modulation_changes"] = 0
@@ -327,9 +328,8 @@ class ModulationTable:
 
     def _reason_to_give_up(self) -> str | None:
         """Whether somebody who doesn't know of row numbers would be given some now."""
-        if not self._path:
-            names = dict.fromkeys(".".join(name.split(".")[:n]) for name, _, _ in self.holders for n in range(1, name.count(".") + 2))
-            self._path = [(name, *_link(self.model, name)) for name in names]
+        if not self._path and (lost := self._trace()) is not None:
+            return f"{lost} was replaced"
         for name, siblings, key, module in self._path:
             if siblings.get(key) is not module and getattr(siblings.get(key), "_orig_mod", None) is not module:
                 return f"{name} was replaced"
@@ -348,6 +348,16 @@ class ModulationTable:
         for part, *_ in self._parts:
             if "_diffusers_hook" in part.__dict__ and is_group_offloaded(part):
                 return GROUP_OFFLOADED
+        return None
+
+    def _trace(self) -> str | None:
+        """Notes the modules from the model down to its modulations; the name of one that isn't there, if any."""
+        paths = [holder.split(".") for holder, _, _ in self.holders]
+        for name in dict.fromkeys(".".join(path[:n]) for path in paths for n in range(1, len(path) + 1)):
+            try:
+                self._path.append((name, *_link(self.model, name)))
+            except (AttributeError, KeyError):
+                return name
         return None
 
     def restore(self, bring: bool = True) -> None:
