@@ -162,6 +162,23 @@ def test_a_users_hook_sees_the_activation() -> None:
     assert all(type(x) is Tensor for x in seen)
 
 
+def test_a_users_hook_sees_what_a_module_returns() -> None:
+    model = model_of("hunyuan-video", FLOAT8_ROW)
+    expected = run(model, "hunyuan-video")
+    patch_model(model)
+    seen: list[Any] = []
+    for path in (
+        "transformer_blocks.0.norm1",
+        "single_transformer_blocks.0.norm",
+        "transformer_blocks.1.norm2",
+        "transformer_blocks.1.attn",
+    ):
+        model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output))
+    assert same(run(model, "hunyuan-video"), expected)
+    assert len(seen) == 4
+    assert all(type(x) is Tensor for output in seen for x in (output if isinstance(output, tuple) else (output,)))
+
+
 def test_adapters_are_given_the_activation() -> None:
     name = "qwen-image"
     model = model_of(name, FLOAT8_ROW)

@@ -401,8 +401,8 @@ def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
 
 
 def _argument(norm: Any, law: Law | None) -> dict[str, Law]:
-    """For ``norm``, which may have been replaced by one that takes none."""
-    return {"law": law} if law is not None and isinstance(norm, FusedModule) else {}
+    """For ``norm``, which may have been replaced by one that takes none, and whose results somebody may look at."""
+    return {"law": law} if law is not None and isinstance(norm, FusedModule) and untouched(norm) else {}
 
 
 def _attend_joined(

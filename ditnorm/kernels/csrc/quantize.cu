@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxQuantizeThreads) quantize_kernel(const Qua
     amax.take(v[i]);
   });
   if (p.partials == nullptr) bits = amax.bits();
-  const Divisor by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.out.law), p.out.law);
+  const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.out.law), p.out.law);
   if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
   store_quantized(v, by, p.out.law, p.out.values + row * p.width + first, step, inside);
 }
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
       largest = bits;
       continue;
     }
-    const Divisor by(scale_of(float_of(reduce_max(bits, exchange[turn])), p.out.law, p.x.dtype), p.out.law);
+    const Divisor by = divide_by(scale_of(float_of(reduce_max(bits, exchange[turn])), p.out.law, p.x.dtype), p.out.law);
     if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
     for (int64_t column = threadIdx.x; column < p.width; column += kAmaxThreads) {
       const float v = element<GELU>(p, x + column);

@@ -98,9 +98,6 @@ struct Divisor {
   float scale, reciprocal;
   bool refines;
 
-  __device__ __forceinline__ Divisor(float scale, Law law)
-      : scale(scale), reciprocal(__frcp_rn(scale)), refines(law != Law::float8_row_bfl && scale > 0x1p-60f && scale < 0x1p100f) {}
-
   template <bool REFINES>
   __device__ __forceinline__ float quotient(float x) const {
     if constexpr (!REFINES) return __fdiv_rn(x, scale);
@@ -109,6 +106,10 @@ struct Divisor {
     return float_of((bits_of(refined) & 0x7fffffffu) | (bits_of(x) & 0x80000000u));  // of a zero the sums lose the sign
   }
 };
+
+__device__ __forceinline__ Divisor divide_by(float scale, Law law) {
+  return {scale, __frcp_rn(scale), law != Law::float8_row_bfl && scale > 0x1p-60f && scale < 0x1p100f};
+}
 
 // v clamped to +-448 and rounded to e4m3.
 __device__ __forceinline__ uint32_t to_e4m3(float v) {

@@ -147,7 +147,7 @@ class Row {
       amax.take(v[i]);
     });
     const Law law = p_.quantized.law;
-    const Divisor by(scale_of<T>(float_of(reduce_max<SHAPE::kThreads>(amax.bits(), exchange)), law), law);
+    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max<SHAPE::kThreads>(amax.bits(), exchange)), law), law);
     if (threadIdx.x == 0) p_.quantized.scale[at_.batch * p_.tokens + at_.token] = by.scale;
     ditnorm::store_quantized(v, by, law, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); });
   }
