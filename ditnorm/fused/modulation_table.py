@@ -603,6 +603,9 @@ def _rows_fake(embedding: Tensor, inputs: list[Tensor | None], output: int, hand
 
 
 _library = torch.library.Library("ditnorm", "FRAGMENT")
-_library.define("modulation_rows(Tensor embedding, Tensor?[] inputs, int output, int handle) -> Tensor")
+_library.define(
+    "modulation_rows(Tensor embedding, Tensor?[] inputs, int output, int handle) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # it reads the embedding's bits: Inductor's graphs end before it and begin after it
+)
 _library.impl("modulation_rows", _rows, "CompositeExplicitAutograd")
 torch.library.register_fake("ditnorm::modulation_rows", _rows_fake, lib=_library)
