@@ -222,3 +222,20 @@ def test_compiled_blocks_have_no_more_graphs(name: str) -> None:
     assert counts[1][0] <= counts[0][0]
     assert same(counts[1][1], counts[0][1])
     torch._dynamo.reset()
+
+
+def test_where_the_kernels_gelu_has_other_bits_pytorchs_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditnorm.fused import feed_forward
+
+    model = model_of("wan-t2v", FLOAT8_ROW)
+    expected = run(model, "wan-t2v")
+    patch_model(model)
+    assert calls_of(model, "wan-t2v")["gelu_quantize"] > 0
+
+    def off(x: Tensor, law: Law) -> Any:
+        return feed_forward.quantize(1.01 * torch.nn.functional.gelu(x, approximate="tanh"), law)
+
+    monkeypatch.setattr(feed_forward, "gelu_quantize", off)
+    monkeypatch.setattr(feed_forward, "_known", {})
+    assert same(run(model, "wan-t2v"), expected)
+    assert list(feed_forward._known.values()) == [False]

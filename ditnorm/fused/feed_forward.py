@@ -4,10 +4,12 @@ goes to the last layer quantised in the same pass.
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import gelu_quantize
-from ..ops.quantization import Law, Quantized
+from ..functional import gelu_quantize, quantize
+from ..ops.quantization import FLOAT8_ROW_BFL, Law, Quantized
 from .gelu import FusedGELU
 from .module import FusedModule
 from .quantized_linear import QuantizedLinear, hooked, law_for
@@ -32,7 +34,10 @@ class FusedFeedForward(FusedModule):
         gelu, _, linear = layers
         inner = gelu.proj(hidden_states)
         law = law_for(inner, linear)
-        return linear(gelu.activate(inner) if law is None else gelu_quantize(inner, law))
+        if law is not None and _kernels_gelu_is_atens(inner):
+            return linear(gelu_quantize(inner, law))
+        inner = gelu.activate(inner)
+        return linear(inner if law is None else quantize(inner, law))
 
     def law(self, x: Tensor) -> Law | None:
         """The law by which its first layer quantises what the module is given with the shape and dtype of ``x``; None: as it is."""
@@ -59,6 +64,32 @@ def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:
         and (dropout.p == 0 or not dropout.training)
         and _unobserved(dropout)
     )
+
+
+_known: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def _kernels_gelu_is_atens(x: Tensor) -> bool:
+    """Whether the kernel's GELU has the bits of PyTorch's for every number of the dtype of ``x``, where it is.
+
+    Both call CUDA's ``tanhf``, of which their toolkits may have different ones. Tried once a process, for which the host waits.
+    """
+    key = x.device, x.dtype
+    if key not in _known:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        _known[key] = _compared(*key)
+    return _known[key]
+
+
+def _compared(device: torch.device, dtype: torch.dtype) -> bool:
+    """Each number in a row of its own, of which the law has the scale in float32. Not where there is no float8."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16).view(dtype)[:, None].repeat(1, 8)
+    ours, expected = gelu_quantize(every, FLOAT8_ROW_BFL), quantize(F.gelu(every, approximate="tanh"), FLOAT8_ROW_BFL)
+    pairs = ((a.float().nan_to_num(-1.0), b.float().nan_to_num(-1.0)) for a, b in zip(ours[:2], expected[:2], strict=True))
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _unobserved(module: Any) -> bool:
