@@ -98,16 +98,17 @@ def law_for(x: Tensor, *linears: Any) -> Law | None:
 
     None where one of them wants it as it is: then nothing may be handed over quantised.
     """
+    for linear in linears:  # first: most models aren't quantised
+        if not isinstance(linear, QuantizedLinear) or "forward" in linear.__dict__:
+            return None
+    if _is_compiling() or not _serves(x) or not untouched(*linears):
+        return None
     law: Law | None = None
     for linear in linears:
-        if not isinstance(linear, QuantizedLinear) or "forward" in linear.__dict__ or hooked(linear):
-            return None
-        if law is None and (_is_compiling() or not _serves(x)):
-            return None
-        found = law_of(linear._parameters["weight"])
-        if type(found) is not Law or (law is not None and found is not law):
-            return None
-        if not _fits(found, x, linear._parameters["weight"], linear._parameters["bias"]):
+        parameters = linear._parameters
+        weight = parameters["weight"]
+        found = law_of(weight)
+        if type(found) is not Law or (law is not None and found is not law) or not _fits(found, x, weight, parameters["bias"]):
             return None
         law = found
     return law
