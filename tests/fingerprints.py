@@ -21,7 +21,8 @@ def found() -> dict[str, str]:
 def _replaced(model: torch.nn.Module) -> Iterator[tuple[type, str]]:
     for unit in find_units(model):
         for swap in unit.swaps:
-            yield from ((swap.upstream, name) for name in getattr(swap.body, "fingerprints", ("forward",)))
+            # Norms have no fingerprints of their own: swapping/norm_kinds.py knows the forward of each kind.
+            yield from ((swap.upstream, name) for name in getattr(swap.body, "fingerprints", None) or ("forward",))
             if hasattr(swap.module, "processor"):
                 yield type(swap.module.processor), "__call__"
 

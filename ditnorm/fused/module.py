@@ -65,9 +65,8 @@ class FusedModule(Swapped):
     _modulated: ClassVar[tuple[tuple[str, tuple[type, ...]], ...]] = ()
     """The sites of norms in the module itself, and the layers that can be called there; set with the one before."""
 
-    _modules: dict[str, Any]
-
     if TYPE_CHECKING:
+        _modules: dict[str, Any]  # nn.Module's
 
         def __getattr__(self, name: str) -> Any:
             """The sub-modules and Parameters of the upstream class."""
