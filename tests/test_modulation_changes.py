@@ -191,3 +191,11 @@ def test_an_unknown_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match=r"nothing was changed: model: .* is not a version that ditnorm knows"):
         ditnorm.precompute_modulation(model)
     assert not tables(model)
+
+
+def test_a_registry_of_hooks_that_ditnorm_does_not_know_is_no_group_offloading() -> None:
+    model, expected = load("Qwen-Image"), forward(load("Qwen-Image"), "Qwen-Image")
+    model.transformer_blocks[0].img_mod._diffusers_hook = object()
+    ditnorm.precompute_modulation(model)
+    for _ in range(2):
+        assert torch.equal(forward(model, "Qwen-Image"), expected)

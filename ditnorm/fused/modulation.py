@@ -146,8 +146,15 @@ def call_on(x: Tensor, module: nn.Module) -> Tensor:
     """``module(x)`` with those of its weights that are in host memory brought to the device of ``x``; gradients go back to them."""
     if x.device.type == "cpu":
         return module(x)
-    brought = {name: p.to(x.device) for name, p in module.named_parameters() if p.device.type == "cpu"}
-    return functional_call(module, brought, (x,)) if brought else module(x)
+    home = {name: p for name, p in module.named_parameters() if p.device.type == "cpu"}
+    if not home:
+        return module(x)
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "ditnorm: a CUDA graph can't read the weights of modulations, which are in host memory: capture it under torch.no_grad(), "
+            "without autocast and without hooks on the embedding of the timestep, or after restore_modulation"
+        )
+    return functional_call(module, {name: p.to(x.device) for name, p in home.items()}, (x,))
 
 
 def _dense(p: nn.Parameter) -> bool:

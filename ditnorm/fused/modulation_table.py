@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ..swapping.generated import origin_of
 from ..swapping.hook_chains import Untraceable, captured, set_class
 from .modulation import Modulating, ModulationSequential
+from .modulation_changes import Watch
 from .module import FusedModule, upstream_of
+from .weight_streaming import send_home, streamed
 
 GROUP_OFFLOADED = "group offloading moves the weights in its own order, and keeps those of modulations off the device as it is"
 
@@ -26,7 +28,6 @@ Inputs = Sequence[Tensor | None]
 DtypeOf = Callable[[nn.Module], torch.dtype | None]
 
 _ROWS, _STEP = 128, 64  # two schedules of 50 steps, as guidance with two pooled texts needs
-_SAMPLES = 8  # bytes of a weight that are looked at: each is a wait for memory
 _IN_USE = 4  # embeddings of one forward pass, and of the one before it in the same thread
 
 
@@ -99,9 +100,7 @@ class ModulationTable:
         self._fixed = False
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._free: list[int] = list(range(self._capacity))
-        self._watched: list[tuple[Any, int]] = []
-        self._parts: list[tuple[Any, ...]] = []
-        self._weights: list[tuple[Any, ...]] = []
+        self._watch: Watch | None = None
         self._path: list[tuple[str, dict[str, Any], str, nn.Module]] = []
         self._traced: dict[int, Any] = {}
         self._keys: Tensor | None = None
@@ -193,7 +192,7 @@ class ModulationTable:
             self._clear()
             return self._make(key, embedding, inputs, output)
         self._entries |= entries
-        self._watch()
+        self._watch = Watch(self.holders)
         self.seconds += time.perf_counter() - started
         return entries[key]
 
@@ -345,7 +344,7 @@ class ModulationTable:
         for name, holder, _ in self.holders:
             if not isinstance(holder, Modulating) or (isinstance(holder, FusedModule) and not holder.intact()):
                 return f"{name} isn't fused any more"
-        for part, *_ in self._parts:
+        for part, *_ in self._watch.parts if self._watch is not None else ():
             if "_diffusers_hook" in part.__dict__ and is_group_offloaded(part):
                 return GROUP_OFFLOADED
         return None
@@ -376,55 +375,22 @@ class ModulationTable:
                 set_class(holder, upstream_of(type(holder)))
 
     def _look_for_changes(self) -> None:
-        if not self._watched or not self._unchanged():
+        if self._watch is None or not self._watch.unchanged():
             self.changes += bool(self._entries)
             self._clear()
-            self._watch()
+            self._watch = Watch(self.holders)
 
     def _clear(self) -> None:
         self._entries.clear()
         self._free.clear()
         self._forget(list(range(self._capacity)))
 
-    def _watch(self) -> None:
-        """Notes everything that rows depend on. What is compared in every pass is kept flat, and by identity."""
-        self._watched = [(holder, holder.modulation_changes) for _, holder, _ in self.holders]
-        self._parts = []
-        self._weights = []
-        for _, holder, _ in self.holders:
-            for key, part in zip(holder.modulation_parts, holder.modulation_modules(), strict=True):
-                hooks = part._forward_hooks, part._forward_pre_hooks
-                self._parts.append((part, holder._modules, key, part.__dict__.get("forward"), *map(tuple, hooks), _state(part)))
-                for module in part.modules():
-                    for name, p in module._parameters.items():
-                        if p is not None:
-                            probe = _probe(p)
-                            bits = None if probe is None else probe.tobytes()
-                            self._weights.append((module._parameters, name, p, p._version, p.dtype, p.data_ptr(), probe, bits))
-
-    def _unchanged(self) -> bool:
-        if any(holder.modulation_changes != changes for holder, changes in self._watched):
-            return False
-        for part, siblings, key, forward, hooks, pre_hooks, state in self._parts:
-            if siblings.get(key) is not part or part.__dict__.get("forward") is not forward:
-                return False
-            if tuple(part._forward_hooks) != hooks or tuple(part._forward_pre_hooks) != pre_hooks:
-                return False
-            if (part._modules or state) and _state(part) != state:
-                return False
-        for parameters, name, p, version, dtype, address, probe, bits in self._weights:
-            if parameters.get(name) is not p or p._version != version or p.dtype is not dtype or p.data_ptr() != address:
-                return False
-            if probe is not None and probe.tobytes() != bits:
-                return False
-        return True
-
     # CUDA graphs.
 
     def _captured(self, embedding: Tensor) -> Tensor:
         """The look-up as operations on the device, for a graph: what has no row when the graph is replayed becomes NaN."""
-        self._look_for_changes()
-        if not self._entries or self._keys is None or self._batches is None:
+        unchanged = self._watch is not None and self._watch.unchanged()
+        if not unchanged or not self._entries or self._keys is None or self._batches is None:
             raise RuntimeError("ditnorm: modulations are made in the first run: run the model once before its capture")
         if not self._shared_rows:
             raise RuntimeError("ditnorm: on this device equal samples of a batch have unequal modulations, which a graph can't look up")
@@ -455,84 +421,8 @@ def _link(model: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module]:
 
 
 def is_group_offloaded(module: nn.Module) -> bool:
-    hooks: Any = module.__dict__.get("_diffusers_hook")
-    return hooks is not None and hooks.get_hook("group_offloading") is not None
-
-
-def send_home(holder: Any) -> None:
-    """Brings the weights of a module to host memory, pinned where CUDA is in use."""
-    for p in holder.modulation_weights():
-        if p.device.type != "meta":
-            p.data = _home(p.data)
-
-
-def _home(t: Tensor) -> Tensor:
-    if not torch.cuda.is_initialized():
-        return t.cpu()
-    if t.device.type == "cpu" and t.is_pinned():
-        return t
-    try:
-        home = torch.empty_like(t, device="cpu", pin_memory=True)
-    except RuntimeError:  # no more memory may be pinned: the copies take longer
-        return t.cpu()
-    return home.copy_(t)
-
-
-def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> Iterator[tuple[str, Any, bool]]:
-    """Each of ``holders`` in turn with its weights on ``device``, those of the next one on their way. They are at home afterwards."""
-    if device.type == "cpu":
-        yield from holders
-        return
-    weights = [[p for p in holder.modulation_weights() if p.device.type == "cpu"] for _, holder, _ in holders]
-    if device.type != "cuda":
-        for item, parameters in zip(holders, weights, strict=True):
-            with _replaced(parameters, [p.data.to(device) for p in parameters]):
-                yield item
-        return
-    copying, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    size = max(sum(_aligned(p.nbytes) for p in parameters) for parameters in weights)
-    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-    copying.wait_stream(current)  # whoever had this memory before
-
-    def fetch(i: int) -> tuple[list[Tensor], torch.cuda.Event]:
-        views, offset = [], 0
-        with torch.cuda.stream(copying):
-            for p in weights[i]:
-                view = buffers[i % 2][offset : offset + p.nbytes].view(p.dtype).view(p.shape)
-                views.append(view.copy_(p.data, non_blocking=True))
-                offset += _aligned(p.nbytes)
-        return views, copying.record_event()
-
-    arriving = fetch(0)
-    read: torch.cuda.Event | None = None
-    for i, item in enumerate(holders):
-        views, arrived = arriving
-        if i + 1 < len(holders):
-            if read is not None:
-                copying.wait_event(read)  # the module before, whose buffer is next
-            arriving = fetch(i + 1)
-        current.wait_event(arrived)
-        with _replaced(weights[i], views):
-            yield item
-        read = current.record_event()
-
-
-class _replaced:
-    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-        self.parameters, self.values = parameters, values
-
-    def __enter__(self) -> None:
-        self.homes = [p.data for p in self.parameters]
-        for p, value in zip(self.parameters, self.values, strict=True):
-            p.data = value
-
-    def __exit__(self, *_: object) -> None:
-        for p, home in zip(self.parameters, self.homes, strict=True):
-            p.data = home
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // 512) * 512  # as PyTorch's allocator aligns, which cuBLAS's choice of kernel may depend on
+    registry = module.__dict__.get("_diffusers_hook")
+    return getattr(registry, "hooks", {}).get("group_offloading") is not None
 
 
 def _key(embedding: Tensor) -> Key:
@@ -549,33 +439,6 @@ def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
     if not dtype.is_floating_point:
         return [timesteps.to(dtype)]
     return [timesteps.to(dtype), timesteps.to(dtype) / 1000, (timesteps / 1000).to(dtype)]
-
-
-def _probe(p: Tensor) -> Any:
-    """A view of some low bytes of a tensor in host memory, as an array."""
-    if p.device.type != "cpu" or type(p) is not nn.Parameter or not p.is_contiguous() or p.nbytes < 4:
-        return None
-    array = p.detach().view(-1).view(torch.uint8).numpy()
-    return array[:: max(4, len(array) // _SAMPLES // 4 * 4)]
-
-
-def _state(part: nn.Module) -> list[Any]:
-    """The modules inside a module and the state of its adapters."""
-    return [(id(module), _adapters(module)) for module in part.modules() if module is not part or hasattr(module, "active_adapters")]
-
-
-def _adapters(module: nn.Module) -> Any:
-    """The state of a PEFT layer that its output depends on."""
-    if not hasattr(module, "active_adapters"):
-        return None
-    state: Any = module
-    scaling = getattr(state, "scaling", {})
-    return (
-        tuple(state.active_adapters),
-        bool(getattr(state, "disable_adapters", False)),
-        tuple(getattr(state, "merged_adapters", ())),
-        tuple(sorted(scaling.items())) if isinstance(scaling, dict) else None,
-    )
 
 
 def _progress(items: Iterator[Any], total: int) -> Iterator[Any]:
@@ -605,7 +468,9 @@ def _rows_fake(embedding: Tensor, inputs: list[Tensor | None], output: int, hand
 _library = torch.library.Library("ditnorm", "FRAGMENT")
 _library.define(
     "modulation_rows(Tensor embedding, Tensor?[] inputs, int output, int handle) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),  # it reads the embedding's bits: Inductor's graphs end before it and begin after it
+    tags=tuple(
+        tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None
+    ),  # it reads the embedding's bits: Inductor's graphs end before it and begin after it
 )
 _library.impl("modulation_rows", _rows, "CompositeExplicitAutograd")
 torch.library.register_fake("ditnorm::modulation_rows", _rows_fake, lib=_library)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
-from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, send_home
+from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded
+from ..fused.weight_streaming import send_home
 from ..models import MODULATED
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint

@@ -1,0 +1,83 @@
+"""Weights in host memory: how they get there, and how they pass through a device one module at a time."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def send_home(holder: Any) -> None:
+    """Brings the weights of a module to host memory, pinned where CUDA is in use."""
+    for p in holder.modulation_weights():
+        if p.device.type != "meta":
+            p.data = _home(p.data)
+
+
+def _home(t: Tensor) -> Tensor:
+    if not torch.cuda.is_initialized():
+        return t.cpu()
+    if t.device.type == "cpu" and t.is_pinned():
+        return t
+    try:
+        home = torch.empty_like(t, device="cpu", pin_memory=True)
+    except RuntimeError:  # no more memory may be pinned: the copies take longer
+        return t.cpu()
+    return home.copy_(t)
+
+
+def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> Iterator[tuple[str, Any, bool]]:
+    """Each of ``holders`` in turn with its weights on ``device``, those of the next one on their way. They are at home afterwards."""
+    if device.type == "cpu":
+        yield from holders
+        return
+    weights = [[p for p in holder.modulation_weights() if p.device.type == "cpu"] for _, holder, _ in holders]
+    if device.type != "cuda":
+        for item, parameters in zip(holders, weights, strict=True):
+            with _replaced(parameters, [p.data.to(device) for p in parameters]):
+                yield item
+        return
+    copying, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    size = max(sum(_aligned(p.nbytes) for p in parameters) for parameters in weights)
+    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    copying.wait_stream(current)  # whoever had this memory before
+
+    def fetch(i: int) -> tuple[list[Tensor], torch.cuda.Event]:
+        views, offset = [], 0
+        with torch.cuda.stream(copying):
+            for p in weights[i]:
+                view = buffers[i % 2][offset : offset + p.nbytes].view(p.dtype).view(p.shape)
+                views.append(view.copy_(p.data, non_blocking=True))
+                offset += _aligned(p.nbytes)
+        return views, copying.record_event()
+
+    arriving = fetch(0)
+    read: torch.cuda.Event | None = None
+    for i, item in enumerate(holders):
+        views, arrived = arriving
+        if i + 1 < len(holders):
+            if read is not None:
+                copying.wait_event(read)  # the module before, whose buffer is next
+            arriving = fetch(i + 1)
+        current.wait_event(arrived)
+        with _replaced(weights[i], views):
+            yield item
+        read = current.record_event()
+
+
+class _replaced:
+    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        self.parameters, self.values = parameters, values
+
+    def __enter__(self) -> None:
+        self.homes = [p.data for p in self.parameters]
+        for p, value in zip(self.parameters, self.values, strict=True):
+            p.data = value
+
+    def __exit__(self, *_: object) -> None:
+        for p, home in zip(self.parameters, self.homes, strict=True):
+            p.data = home
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 512) * 512  # as PyTorch's allocator aligns, which cuBLAS's choice of kernel may depend on
