@@ -13,6 +13,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from support import tiny
 from support.patched import DTYPE, fused_calls, run
+from support.slow import slow_but
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
@@ -23,6 +24,7 @@ from ditnorm.patching import patch_model, report
 MODELS = ["wan-t2v", "wan-without-cross-attn-norm", "qwen-image", "hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5"]
 MODELS = [name for name in [*MODELS, "qwen-image-2.1"] if name in tiny.MODELS]
 FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video"]
+TWO_FAMILIES = ["wan-t2v", "qwen-image"]
 CALLS = {name: sum(tiny.MODELS[name].calls) for name in MODELS}
 
 Shown = list[tuple[str, Any]]
@@ -206,7 +208,7 @@ def _no_hook_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("order", ["hooks after", "hooks before"])
 @pytest.mark.parametrize("watch", WATCHES, ids=lambda watch: watch.__name__)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(TWO_FAMILIES, MODELS))
 def test_hooks_are_shown_what_upstream_shows(name: str, watch: Watch, order: str) -> None:
     model, upstream = tiny.load(name, DTYPE), tiny.load(name, DTYPE)
     outputs: list[Tensor] = []
@@ -225,7 +227,7 @@ def test_hooks_are_shown_what_upstream_shows(name: str, watch: Watch, order: str
 
 
 @pytest.mark.parametrize("watch", OF_NORMS, ids=lambda watch: watch.__name__)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(TWO_FAMILIES, FAMILIES))
 def test_hooked_norms_are_reported(name: str, watch: Watch) -> None:
     model = patch_model(tiny.load(name, DTYPE), strict=True)
     names = {module: path for path, module in model.named_modules()}
@@ -270,7 +272,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("dtype", [DTYPE, torch.float32])
 @pytest.mark.parametrize("change", CHANGES, ids=["outputs", "outputs in place", "inputs in place"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(TWO_FAMILIES, MODELS))
 def test_what_a_hook_writes_to_a_norm_counts(name: str, change: Callable[[nn.Module], object], dtype: torch.dtype) -> None:
     model, upstream = tiny.load(name, dtype), tiny.load(name, dtype)
     arguments = tiny.inputs(name, 2, dtype)
@@ -285,7 +287,7 @@ def test_what_a_hook_writes_to_a_norm_counts(name: str, change: Callable[[nn.Mod
 
 
 @pytest.mark.parametrize("change", [halve_outputs_in_place, halve_inputs_in_place], ids=["outputs in place", "inputs in place"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, MODELS))
 def test_what_a_hook_for_all_modules_writes_counts(name: str, change: Callable[..., None]) -> None:
     model, upstream = tiny.load(name, DTYPE), tiny.load(name, DTYPE)
     patch_model(model, strict=True)
@@ -306,7 +308,7 @@ def test_what_a_hook_for_all_modules_writes_counts(name: str, change: Callable[.
 
 
 @pytest.mark.parametrize("change", [halve_outputs_in_place, halve_inputs_in_place], ids=["outputs in place", "inputs in place"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, MODELS))
 def test_what_hooks_on_the_other_leaves_of_blocks_write_counts(name: str, change: Callable[..., None]) -> None:
     model, upstream = tiny.load(name, DTYPE), tiny.load(name, DTYPE)
     patch_model(model, strict=True)
@@ -355,7 +357,7 @@ def gradients(model: nn.Module, name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("watch", BACKWARD, ids=lambda watch: watch.__name__)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(TWO_FAMILIES, FAMILIES))
 def test_hooks_on_the_way_back_are_shown_what_upstream_shows(name: str, watch: Watch) -> None:
     model, upstream = tiny.load(name, torch.float32), tiny.load(name, torch.float32)
     patch_model(model, strict=True)
@@ -417,7 +419,7 @@ def cast_and_align(norm: nn.Module) -> None:
 
 @pytest.mark.parametrize("order", ["hooks after", "hooks before"])
 @pytest.mark.parametrize("hook", [align_devices, align_devices_twice, offload, cast, cast_in_accelerate, cast_and_align])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(TWO_FAMILIES, FAMILIES))
 def test_hooks_that_move_or_cast_weights_leave_all_sites_fused(name: str, hook: Callable[[nn.Module], None], order: str) -> None:
     model, upstream = tiny.load(name, DTYPE), tiny.load(name, DTYPE)
     for norm in norms(upstream):

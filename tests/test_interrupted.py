@@ -13,11 +13,15 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from support import tiny
 from support.patched import DTYPE, classes, fused_calls, is_patched, run
+from support.slow import slow_but
 from torch import nn
 
 from ditnorm import kernels
 from ditnorm.patching import patch, patch_model, report, unpatch_model
 from ditnorm.swapping import generated, hook_chains
+
+FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video"]
+OF_EACH_CLASS = [*{model.cls: name for name, model in tiny.MODELS.items()}.values(), "wan-ti2v-text"]
 
 
 class Interrupted(BaseException):
@@ -28,7 +32,7 @@ def expect_bits(model: nn.Module, name: str, expected: torch.Tensor, state: obje
     assert torch.equal(run(model, name), expected), state
 
 
-@pytest.mark.parametrize("name", [*{model.cls: name for name, model in tiny.MODELS.items()}.values(), "wan-ti2v-text"])
+@pytest.mark.parametrize("name", slow_but(["wan-ti2v-text", "qwen-image-2.1-without-causal-condition", "hunyuan-image"], OF_EACH_CLASS))
 def test_a_model_runs_with_its_bits_wherever_patching_or_unpatching_ends_early(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every state between two classes, in one pass: to end there changes nothing more."""
     model = tiny.load(name, DTYPE)
@@ -45,7 +49,7 @@ def test_a_model_runs_with_its_bits_wherever_patching_or_unpatching_ends_early(n
     assert not is_patched(model)
 
 
-@pytest.mark.parametrize("name", ["wan-t2v", "qwen-image", "hunyuan-video"])
+@pytest.mark.parametrize("name", slow_but(["qwen-image"], FAMILIES))
 def test_patching_again_or_unpatching_finishes_what_an_error_ended_at_any_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.load(name, DTYPE)
     del model.get_submodule("blocks" if name.startswith("wan") else "transformer_blocks")[1:]
@@ -208,7 +212,7 @@ def test_a_norm_that_two_blocks_share_stays_fused_as_long_as_one_of_them_is() ->
     expect_bits(model, "wan-t2v", expected, "both unpatched")
 
 
-@pytest.mark.parametrize("name", ["wan-t2v", "qwen-image", "hunyuan-video"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_two_models_that_share_their_leaf_modules_are_unpatched_one_after_the_other(name: str) -> None:
     one, two = tiny.load(name, DTYPE), tiny.load(name, DTYPE)
     for path, module in list(one.named_modules()):
