@@ -3,11 +3,13 @@
 import pytest
 import torch
 from support import tiny
+from support.slow import slow_but
 from torch import Tensor, nn
 
 from ditnorm import patch_model
 
 NAMES = [name for name in tiny.MODELS if name.startswith(("qwen", "hunyuan"))]
+ONE_OF_EACH = ["qwen-image-edit-zero-cond-t", "qwen-image-2.1", "hunyuan-video-token-replace", "hunyuan-image"]
 MODULATIONS = ("img_mod.1", "txt_mod.1", "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "modulation.1")
 PROJECTIONS = ("_q", "_k", "_v", "q_proj", "k_proj", "v_proj")
 """PyTorch's attention takes no value of another dtype than its normed query, upstream either."""
@@ -51,7 +53,7 @@ def model(name: str, dtype: torch.dtype, wide_in: str, like_input: bool) -> nn.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("like_input", [False, True], ids=["half linears", "linears like their input"])
 @pytest.mark.parametrize("wide_in", ["", "blocks.0."], ids=["all", "one block"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, NAMES))
 def test_float32_modulations_promote_the_stream_as_upstream(name: str, wide_in: str, like_input: bool, dtype: torch.dtype) -> None:
     if wide_in and "2.1" in name:
         pytest.skip("its modulation is the model's")
