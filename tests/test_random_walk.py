@@ -378,7 +378,7 @@ def outcome(walk: Walker, model: nn.Module, arguments: dict[str, Any]) -> Tensor
 
 def same(got: Tensor | Exception, expected: Tensor | Exception) -> bool:
     if isinstance(got, Exception) or isinstance(expected, Exception):
-        # What PyTorch refuses with a RuntimeError (weights left on the meta device), a fused op refuses with an error that names the argument.
+        # What PyTorch refuses with a RuntimeError (weights left on the meta device), an op of ours refuses by the argument's name.
         named = isinstance(expected, RuntimeError) and isinstance(got, (ValueError, TypeError))
         return named or type(got) is type(expected)
     return torch.equal(bits(got), bits(expected))
