@@ -206,14 +206,25 @@ def test_linears(law: Law, bias: bool) -> None:
         for shape in ((1, 4096, k), (2, 77, k), (1, k), (20, k)):
             x = rows(shape, torch.bfloat16)
             with torch.no_grad():
-                assert differing((twin(x),), (linear(x),)) == 0, (n, k, shape)
+                got, expected = outcome(twin, x), outcome(linear, x)
+            if isinstance(expected, Exception):  # cuBLAS has no kernel for some of one row
+                assert type(got) is type(expected), (n, k, shape)
+            else:
+                assert differing((got,), (expected,)) == 0, (n, k, shape)
+
+
+def outcome(linear: nn.Module, x: Tensor) -> Any:
+    try:
+        return linear(x)
+    except RuntimeError as error:
+        return error
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_models(name: str, law: Law) -> None:
     model = tiny.load(name, torch.bfloat16).to(DEVICE)
-    quantised.quantise(model, law, lambda path: "blocks." in path and "refiner" not in path)
+    quantised.quantise(model, law, lambda path: "blocks." in path and "refiner" not in path and "controlnet_blocks" not in path)
     arguments = moved(tiny.inputs(name, 2, torch.bfloat16), DEVICE)
     expected = tiny.run(model, arguments)
     patch_model(model)

@@ -143,7 +143,7 @@ class Row {
     Amax<T> amax;
     place_.each([&](auto i) {
       ask(m, i + kAhead);
-      v[i] = modulated(v[i], statistics, m, weights, biases, i);
+      v[i] = modulated<kAny>(v[i], statistics, m, weights, biases, i);
       amax.take(v[i]);
     });
     const Law law = p_.quantized.law;
@@ -217,7 +217,9 @@ class Row {
     });
   }
 
-  // Access i of norm(row) * (1 + scale) + shift.
+  // Access i of norm(row) * (1 + scale) + shift. ALSO_PLAIN: an Extras::any kernel is given rows with neither affine nor tables, whose
+  // bits are to be those of Extras::none.
+  template <bool ALSO_PLAIN = false>
   __device__ __forceinline__ Pack<T, N> modulated(const Pack<T, N>& v, const Statistics& statistics, const Modulations& m,
                                                   const Affine& weights, const Affine& biases, int i) const {
     float n[N], scales[N], shifts[N];
@@ -225,7 +227,7 @@ class Row {
 #pragma unroll
     for (int j = 0; j < N; ++j) n[j] = __fsub_rn(n[j], statistics.mean);
     Pack<T, N> y;
-    if (kContracts<T, M, ROUND> && EXTRAS == Extras::none && modulated_) {
+    if (kContracts<T, M, ROUND> && (EXTRAS == Extras::none || (ALSO_PLAIN && !affine_ && !tabled_)) && modulated_) {
       to_floats(scales, m.scale.get(i));
       to_floats(shifts, m.shift.get(i));
 #pragma unroll
