@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .feature import DEVICE, DTYPE, Feature, Upstream, forward, its_output, load, unchanged
+from .offload import blocks_of
 
 THREADS = 4
 
@@ -32,17 +33,18 @@ def _autocast(to: torch.dtype, dtype: torch.dtype = DTYPE) -> Callable[[nn.Modul
 
 
 def _autocast_dtype(target: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
-    """What blocks run under."""
+    """What blocks run under. Hooks for all modules would be shown the norms, which aren't fused then."""
     seen = set()
 
     def look(module: nn.Module, args: Any) -> None:
         seen.add(torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else None)
 
-    handle = nn.modules.module.register_module_forward_pre_hook(look)
+    handles = [block.register_forward_pre_hook(look) for block in blocks_of(target)]
     try:
         return run(), seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _threads(model: nn.Module, family: str) -> Tensor:
