@@ -110,18 +110,22 @@ def its_output(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
 
 
 def linears_called(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
-    """The feature skips or adds linear layers."""
+    """The feature skips or adds linear layers.
+
+    Only those are hooked. A hook for all modules would be shown the norms of query and key too, which then run unfused.
+    """
     called = 0
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal called
-        called += isinstance(module, nn.Linear)
+        called += 1
 
-    handle = nn.modules.module.register_module_forward_hook(count)
+    handles = [m.register_forward_hook(count) for m in modules_of(target).modules() if isinstance(m, nn.Linear)]
     try:
         return run(), called
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def weights_at_rest(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
