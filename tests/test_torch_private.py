@@ -1,5 +1,6 @@
 """Private names of PyTorch: where a release lacks one, what stands in for it is right, if slower."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torch_module
 
 from ditnorm.swapping import torch_private
@@ -54,6 +56,24 @@ def test_what_cannot_be_asked_any_more_is_taken_for_true(holder: Any, name: str,
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert sum(answers(again).values()) == 1
+
+
+def test_what_a_tracer_puts_around_calls_of_modules_is_told_from_what_others_put_there() -> None:
+    found = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        traced = torch.nn.Module.__call__
+
+        @functools.wraps(traced)
+        def shown(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return traced(module, *args, **kwargs)
+
+        found.extend([torch_private.only_traced(traced), torch_private.only_traced(shown)])
+        return x + 1
+
+    make_fx(call)(torch.zeros(1))
+    assert found == [True, False]
+    assert not torch_private.only_traced(torch.nn.Module.__call__)
 
 
 WITHOUT_THEM = """

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 
 from .hook_chains import only_moves_weights
-from .torch_private import hooks_for_all_modules, module_call
+from .torch_private import hooks_for_all_modules, module_call, only_traced
 
 _forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks = hooks_for_all_modules
 
@@ -63,9 +63,11 @@ def untouched(*modules: Any) -> bool:
     """Whether what goes into ``modules`` and comes out of them is between their callers and their bodies, or upstream's classes.
 
     That isn't so where hooks, their own or for all modules, are shown it, or where somebody has replaced a forward, of an instance or a
-    class. Hooks that move or cast weights don't count, nor do those on the way back where there is none.
+    class. Hooks that move or cast weights don't count, nor do those on the way back where there is none, nor does the tracer of an export.
     """
-    if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks or Module.__call__ is not module_call:
+    if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks:
+        return False
+    if Module.__call__ is not module_call and not only_traced(Module.__call__):
         return False
     grad, seen = torch.is_grad_enabled(), None
     for module in modules:

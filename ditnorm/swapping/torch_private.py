@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad
+import torch.fx
 import torch.overrides
 import torch.utils._device
 from torch.nn.modules import module as _module
@@ -63,6 +64,16 @@ def traced_to_graph() -> bool:
     mode = getattr(torch._C, "_get_dispatch_mode", None)
     proxy = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
     return mode is None or proxy is None or mode(proxy) is not None
+
+
+def only_traced(call: Any) -> bool:
+    """Whether ``call``, found in the place of :data:`module_call`, is the wrapper around it by which ``torch.export`` and ``make_fx`` note
+    whose operations they record. Where that can't be seen: no.
+    """
+    return getattr(call, "__wrapped__", None) is module_call and getattr(call, "__globals__", None) is _fx
+
+
+_fx: Any = vars(getattr(torch.fx, "_symbolic_trace", _Unknown))
 
 
 def seen_by_a_mode() -> bool:
