@@ -120,10 +120,14 @@ def test_no_kernel_spills_or_uses_local_memory(stack_and_local: dict[tuple[str, 
 def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str, set[str]]) -> None:
     narrow = []
     for name, used in opcodes.items():
+        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|\dquantize_kernelI)", name):
+            # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access.
+            narrow += [name] if any(re.match(r"STG\.E\.[US](8|16)\b", opcode) for opcode in used) else []
+            continue
         # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half precision.
         one_lane = "ShapeILi1E" in name or re.search(r"across_kernelI.*ELi1EEEv", name)
         wide = re.compile(rf"{access}\.E\b.*\.({'64' if one_lane and '_kernelIf' not in name else '128'}|256)\b")
-        for_the_rest = any(kernel in name for kernel in ("generic_kernel", "any_qk_kernel", "probe_kernel"))
+        for_the_rest = any(kernel in name for kernel in ("generic_kernel", "any_qk_kernel", "any_quantize_kernel", "probe_kernel"))
         if not for_the_rest and not any(wide.match(opcode) for opcode in used):
             narrow.append(name)
     assert narrow == []
@@ -132,8 +136,8 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
 # ---- The shared library
 
 
-def test_library_is_at_most_6_5_mb(library: Path) -> None:
-    assert library.stat().st_size <= 6.5e6
+def test_library_is_at_most_7_mb(library: Path) -> None:
+    assert library.stat().st_size <= 7e6  # of which the quantising kernels take 1.4
 
 
 def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:

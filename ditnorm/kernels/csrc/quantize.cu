@@ -34,9 +34,9 @@ __device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
   return bits;
 }
 
-// One block a row, which stays in registers.
+// One block a row, which stays in registers. Left alone, ptxas spills one of the widest rows' for an occupancy that it likes.
 template <class T, bool GELU, int ITEMS>
-__global__ void __launch_bounds__(kMaxQuantizeThreads) quantize_kernel(const QuantizeProblem p) {
+__global__ void __launch_bounds__(kMaxQuantizeThreads, ITEMS == 8 ? 1 : 0) quantize_kernel(const QuantizeProblem p) {
   constexpr int N = 16 / sizeof(T);
   __shared__ uint32_t exchange[kMaxWarps];
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};

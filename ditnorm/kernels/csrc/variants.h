@@ -125,10 +125,10 @@ constexpr NormSite kNormSites[] = {
 
 // With y quantised: what models with quantised weights run in. What no row serves is quantised by a kernel of its own.
 constexpr NormSite kQuantizedNormSites[] = {
-  // op           x     modulation intermediates extras  sharing lanes ahead   above tiles
+  // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks}
   {kNorm,         bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
-  {kNorm,         bf16, of_x,      exact,        any,    all,    2, 0,         0, {3}},
+  {kNorm,         bf16, of_x,      exact,        any,    all,    2, 0,         0, {{3, 16}}},
   {kNorm,         bf16, of_x,      exact,        any,    all,    1, 1,         3, {6, 10}},
 
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
