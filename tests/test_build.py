@@ -120,8 +120,8 @@ def test_no_kernel_spills_or_uses_local_memory(stack_and_local: dict[tuple[str, 
 def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str, set[str]]) -> None:
     narrow = []
     for name, used in opcodes.items():
-        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|\dquantize_kernelI)", name):
-            # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access.
+        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernelI|amax_kernelI)", name):
+            # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The dequantised are stored two by two.
             narrow += [name] if any(re.match(r"STG\.E\.[US](8|16)\b", opcode) for opcode in used) else []
             continue
         # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half precision.
