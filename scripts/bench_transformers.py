@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (options.out / "transformers.json").write_text(json.dumps(document, indent=1) + "\n")
         outcome = entry.get("error") or report.bits(entry, PATCHED.name)
         print(f"{entry['title']}: {outcome} ({time.perf_counter() - start:.0f} s)", flush=True)
-    print(f"\n{environment_line(device)}\n\n{report.table(entries)}\n\n{report.NOTES}")
+    print(f"\n{environment_line(device)}\n\n{report.table(entries)}\n\n{report.notes(entries)}")
     if options.quantization != [None]:
         print(f"\n{report.gain_table(entries)}")
     for entry in entries.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.models import accuracy
-from bench.models.report import NOTES, bits, layer_counts
+from bench.models.report import bits, layer_counts, notes
 from bench.models.variants import EAGER, PATCHED, SINGLE, VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -115,7 +115,7 @@ python scripts/results_page.py bench-output/transformers.json
 
 {full_table(report["models"])}
 
-{NOTES}
+{notes(report["models"])}
 
 {accuracy_section(report["models"])}## Configurations
 

@@ -8,7 +8,7 @@ import matplotlib
 from common.tables import text_table
 
 from .quantization import gains
-from .variants import BF16, EAGER, VARIANTS
+from .variants import BF16, EAGER, PRECOMPUTED, VARIANTS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -17,8 +17,14 @@ PROFILED_SHARE = 0.01  # of a step's time, that a kernel must cost for --profile
 
 NOTES = """step ms: median wall time of one denoising step; GPU ms: sum over its kernels; first step: with the compiler's work.
 kernels: launched in one step; other: share of GPU time outside matmul and attention; bits: latents of patched against eager.
-patched, single: with rounding="single", which isn't bit-identical, but nearer to float32 or as near.
-patched, precomputed: with precompute_modulation; table s: making the table of 50 steps, inside the first step."""
+patched, single: with rounding="single", which isn't bit-identical, but nearer to float32 or as near."""
+_PRECOMPUTED = "patched, precomputed: with precompute_modulation; table s: making the table of 50 steps, inside the first step."
+
+
+def notes(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the columns of ``entries`` mean."""
+    precomputed = any(PRECOMPUTED.name in entry.get("columns", ()) for entry in entries.values())
+    return f"{NOTES}\n{_PRECOMPUTED}" if precomputed else NOTES
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
