@@ -1,4 +1,6 @@
-"""Diffusion transformers made faster without changing what they draw: see :func:`patch_pipeline`."""
+"""Diffusion transformers made faster without changing what they draw: see
+:func:`patch_pipeline`.
+"""
 
 import importlib
 from typing import Any

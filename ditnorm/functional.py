@@ -326,7 +326,9 @@ def scale_residual_norm_scale_shift_quantize(
     eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Quantized, Tensor]:
-    """``(y, r)`` of :func:`scale_residual_norm_scale_shift`, its ``y`` as :func:`quantize` makes it. Not differentiable."""
+    """``(y, r)`` of :func:`scale_residual_norm_scale_shift`, its ``y`` as :func:`quantize` makes
+    it. Not differentiable.
+    """
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
         if not _needs_pytorch(tensors, rounding):

@@ -5,8 +5,8 @@ Called with ``x`` alone each is the plain norm. Parameters and state-dict keys a
 that it derives from. Shapes, dtypes, rounding laws and errors of the modulation: see
 :mod:`ditnorm.functional`.
 
-A layer runs unfused where others see, or change, what a norm takes and returns, such as a hook: they
-see what they would see on the norm, and PyTorch modulates the result.
+A layer runs unfused where others see, or change, what a norm takes and returns, such as a hook:
+they see what they would see on the norm, and PyTorch modulates the result.
 """
 
 from functools import partial
@@ -365,7 +365,8 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
         if law is not None:
             return quantize(r, law), r
-        # Upstream casts to float32 and back here: unless the residual is float32, it hands on a copy.
+        # Upstream casts to float32 and back here: unless the residual is float32, it hands on a
+        # copy.
         return r if r.dtype is torch.float32 else r.clone(), r
 
     def __call__(self, residual: Tensor, x: Tensor | None = None, *gate: Tensor | None, **modulation: Any) -> Any:

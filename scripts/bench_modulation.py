@@ -1,10 +1,12 @@
-"""Compares real models patched, without and with precomputed modulations: latents of whole schedules, steps, memory, and making the table.
+"""Compares real models patched, without and with precomputed modulations: latents of whole
+schedules, steps, memory, and making the table.
 
     python scripts/bench_modulation.py [--models NAME ...] [--layers N] [--steps N] [--out DIR]
 
-Random weights, all layers, one process. Two generations: --steps steps, then another prompt with 4 steps fewer. Then a table of 50 steps
-is made, and once more. Writes DIR/modulation.json. The exit status is 1 where latents differ, a step is slower by more than the noise
-of 1 %, or making the table takes more memory than a step does. It needs a GPU that the models fit in.
+Random weights, all layers, one process. Two generations: --steps steps, then another prompt with 4
+steps fewer. Then a table of 50 steps is made, and once more. Writes DIR/modulation.json. The exit
+status is 1 where latents differ, a step is slower by more than the noise of 1 %, or making the
+table takes more memory than a step does. It needs a GPU that the models fit in.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """Times a whole pipeline, stage by stage, without and with ditnorm.
 
-    python scripts/bench_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81
+    python scripts/bench_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480
+    --frames 81
 
-``--model`` is any checkpoint in diffusers' format that ditnorm supports; the default is the tiny Qwen-Image of this repository, whose
-prompt embeddings come ready. ``--compile`` compiles the repeated blocks in both columns, ``--cache`` turns on FirstBlockCache in both.
-Each column is warmed up, then run ``--runs`` times; the median counts. Writes DIR/pipeline.json.
+``--model`` is any checkpoint in diffusers' format that ditnorm supports; the default is the tiny
+Qwen-Image of this repository, whose prompt embeddings come ready. ``--compile`` compiles the
+repeated blocks in both columns, ``--cache`` turns on FirstBlockCache in both. Each column is warmed
+up, then run ``--runs`` times; the median counts. Writes DIR/pipeline.json.
 """
 
 import argparse
@@ -37,7 +39,9 @@ PROMPT = "A cat walks on the grass, realistic style"
 
 
 def run(pipe: DiffusionPipeline, arguments: Mapping[str, Any], steps: int, on_step: Callable[[], object]) -> dict[str, float]:
-    """One generation; milliseconds of each stage. Denoising: from the first call of a transformer to the VAE."""
+    """One generation; milliseconds of each stage. Denoising: from the first call of a transformer
+    to the VAE.
+    """
     spent = dict.fromkeys(STAGES, 0.0)
     began: list[float] = []
 

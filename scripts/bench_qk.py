@@ -1,12 +1,15 @@
-"""The benchmark of the ops of query and key: ditnorm, eager PyTorch, torch.compile, other libraries' kernels, and plain copies.
+"""The benchmark of the ops of query and key: ditnorm, eager PyTorch, torch.compile, other
+libraries' kernels, and plain copies.
 
-    python scripts/bench_qk.py              everything, 4 minutes on an H100 with every other library
+    python scripts/bench_qk.py              everything, 4 minutes on an H100 with every other
+    library
     python scripts/bench_qk.py --quick      about a minute
     python scripts/bench_qk.py --cells Wan  the cells whose names contain this
 
-Method: as scripts/bench_ops.py. The plain copy moves the rows alone, without the rotary tables, which a call reads besides. Other
-libraries take part where they can be imported and serve the cell, and are right: bench/qk/peers.py tells which kernels, and how they
-are called. Needs a GPU, nvcc, and pip install 'ditnorm[bench]'. Writes qk.json.
+Method: as scripts/bench_ops.py. The plain copy moves the rows alone, without the rotary tables,
+which a call reads besides. Other libraries take part where they can be imported and serve the cell,
+and are right: bench/qk/peers.py tells which kernels, and how they are called. Needs a GPU, nvcc,
+and pip install 'ditnorm[bench]'. Writes qk.json.
 """
 
 import sys

@@ -1,12 +1,13 @@
-"""The benchmark of the quantising ops: ditnorm, the eager and compiled expressions of diffusers and torchao, and plain copies.
+"""The benchmark of the quantising ops: ditnorm, the eager and compiled expressions of diffusers and
+torchao, and plain copies.
 
     python scripts/bench_quantize.py                     two minutes on an H100
     python scripts/bench_quantize.py --quick             some of the cells
     python scripts/bench_quantize.py --cells nss_quant   the cells whose names contain this
 
-Method: as scripts/bench_ops.py. The plain copy moves the rows in their bytes, the quantised ones being half as large; for a law with one
-scale for all rows it reads them twice. Needs a GPU of compute capability 8.9, nvcc, and pip install 'ditnorm[bench]'. Writes
-quantize.json.
+Method: as scripts/bench_ops.py. The plain copy moves the rows in their bytes, the quantised ones
+being half as large; for a law with one scale for all rows it reads them twice. Needs a GPU of
+compute capability 8.9, nvcc, and pip install 'ditnorm[bench]'. Writes quantize.json.
 """
 
 import sys

@@ -1,12 +1,17 @@
-"""Times whole denoising steps of real models with random weights: eager, patched with either rounding, compiled, and patched + compiled.
+"""Times whole denoising steps of real models with random weights: eager, patched with either
+rounding, compiled, and patched + compiled.
 
-    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile] [--accuracy] [--out DIR]
-    python scripts/bench_transformers.py --quantization NAME ...    with quantised weights; NAME is float8-row, float8-tensor or int8-row
+    python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile]
+    [--accuracy] [--out DIR]
+    python scripts/bench_transformers.py --quantization NAME ...    with quantised weights; NAME is
+    float8-row, float8-tensor or int8-row
 
-Everything runs in one process with the same weights and inputs. The latents after each of the first steps are compared, too: those of
-patched must equal those of eager bit for bit. With --accuracy, the error of one step against float32 is measured: that of
-rounding="single" must be no larger than that of eager, but by chance. Writes DIR/transformers.json and DIR/transformers.png. The exit
-status is 1 if a model failed or one of these doesn't hold. Real sizes need a GPU: 45 GB of its memory for all models.
+Everything runs in one process with the same weights and inputs. The latents after each of the first
+steps are compared, too: those of patched must equal those of eager bit for bit. With --accuracy,
+the error of one step against float32 is measured: that of rounding="single" must be no larger than
+that of eager, but by chance. Writes DIR/transformers.json and DIR/transformers.png. The exit status
+is 1 if a model failed or one of these doesn't hold. Real sizes need a GPU: 45 GB of its memory for
+all models.
 """
 
 import argparse
@@ -34,7 +39,9 @@ PROFILED = (EAGER.name, PATCHED.name)
 
 
 def result(real: RealModel, quantization: str | None, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures one model; an error becomes part of the result, since the other models are still worth measuring."""
+    """Measures one model; an error becomes part of the result, since the other models are still
+    worth measuring.
+    """
     layers = real.layers(options.layers)
     entry: dict[str, Any] = {
         "title": real.title if quantization is None else f"{real.title}, {quantization}",

@@ -1,10 +1,13 @@
 """Compiles the CUDA kernels with nvcc and g++ alone: no PyTorch, no package of any kind.
 
-    python scripts/build_kernels.py                         ditnorm/kernels/_C.so, for this machine's GPU or for all architectures
-    python scripts/build_kernels.py --cpu-sim [--sanitize]  the same kernels for the host (csrc/cpu_sim.h), for tests without a GPU
+    python scripts/build_kernels.py                         ditnorm/kernels/_C.so, for this
+    machine's GPU or for all architectures
+    python scripts/build_kernels.py --cpu-sim [--sanitize]  the same kernels for the host
+    (csrc/cpu_sim.h), for tests without a GPU
 
-Environment: CXX (default g++), DITNORM_NVCC or CUDA_HOME (where nvcc is), DITNORM_CUDA_ARCHS ("80,90": what to compile for).
-The build hook (hatch_build.py) also reads DITNORM_CUDA: auto (default), 0 (never compile), 1 (failing to is an error).
+Environment: CXX (default g++), DITNORM_NVCC or CUDA_HOME (where nvcc is), DITNORM_CUDA_ARCHS
+("80,90": what to compile for). The build hook (hatch_build.py) also reads DITNORM_CUDA: auto
+(default), 0 (never compile), 1 (failing to is an error).
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ PYPI_NVCC = "cuda-toolkit[nvcc,cccl]==13.0.*"
 ALL_ARCHS = ("80", "90", "100", "120")  # 80 also serves 86 and 89, 100 serves 103, 120 serves 121; the PTX of 80 serves the rest
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA major version: the runtime is linked in, so the driver has to know it
 HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
-# No contraction, so that the host's results are those of the kernels' intrinsics; kernels read tensors through vector types.
+# No contraction, so that the host's results are those of the kernels' intrinsics; kernels read
+# tensors through vector types.
 SIMULATOR_FLAGS = (*HOST_FLAGS, "-O1", "-ffp-contract=off", "-fno-strict-aliasing")
 SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 
@@ -62,7 +66,9 @@ def cxx() -> str:
 
 
 def find_nvcc() -> str | None:
-    """The first nvcc of DITNORM_NVCC, CUDA_HOME, PATH, /usr/local/cuda and the PyPI wheels on sys.path."""
+    """The first nvcc of DITNORM_NVCC, CUDA_HOME, PATH, /usr/local/cuda and the PyPI wheels on
+    sys.path.
+    """
     candidates = [os.environ.get("DITNORM_NVCC")]
     if cuda_home := os.environ.get("CUDA_HOME"):
         candidates.append(f"{cuda_home}/bin/nvcc")
@@ -90,7 +96,9 @@ def cuda_major(nvcc: str) -> int:
 
 
 def toolkit_root(nvcc: str) -> Path:
-    """The toolkit's folder. Asks nvcc itself: the file on PATH may be a wrapper script or a link."""
+    """The toolkit's folder. Asks nvcc itself: the file on PATH may be a wrapper script or a
+    link.
+    """
     plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"TOP=(\S+)", plan)
     if top is None:
@@ -107,7 +115,9 @@ def static_runtime(root: Path) -> Path:
 
 
 def cuda_headers() -> list[Path]:
-    """Include folders with cuda_runtime.h, of nvcc's toolkit or of the PyPI wheels nvidia-cuda-runtime, -crt and -cccl."""
+    """Include folders with cuda_runtime.h, of nvcc's toolkit or of the PyPI wheels
+    nvidia-cuda-runtime, -crt and -cccl.
+    """
     nvcc = find_nvcc()
     roots = [toolkit_root(nvcc)] if nvcc else []
     roots += [root for folder in sys.path for root in sorted(Path(folder).glob("nvidia/cu*"))]
@@ -119,9 +129,11 @@ def cuda_headers() -> list[Path]:
 
 
 def target_archs() -> list[str]:
-    """What to compile for: DITNORM_CUDA_ARCHS, else this machine's GPUs, else everything. Lowest first.
+    """What to compile for: DITNORM_CUDA_ARCHS, else this machine's GPUs, else everything. Lowest
+    first.
 
-    Raises BuildError for a DITNORM_CUDA_ARCHS that names anything but compute capabilities from 8.0 on.
+    Raises BuildError for a DITNORM_CUDA_ARCHS that names anything but compute capabilities from 8.0
+    on.
     """
     if chosen := os.environ.get("DITNORM_CUDA_ARCHS"):
         archs = [arch.strip() for arch in chosen.split(",")]
@@ -136,7 +148,9 @@ def target_archs() -> list[str]:
 
 
 def why_not() -> str | None:
-    """Why the kernels can't be compiled on this machine, or wouldn't run on its GPU; None when nothing speaks against it."""
+    """Why the kernels can't be compiled on this machine, or wouldn't run on its GPU; None when
+    nothing speaks against it.
+    """
     if sys.platform != "linux":
         return f"the CUDA kernels are built on Linux only, not on {sys.platform}"
     if shutil.which(cxx()) is None:
@@ -154,7 +168,9 @@ def why_not() -> str | None:
 
 
 def run(label: str, command: Sequence[str | Path], verbose: bool = False) -> str:
-    """Runs one build step and returns what it printed; raises BuildError with the command and its output when it fails."""
+    """Runs one build step and returns what it printed; raises BuildError with the command and its
+    output when it fails.
+    """
     arguments = [str(part) for part in command]
     if verbose:
         print("+", " ".join(arguments), flush=True)
@@ -176,7 +192,9 @@ class Build:
         self.objects: list[Path] = []
 
     def compile_all(self, compiler: Sequence[str | Path], workers: int) -> str:
-        """Compiles every .cu file with `compiler`, `workers` at a time; returns what the compiler printed."""
+        """Compiles every .cu file with `compiler`, `workers` at a time; returns what the compiler
+        printed.
+        """
 
         def compile_one(source: Path) -> str:
             return run(f"compile {source.name}", [*compiler, "-c", source, "-o", self.folder / f"{source.stem}.o"], self.verbose)
@@ -194,7 +212,8 @@ class Build:
             self.objects.append(target)
 
     def link(self, out: Path, libraries: Sequence[str | Path]) -> None:
-        # A stub with the right soname gives DT_NEEDED libtorch.so without having PyTorch; `import torch` has loaded the real one by then.
+        # A stub with the right soname gives DT_NEEDED libtorch.so without having PyTorch; `import
+        # torch` has loaded the real one by then.
         stub = self.folder / "libtorch.so"
         stub_command = [cxx(), "-shared", "-x", "c++", os.devnull, "-o", str(stub), "-Wl,-soname,libtorch.so"]
         run("link the libtorch stub", stub_command, self.verbose)
@@ -212,8 +231,8 @@ class Build:
 def code_targets(archs: Sequence[str]) -> list[str]:
     """Nvcc's options for machine code of `archs` (lowest first) and PTX of the lowest.
 
-    The compiler's front takes much of the time, so it runs once for each set of features that the kernels use, not once for each arch:
-    what comes with 9.0 (launch.h) is the only one.
+    The compiler's front takes much of the time, so it runs once for each set of features that the
+    kernels use, not once for each arch: what comes with 9.0 (launch.h) is the only one.
     """
     options = []
     for group in ([arch for arch in archs if int(arch) < 90], [arch for arch in archs if int(arch) >= 90]):
@@ -224,7 +243,9 @@ def code_targets(archs: Sequence[str]) -> list[str]:
 
 
 def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[KernelResources]:
-    """Builds the CUDA library for `archs` (lowest first), with PTX of the lowest; returns every kernel's resources."""
+    """Builds the CUDA library for `archs` (lowest first), with PTX of the lowest; returns every
+    kernel's resources.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(f'no nvcc in DITNORM_NVCC, CUDA_HOME, PATH or /usr/local/cuda; pip install "{PYPI_NVCC}" is one way to get it')
@@ -245,7 +266,9 @@ def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[K
 
 
 def build_simulator(out: Path, sanitize: bool, verbose: bool = False) -> None:
-    """Builds the same kernels for the host; `sanitize` adds AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Builds the same kernels for the host; `sanitize` adds AddressSanitizer and
+    UndefinedBehaviorSanitizer.
+    """
     flags = (*SIMULATOR_FLAGS, *SANITIZER_FLAGS) if sanitize else SIMULATOR_FLAGS
     includes = [f"-I{folder}" for folder in cuda_headers()]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,9 @@
-"""Runs the tests of the model families against every release of diffusers from the declared minimum on, each in a venv of its own.
+"""Runs the tests of the model families against every release of diffusers from the declared minimum
+on, each in a venv of its own.
 
-The venvs see this Python's packages but for diffusers. Prints a table; the exit status is 1 where a release fails. A run of all releases
-leaves what it found, with the fingerprints of the functions that ditnorm replaces, in docs/diffusers.json, of which
-tests/compatibility_table.py makes tables.
+The venvs see this Python's packages but for diffusers. Prints a table; the exit status is 1 where a
+release fails. A run of all releases leaves what it found, with the fingerprints of the functions
+that ditnorm replaces, in docs/diffusers.json, of which tests/compatibility_table.py makes tables.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Draws handwritten digits with three tiny trained pipelines, with and without ditnorm, and compares: a table, a report, pictures.
+"""Draws handwritten digits with three tiny trained pipelines, with and without ditnorm, and
+compares: a table, a report, pictures.
 
     python scripts/demo.py [--steps N] [--out DIR]
 
@@ -46,7 +47,9 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """The largest one over the latents of all steps and pixels: 0 only if all are equal, NaN where one is NaN."""
+        """The largest one over the latents of all steps and pixels: 0 only if all are equal, NaN
+        where one is NaN.
+        """
         pairs = [*zip(self.before.latents, self.after.latents, strict=True), (self.before.frames, self.after.frames)]
         if all(torch.equal(a, b) for a, b in pairs):
             return 0.0
@@ -134,7 +137,9 @@ def notes(device: torch.device) -> str:
 
 
 def picture(comparisons: Sequence[Comparison], moment: float) -> Image.Image:
-    """A row for each pipeline: unpatched, patched, amplified difference; of videos the frame at ``moment``, 0 to 1."""
+    """A row for each pipeline: unpatched, patched, amplified difference; of videos the frame at
+    ``moment``, 0 to 1.
+    """
 
     def row(c: Comparison) -> list[tuple[str, Image.Image]]:
         index = round(moment * (c.before.frames.shape[1] - 1))

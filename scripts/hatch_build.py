@@ -1,4 +1,6 @@
-"""Hatchling hook that compiles ditnorm/kernels/_C.so where it can. DITNORM_CUDA: auto (default), 0 (never), 1 (failing to is an error)."""
+"""Hatchling hook that compiles ditnorm/kernels/_C.so where it can. DITNORM_CUDA: auto (default), 0
+(never), 1 (failing to is an error).
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,25 @@ def cuda_mode() -> str:
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """Adds the compiled library to wheels and editable installs; without it the wheel is pure Python."""
+    """Adds the compiled library to wheels and editable installs; without it the wheel is pure
+    Python.
+    """
 
     def dependencies(self) -> list[str]:
-        """The nvcc of PyPI, for the time of the build, when there is use for it and the machine has none."""
+        """The nvcc of PyPI, for the time of the build, when there is use for it and the machine has
+        none.
+        """
         mode = cuda_mode()
         wanted = mode == "1" or (mode == "auto" and build_kernels.why_not() is None)
         return [build_kernels.PYPI_NVCC] if wanted and build_kernels.find_nvcc() is None else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compiles, unless DITNORM_CUDA or the machine says no; raises when DITNORM_CUDA=1 and it can't, or when a compiler fails."""
+        """Compiles, unless DITNORM_CUDA or the machine says no; raises when DITNORM_CUDA=1 and it
+        can't, or when a compiler fails.
+        """
         editable = version == "editable"
-        # An editable install imports from the source tree, so the library has to lie there; a wheel's build leaves the tree clean.
+        # An editable install imports from the source tree, so the library has to lie there; a
+        # wheel's build leaves the tree clean.
         self.scratch = tempfile.TemporaryDirectory()
         out = Path(self.root if editable else self.scratch.name, LIBRARY)
         out.unlink(missing_ok=True)

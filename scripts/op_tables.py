@@ -1,8 +1,9 @@
 """Writes the tables of README.md and docs/kernels.md that come from docs/ops.json and docs/qk.json.
 
 python scripts/op_tables.py                         after docs/ops.json or docs/qk.json changed
-python scripts/op_tables.py --results bench-output  copies what bench_ops.py and bench_qk.py wrote there to docs/ first
-python scripts/op_tables.py --check                 changes nothing; fails where a table is out of date
+python scripts/op_tables.py --results bench-output  copies what bench_ops.py and bench_qk.py wrote
+there to docs/ first python scripts/op_tables.py --check                 changes nothing; fails
+where a table is out of date
 """
 
 import argparse

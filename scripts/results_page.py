@@ -1,6 +1,7 @@
 """Writes the page of results from what ``bench_transformers.py`` measured.
 
-python scripts/results_page.py bench-output/transformers.json     copies the JSON and its chart to docs/ and writes docs/results.md
+python scripts/results_page.py bench-output/transformers.json     copies the JSON and its chart to
+docs/ and writes docs/results.md
 """
 
 import argparse
@@ -60,7 +61,9 @@ def full_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def accuracy_section(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The errors against float32, one line a model, with a heading; nothing where none was measured."""
+    """The errors against float32, one line a model, with a heading; nothing where none was
+    measured.
+    """
     measured = [entry for entry in entries.values() if "accuracy" in entry]
     if not measured:
         return ""

@@ -1,8 +1,11 @@
-"""Trains the tiny pipelines of ``examples/digits`` by flow matching, with the patched models, and writes them there.
+"""Trains the tiny pipelines of ``examples/digits`` by flow matching, with the patched models, and
+writes them there.
 
-    python scripts/train_tiny.py [--families NAME ...] [--steps N] [--batch N] [--out DIR] [--checkpoints DIR]
+    python scripts/train_tiny.py [--families NAME ...] [--steps N] [--batch N] [--out DIR]
+    [--checkpoints DIR]
 
-Runs on the GPU if PyTorch sees one. Interrupted, it resumes from the last checkpoint when started again, and ends with the same weights.
+Runs on the GPU if PyTorch sees one. Interrupted, it resumes from the last checkpoint when started
+again, and ends with the same weights.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Writes docs/compatibility.md from the data of the tests in tests/compatibility; ``--check`` says whether it is up to date."""
+"""Writes docs/compatibility.md from the data of the tests in tests/compatibility; ``--check`` says
+whether it is up to date.
+"""
 
 import argparse
 import json
@@ -65,7 +67,9 @@ def page() -> str:
 
 
 def _releases() -> Iterator[str]:
-    """The results of the newest run of check_diffusers_versions.py: the tests, then fingerprint by fingerprint where it was found."""
+    """The results of the newest run of check_diffusers_versions.py: the tests, then fingerprint by
+    fingerprint where it was found.
+    """
     found = json.loads(RELEASES.read_text())
     yield from (
         "## Releases of diffusers",

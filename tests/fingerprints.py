@@ -1,4 +1,6 @@
-"""Prints, as JSON, the functions of the installed diffusers that ditnorm replaces in the tiny models, with their fingerprints."""
+"""Prints, as JSON, the functions of the installed diffusers that ditnorm replaces in the tiny
+models, with their fingerprints.
+"""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ def found() -> dict[str, str]:
 def _replaced(model: torch.nn.Module) -> Iterator[tuple[type, str]]:
     for unit in find_units(model):
         for swap in unit.swaps:
-            # Norms have no fingerprints of their own: swapping/norm_kinds.py knows the forward of each kind.
+            # Norms have no fingerprints of their own: swapping/norm_kinds.py knows the forward of
+            # each kind.
             yield from ((swap.upstream, name) for name in getattr(swap.body, "fingerprints", None) or ("forward",))
             if hasattr(swap.module, "processor"):
                 yield type(swap.module.processor), "__call__"

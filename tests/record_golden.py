@@ -1,9 +1,11 @@
-"""Records what diffusers' unfused expressions compute on a CUDA GPU, as ``tests/golden/<GPU>.pt`` for ``test_golden.py``.
+"""Records what diffusers' unfused expressions compute on a CUDA GPU, as ``tests/golden/<GPU>.pt``
+for ``test_golden.py``.
 
     PYTHONPATH=. python tests/record_golden.py FOLDER
 
-CUDA's ``rsqrtf`` isn't always correctly rounded, and the host build's is. So only rows are kept whose reciprocal roots are: told by
-``aten_replay``, which shares no code with the kernels. That its means equal ATen's in every row is asserted on the way.
+CUDA's ``rsqrtf`` isn't always correctly rounded, and the host build's is. So only rows are kept
+whose reciprocal roots are: told by ``aten_replay``, which shares no code with the kernels. That its
+means equal ATen's in every row is asserted on the way.
 """
 
 import datetime
@@ -17,14 +19,17 @@ from torch import Tensor
 
 CANDIDATES = 256
 EPS = 1e-6
-# Rows to keep by width: few bits of a half-precision result depend on the order of a reduction, so these are for the laws...
+# Rows to keep by width: few bits of a half-precision result depend on the order of a reduction, so
+# these are for the laws...
 LAWS = {(torch.bfloat16, 20): 8, (torch.bfloat16, 48): 8, (torch.float16, 64): 8, (torch.bfloat16, 520): 2, (torch.bfloat16, 1152): 1}
 # ... and float32 norms, in which nearly every row does, for the order.
 NORMS = {20: 8, 48: 8, 64: 8, 520: 4, 1024: 1, 1152: 2, 2432: 1, 3072: 1}
 
 
 def laws(x: Tensor, residual: Tensor, mod: Tensor, table: Tensor, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Results by name, and which rows may be kept. ``mod`` [1, 3D]: shift, scale, gate; ``table`` [3, D] in the dtype of ``x``."""
+    """Results by name, and which rows may be kept. ``mod`` [1, 3D]: shift, scale, gate; ``table``
+    [3, D] in the dtype of ``x``.
+    """
     width = x.shape[-1]
     normed = diffusers.layer_norm(residual, (width,), eps=EPS)
     qwen_y, gate = diffusers.qwen_modulate(normed, mod)
@@ -47,7 +52,9 @@ def laws(x: Tensor, residual: Tensor, mod: Tensor, table: Tensor, weight: Tensor
 
 
 def layer_rows(x: Tensor) -> Tensor:
-    """The rows of ``x`` [1, N, D] whose statistics on the GPU are the replay's; a mean that isn't is an error."""
+    """The rows of ``x`` [1, N, D] whose statistics on the GPU are the replay's; a mean that isn't
+    is an error.
+    """
     _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
     replayed_mean, variance = aten_replay.moments(x[0])
     wrong = int((mean.flatten().cpu() != replayed_mean).sum())

@@ -1,4 +1,6 @@
-"""What others change on a patched model: it then computes what the unpatched model computes under the same change."""
+"""What others change on a patched model: it then computes what the unpatched model computes under
+the same change.
+"""
 
 import contextlib
 import copy

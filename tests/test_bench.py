@@ -1,4 +1,6 @@
-"""The benchmarks of whole models and pipelines run, at a small size, and report what they measured."""
+"""The benchmarks of whole models and pipelines run, at a small size, and report what they
+measured.
+"""
 
 import json
 import math

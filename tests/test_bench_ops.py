@@ -25,7 +25,9 @@ def tiny(cell):
 
 @pytest.fixture
 def run():
-    """Every cell, made up: light runs at 4 TB/s, ditnorm just holds every bar, the peers are slower."""
+    """Every cell, made up: light runs at 4 TB/s, ditnorm just holds every bar, the peers are
+    slower.
+    """
     made = results.Run({"gpu": "Some GPU", "torch": "2", "driver": "1"}, 4.2e12)
     for cell in cells.all_cells():
         light = cell.bytes / 4e12 * 1e6
@@ -96,7 +98,8 @@ def test_bytes_are_those_of_the_tensors(cell):
 
 @pytest.mark.parametrize("cell", [c for c in cells.all_cells() if c.rows > 4000], ids=lambda c: c.name)
 def test_the_streams_move_what_the_cell_moves(cell):
-    # What is left out is a few rows of modulation, affine, tables or index: 16 rows of frames at most, or 8 bytes a token.
+    # What is left out is a few rows of modulation, affine, tables or index: 16 rows of frames at
+    # most, or 8 bytes a token.
     reads, writes, size = cell.streams
     small = (3 * max(cell.frames, 2) + 5) * cell.width * 4 + 8 * cell.rows
     assert 0 <= cell.bytes - (reads + writes) * size <= small

@@ -1,4 +1,6 @@
-"""The benchmark of the quantising ops: its contestants agree, its bytes are those of the tensors."""
+"""The benchmark of the quantising ops: its contestants agree, its bytes are those of the
+tensors.
+"""
 
 import dataclasses
 

@@ -61,7 +61,9 @@ def tool(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library for all architectures: the one that DITNORM_BUILT_LIBRARY names, else built here."""
+    """The library for all architectures: the one that DITNORM_BUILT_LIBRARY names, else built
+    here.
+    """
     if built := os.environ.get("DITNORM_BUILT_LIBRARY"):
         return Path(built).resolve()
     if build_kernels.find_nvcc() is None:
@@ -76,7 +78,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stack_and_local(library: Path) -> dict[tuple[str, str], tuple[int, int]]:
-    """Bytes of stack and of local memory that a thread of each kernel takes: ``(architecture, mangled name) -> ...``."""
+    """Bytes of stack and of local memory that a thread of each kernel takes: ``(architecture,
+    mangled name) -> ...``.
+    """
     usage = re.compile(r"arch = sm_(?P<arch>\w+)|Function (?P<kernel>\w+):\s+REG:\d+ STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
     found, arch = {}, ""
     for match in usage.finditer(output_of(tool("cuobjdump"), "--dump-resource-usage", library)):
@@ -88,7 +92,9 @@ def stack_and_local(library: Path) -> dict[tuple[str, str], tuple[int, int]]:
 
 @pytest.fixture(scope="session")
 def opcodes(library: Path) -> dict[str, set[str]]:
-    """The distinct opcodes of each kernel of one architecture, by its mangled name: ``{"LDG.E.128", ...}``."""
+    """The distinct opcodes of each kernel of one architecture, by its mangled name: ``{"LDG.E.128",
+    ...}``.
+    """
     search_path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
     listing = output_of(tool("cuobjdump"), "-sass", "-arch", "sm_90", library, env={**os.environ, "PATH": search_path})
     found: dict[str, set[str]] = {}
@@ -123,10 +129,12 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
         if any(kernel in name for kernel in ("generic_kernel", "any_qk_kernel", "any_quantize_kernel", "probe_kernel")):
             continue  # for all that the fast ones don't take
         if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernelI|amax_kernelI)", name):
-            # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The dequantised are stored two by two.
+            # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The
+            # dequantised are stored two by two.
             narrow += [name] if any(re.match(r"STG\.E\.[US](8|16)\b", opcode) for opcode in used) else []
             continue
-        # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half precision.
+        # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half
+        # precision.
         one_lane = "ShapeILi1E" in name or re.search(r"across_kernelI.*ELi1EEEv", name)
         wide = re.compile(rf"{access}\.E\b.*\.({'64' if one_lane and '_kernelIf' not in name else '128'}|256)\b")
         if not any(wide.match(opcode) for opcode in used):
@@ -231,7 +239,9 @@ def project(tmp_path: Path) -> Path:
 
 
 def build(project: Path, kind: str, **environment: str) -> str:
-    """Runs a PEP 517 hook as pip would, without its isolation; returns the file name of what it made in dist/."""
+    """Runs a PEP 517 hook as pip would, without its isolation; returns the file name of what it
+    made in dist/.
+    """
     program = f"import hatchling.build; print(hatchling.build.build_{kind}('dist'))"
     printed = output_of(sys.executable, "-c", program, cwd=project, env={**os.environ, "DITNORM_CUDA_ARCHS": "80", **environment})
     return next(line for line in printed.splitlines() if line.endswith((".whl", ".tar.gz")))

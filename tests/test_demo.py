@@ -13,7 +13,9 @@ PIPELINES = ["QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline"]
 
 
 def rows(output):
-    """Blocks fused, blocks, ops before, ops after, largest difference, digits read before and after of each pipeline in the table."""
+    """Blocks fused, blocks, ops before, ops after, largest difference, digits read before and after
+    of each pipeline in the table.
+    """
     pattern = r"^(\w+Pipeline) +(\d+) of (\d+) +(\d+) -> (\d+) +(\S+) +(\d+) of 10 -> (\d+) of 10 +[\d.]+ -> [\d.]+$"
     return {name: tuple(map(float, numbers)) for name, *numbers in re.findall(pattern, output, re.MULTILINE)}
 

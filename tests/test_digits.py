@@ -1,4 +1,6 @@
-"""The trained pipelines of ``examples/digits`` draw what they are asked for, and draw the same when patched."""
+"""The trained pipelines of ``examples/digits`` draw what they are asked for, and draw the same when
+patched.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def test_vae_enlarges_digits_so_that_they_stay_readable(family):
 
 
 def test_classifier_reads_digits_it_was_not_trained_on():
-    """A classifier that had learned the pictures by heart would prove little about generated ones."""
+    """A classifier that had learned the pictures by heart would prove little about generated
+    ones.
+    """
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 

@@ -1,4 +1,6 @@
-"""Fingerprints of upstream functions: blind to layout, sensitive to meaning, the same on every Python."""
+"""Fingerprints of upstream functions: blind to layout, sensitive to meaning, the same on every
+Python.
+"""
 
 import ast
 import functools

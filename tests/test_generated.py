@@ -1,4 +1,6 @@
-"""Classes made of a fused body and an upstream class: one for each pair, found again by pickle, gone with what they were made of."""
+"""Classes made of a fused body and an upstream class: one for each pair, found again by pickle,
+gone with what they were made of.
+"""
 
 import abc
 import copy
@@ -71,7 +73,8 @@ class Derived(made_of(nn.LayerNorm)):  # type: ignore[misc]
     pass
 
 
-# One model of a user's own block class, defined in a script, and a norm defined inside a function's class.
+# One model of a user's own block class, defined in a script, and a norm defined inside a function's
+# class.
 SCRIPT = """
 import copy, pickle, sys
 import torch
@@ -146,7 +149,8 @@ def test_classes_redefined_again_and_again_leave_nothing_behind() -> None:
 
 
 def test_a_generated_class_lives_as_long_as_its_origin() -> None:
-    # A model that is unpatched and patched again has the same classes, so nothing is compiled again.
+    # A model that is unpatched and patched again has the same classes, so nothing is compiled
+    # again.
     before = id(made_of(Outer.Norm))
     gc.collect()
     assert id(made_of(Outer.Norm)) == before

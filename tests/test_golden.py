@@ -1,4 +1,6 @@
-"""The kernels' ``"eager"`` against bits that ATen computed on a GPU (``record_golden.py``), so that the host build is held to them too."""
+"""The kernels' ``"eager"`` against bits that ATen computed on a GPU (``record_golden.py``), so that
+the host build is held to them too.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -56,7 +56,8 @@ def _names(op: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("rounding", ["single", "eager"])
 def test_the_current_stream_orders_the_call(rounding: str) -> None:
-    # A kernel on another stream than the current one would read x before the slow work ahead of it has written it.
+    # A kernel on another stream than the current one would read x before the slow work ahead of it
+    # has written it.
     call = site()
     expected = scale_residual_norm_scale_shift(**call, rounding=rounding)
     late = {name: torch.zeros_like(t) for name, t in call.items()}
@@ -200,7 +201,8 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
     call = {name: t.to("cuda:1") for name, t in on_current.items()}
     results = scale_residual_norm_scale_shift(**call)
     assert {t.device for t in results} == {torch.device("cuda:1")}
-    # Compared on the current device: on another one PyTorch 2.11 computes half an ulp to be nothing.
+    # Compared on the current device: on another one PyTorch 2.11 computes half an ulp to be
+    # nothing.
     y, r = (t.to("cuda:0") for t in results)
     expected_y, expected_r = exact(on_current | {"norm": "layer", "eps": 1e-6}, r)
     assert expected_y is not None

@@ -1,4 +1,6 @@
-"""Hooks on parts of a patched model see, and change, what they do on the unpatched one. What only moves weights stays fused."""
+"""Hooks on parts of a patched model see, and change, what they do on the unpatched one. What only
+moves weights stays fused.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -436,7 +438,8 @@ def test_hooks_that_move_or_cast_weights_leave_all_sites_fused(name: str, hook: 
 
 
 def test_the_hook_of_group_offloading_is_known() -> None:
-    # Its group holds tensors and streams that a test can't make by hand: tests/test_patching_hooks.py runs it.
+    # Its group holds tensors and streams that a test can't make by hand:
+    # tests/test_patching_hooks.py runs it.
     assert GroupOffloadingHook.__module__ == "diffusers.hooks.group_offloading"
 
 

@@ -1,4 +1,6 @@
-"""Patching and unpatching that end early, at any point: the model runs, with its bits, and patching again finishes the work."""
+"""Patching and unpatching that end early, at any point: the model runs, with its bits, and patching
+again finishes the work.
+"""
 
 import gc
 import sys
@@ -113,7 +115,9 @@ class ThroughNewForward(ModelHook):
 
 
 def hooked(model: nn.Module) -> nn.Module:
-    """One block, its first norm and an attention carry hooks of both libraries, which call the forwards that they captured."""
+    """One block, its first norm and an attention carry hooks of both libraries, which call the
+    forwards that they captured.
+    """
     block = model.blocks[0]
     for module in (block, block.norm1, block.norm2, block.attn1.norm_q):
         registry = HookRegistry.check_if_exists_or_initialize(module)

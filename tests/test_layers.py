@@ -157,7 +157,8 @@ def test_from_norm_shares_parameters_and_computes_the_same(which: int) -> None:
                 continue  # torch refuses float32 weights with a bfloat16 input
             with torch.no_grad():
                 expected = module(x)
-                # torch and diffusers round where they like; the values agree to a few ulp of the dtype.
+                # torch and diffusers round where they like; the values agree to a few ulp of the
+                # dtype.
                 torch.testing.assert_close(layer(x), expected.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 

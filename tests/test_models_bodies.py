@@ -62,7 +62,8 @@ def _upstream(path: str) -> type:
 
 @pytest.mark.parametrize(("path", "body"), UPSTREAM)
 def test_every_supported_class_finds_its_body(path, body):
-    # Fails on a diffusers that has changed the class: then compare the forwards and add the fingerprint, or a body.
+    # Fails on a diffusers that has changed the class: then compare the forwards and add the
+    # fingerprint, or a body.
     if "qwenimage21" in path and not hasattr(diffusers, "QwenImage21Transformer2DModel"):
         pytest.skip("comes with diffusers 0.41.0")
     upstream = _upstream(path)

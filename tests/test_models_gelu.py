@@ -1,4 +1,6 @@
-"""GELUs in place: where nobody can tell they are, and the memory that this saves; and with "single" rounding in the product's kernel."""
+"""GELUs in place: where nobody can tell they are, and the memory that this saves; and with "single"
+rounding in the product's kernel.
+"""
 
 import contextlib
 import copy
@@ -306,7 +308,8 @@ def test_a_product_with_its_gelu_takes_any_shape(shape: tuple[int, ...]) -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gelu_of_the_products_kernel_is_the_tanh_one_rounded_once(dtype: torch.dtype) -> None:
-    # One rounding instead of two independent ones of the same size, of which the first grows or shrinks with the GELU: about 1 / sqrt(2).
+    # One rounding instead of two independent ones of the same size, of which the first grows or
+    # shrinks with the GELU: about 1 / sqrt(2).
     linear, x = nn.Linear(64, 256).to("cuda", dtype), 2 * torch.randn(512, 64, device="cuda", dtype=dtype)
     with torch.no_grad():
         exact = nn.functional.linear(*(t.double() for t in (x, linear.weight, linear.bias)))

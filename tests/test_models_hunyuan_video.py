@@ -1,4 +1,6 @@
-"""HunyuanVideo, patched: text-to-video, token replacement, Framepack, HunyuanVideo-1.5, HunyuanImage."""
+"""HunyuanVideo, patched: text-to-video, token replacement, Framepack, HunyuanVideo-1.5,
+HunyuanImage.
+"""
 
 import pytest
 import torch
@@ -40,7 +42,8 @@ def test_the_models_pass_channel_strided_streams(name):
 
 
 def test_replaced_tokens_have_a_modulation_of_their_own():
-    # token_replace must matter in the tiny model, or its bit-identity says nothing of the row index.
+    # token_replace must matter in the tiny model, or its bit-identity says nothing of the row
+    # index.
     arguments = tiny.inputs("hunyuan-video", 1, torch.float32)
     replaced = tiny.run(tiny.load("hunyuan-video-token-replace", torch.float32), arguments)
     plain = tiny.run(tiny.load("hunyuan-video", torch.float32), arguments)

@@ -1,4 +1,6 @@
-"""HunyuanVideo-1.5's mask of pairs, built in the form that attention reads: the same values, and so the same pictures."""
+"""HunyuanVideo-1.5's mask of pairs, built in the form that attention reads: the same values, and so
+the same pictures.
+"""
 
 import contextlib
 from types import SimpleNamespace

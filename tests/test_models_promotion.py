@@ -1,4 +1,6 @@
-"""Modulations in float32 over a half-precision stream: PyTorch promotes in upstream's blocks, Wan's cast."""
+"""Modulations in float32 over a half-precision stream: PyTorch promotes in upstream's blocks, Wan's
+cast.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Models with quantised weights: patched they keep the bits of torchao's own, and quantise what several layers read once."""
+"""Models with quantised weights: patched they keep the bits of torchao's own, and quantise what
+several layers read once.
+"""
 
 import copy
 import io

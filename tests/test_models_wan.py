@@ -18,7 +18,8 @@ from ditnorm import kernels, layers
 from ditnorm.models import wan
 from ditnorm.patching import patch_model, report, unpatch_model
 
-# Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix product depend on the layout of its operands.
+# Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix
+# product depend on the layout of its operands.
 _STRIDED = pytest.mark.skipif(
     Version(diffusers.__version__) < Version("0.40"), reason="before 0.40 the unpatched stream is channel-strided"
 )
@@ -55,7 +56,8 @@ def test_gradients_are_those_of_the_unpatched_model(name):
 
 
 def test_a_pipeline_of_half_precision_keeps_tables_and_norms_in_float32():
-    # What makes the law of Wan's sites float32; a model that is cast as a whole is another case, below.
+    # What makes the law of Wan's sites float32; a model that is cast as a whole is another case,
+    # below.
     block = tiny.load("wan-t2v", torch.bfloat16).blocks[0]
     assert {block.scale_shift_table.dtype, block.norm2.weight.dtype} == {torch.float32}
     assert block.ffn.net[-1].weight.dtype is torch.bfloat16
@@ -79,7 +81,8 @@ def test_the_models_pass_channel_strided_streams(name, block, argument):
 
 @pytest.mark.parametrize("name", ["wan-i2v", "wan-animate", "chronoedit"])
 def test_the_models_attend_to_tokens_of_an_image(name):
-    # So that their bit-identity above covers the branch of the image, which without 512 tokens of text sees none.
+    # So that their bit-identity above covers the branch of the image, which without 512 tokens of
+    # text sees none.
     tokens = model_checks.first_input(tiny.load(name, torch.bfloat16), "blocks.0.attn2.add_k_proj", tiny.inputs(name, 2, torch.bfloat16))
     assert tokens.shape[1] == tiny.WAN_IMAGE_TOKENS
 
@@ -112,7 +115,9 @@ def test_the_per_token_modulation_is_never_made_in_float32():
 
 
 def _modulations(model, arguments):
-    """What the first block gets. Of a patched model it is asked without a hook, since a hook is shown the rows of all tokens."""
+    """What the first block gets. Of a patched model it is asked without a hook, since a hook is
+    shown the rows of all tokens.
+    """
     with mock.patch.object(wan, "_modulation", wraps=wan._modulation) as calls:
         tiny.run(model, arguments)
     if calls.call_args_list:
@@ -250,7 +255,8 @@ def test_a_block_without_cross_attn_norm_has_a_fused_residual_there():
 
 
 def test_text_of_one_sample_serves_a_batch_of_videos_as_upstream():
-    # Attention broadcasts it; the fused call takes query and key of one batch, so cross-attention is left to upstream and counted.
+    # Attention broadcasts it; the fused call takes query and key of one batch, so cross-attention
+    # is left to upstream and counted.
     model, arguments = tiny.load("wan-t2v", torch.bfloat16), tiny.inputs("wan-t2v", 2, torch.bfloat16)
     arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:1]
     expected = tiny.run(model, arguments)

@@ -1,4 +1,6 @@
-"""Precomputed modulations where there is a device beside the host: where weights are, streams, graphs, memory."""
+"""Precomputed modulations where there is a device beside the host: where weights are, streams,
+graphs, memory.
+"""
 
 import copy
 from typing import Any

@@ -1,4 +1,6 @@
-"""Every feature of the compatibility matrix beside precomputed modulations, in both orders, and the exact way back."""
+"""Every feature of the compatibility matrix beside precomputed modulations, in both orders, and the
+exact way back.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,9 @@ QUICK = (
     "cache-dit's `enable_cache`",
     "a module wrapped around every block (xDiT)",
 )
-"""Features that `make test` runs here: each kind at least once, in turn in each order and family."""
+"""Features that `make test` runs here: each kind at least once, in turn in each order and
+family.
+"""
 GROUP_OFFLOADED = "group offloading moves the weights in its own order"
 REFUSED = {
     "group offloading, block level, disk": GROUP_OFFLOADED,
@@ -69,11 +73,15 @@ REFUSED = {
     "the `forward` of a block replaced on the instance": "can't be fused",
     "a module wrapped around every block (xDiT)": "is a Wrapper, which ditnorm doesn't know",
 }
-"""Feature -> why precomputing is refused where the feature is there before. Where it comes after, the table is given up."""
+"""Feature -> why precomputing is refused where the feature is there before. Where it comes after,
+the table is given up.
+"""
 
 
 def cells(order: str) -> list[Any]:
-    """The cells of one order. Slow are all but one family and one order of each feature of ``QUICK``."""
+    """The cells of one order. Slow are all but one family and one order of each feature of
+    ``QUICK``.
+    """
     found = []
     for feature in (feature for features in matrix.GROUPS.values() for feature in features):
         possible = [matrix.Cell("", feature, f, "patch before") for f in FAMILIES if f in feature.families]

@@ -1,4 +1,6 @@
-"""Precomputed modulations in pipelines: the schedule is made in the first step, and the latents are those of the unpatched pipeline."""
+"""Precomputed modulations in pipelines: the schedule is made in the first step, and the latents are
+those of the unpatched pipeline.
+"""
 
 import copy
 import pickle

@@ -82,7 +82,8 @@ def test_single_gradients_against_float64(op: str, layout: str, norm: str) -> No
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = torch.autograd.grad(outputs, list(leaves.values()), [w.float() for w in weights])
 
-    # Each gradient sums at most 2 * 6 * 24 products of at most ~10 roundings of terms of the size of the gradients' own scale.
+    # Each gradient sums at most 2 * 6 * 24 products of at most ~10 roundings of terms of the size
+    # of the gradients' own scale.
     for name, grad, wanted in zip(leaves, grads, expected_grads, strict=True):
         assert grad.shape == wanted.shape, name
         assert (grad.double() - wanted).norm() <= 2.0**-24 * 10 * 288**0.5 * wanted.norm(), name

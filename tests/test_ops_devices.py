@@ -21,7 +21,9 @@ class Gpu:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A process before its first CUDA call, on a machine with GPU 0, which the library doesn't serve, and GPU 1: those that were asked."""
+    """A process before its first CUDA call, on a machine with GPU 0, which the library doesn't
+    serve, and GPU 1: those that were asked.
+    """
     devices: list[int] = []
 
     def register(file: object, path: str, device: int) -> str | None:

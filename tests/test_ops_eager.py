@@ -17,7 +17,9 @@ ODD_WIDTHS = () if MODE != "reference" else (1, 3, 7, 50, 127)  # ATen's order o
 
 
 def site(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Residual, output of a sub-layer, and modulation [B, 6D]; a wrong order of reduction changes about 1 % of bf16 rows: many on CUDA."""
+    """Residual, output of a sub-layer, and modulation [B, 6D]; a wrong order of reduction changes
+    about 1 % of bf16 rows: many on CUDA.
+    """
     tokens = 2100 if MODE == "cuda" else 16 if width < 1000 else 3
     shape = Shape(2, tokens, width)
     scatter = torch.rand(2, tokens, 1, device=DEVICE) * 3

@@ -1,4 +1,6 @@
-"""Bad arguments raise an error that names the argument, what it got and what it accepts; none computes something else."""
+"""Bad arguments raise an error that names the argument, what it got and what it accepts; none
+computes something else.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""``rounding="single"`` against float64: no more error than one rounding of each result, whatever the arguments look like."""
+"""``rounding="single"`` against float64: no more error than one rounding of each result, whatever
+the arguments look like.
+"""
 
 from typing import Any
 
@@ -134,13 +136,15 @@ def test_float32_error_is_not_above_that_of_the_eager_chain(width: int, norm: st
     single, eager = (
         (OPS["norm_scale_shift"](**call, rounding=rounding).double() - expected.value).norm() for rounding in ("single", "eager")
     )
-    # An error of a row's statistics is common to the row, so a norm over n rows of equally good algorithms scatters by 1 / sqrt(2 n).
+    # An error of a row's statistics is common to the row, so a norm over n rows of equally good
+    # algorithms scatters by 1 / sqrt(2 n).
     assert single <= (1 + 3 / (2 * rows) ** 0.5) * eager
 
 
 @pytest.mark.parametrize("width", [64, 100, 3072, 8200])
 def test_a_large_mean_does_not_cancel(width: int) -> None:
-    # mean(x^2) - mean^2 would lose 1e8 * 2^-24 of a variance of 1: the bound below is hundreds of times smaller.
+    # mean(x^2) - mean^2 would lose 1e8 * 2^-24 of a variance of 1: the bound below is hundreds of
+    # times smaller.
     shape = Shape(1, 4, width)
     x = activation("contiguous", shape, torch.float32, mean=1e4, std=1.0)
     call = {"x": x, "norm": "layer", "eps": EPS, "rounding": "single"}

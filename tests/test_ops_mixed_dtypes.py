@@ -1,4 +1,6 @@
-"""``rounding="eager"`` where dtypes are mixed, as after a quantised layer that returns float32: upstream's expression, unfused."""
+"""``rounding="eager"`` where dtypes are mixed, as after a quantised layer that returns float32:
+upstream's expression, unfused.
+"""
 
 import pytest
 import torch

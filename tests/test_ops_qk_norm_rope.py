@@ -1,4 +1,6 @@
-"""QK normalisation with rotary embedding: what it equals, how far it is from the exact result, what it rejects."""
+"""QK normalisation with rotary embedding: what it equals, how far it is from the exact result, what
+it rejects.
+"""
 
 import random
 from typing import Any
@@ -38,7 +40,9 @@ def stream(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtyp
 
 
 def rotary_tables(kind: str | None, tokens: int, head_dim: int, batch: int = 0) -> Any:
-    """What the families' models pass: shared by the batch, or for each sample where ``batch`` is given."""
+    """What the families' models pass: shared by the batch, or for each sample where ``batch`` is
+    given.
+    """
     size = (batch, tokens) if batch else (tokens,)
     if kind is None:
         return None
@@ -175,8 +179,9 @@ def test_joint_streams_stand_one_after_the_other(dtype: torch.dtype, encoder_fir
 def exact(x: Tensor, weight: Tensor | None, kind: str | None, rotary: Any, head_dim: int) -> tuple[Tensor, Tensor]:
     """The result in float64 with a bound on the error of float32 arithmetic, u = 2^-24.
 
-    A sum of n squares errs by at most n / 32 + 16 roundings (one warp a row, then its tree), of which rstd takes half, and 3 operations;
-    the norm 2 more. Rotation: 2 operations on terms of the size |a cos| + |b sin|.
+    A sum of n squares errs by at most n / 32 + 16 roundings (one warp a row, then its tree), of
+    which rstd takes half, and 3 operations; the norm 2 more. Rotation: 2 operations on terms of the
+    size |a cos| + |b sin|.
     """
     across = weight is not None and weight.numel() != head_dim
     v = x.double()

@@ -1,4 +1,6 @@
-"""What no kernel takes and upstream's expression does: batches that are broadcast, float64. And indexed modulations under autograd."""
+"""What no kernel takes and upstream's expression does: batches that are broadcast, float64. And
+indexed modulations under autograd.
+"""
 
 from typing import Any
 
@@ -156,7 +158,9 @@ def test_one_argument_in_float64(name: str) -> None:
 @pytest.mark.parametrize("rounding", ["single", "eager"])
 @pytest.mark.parametrize("rows", [2, 3])
 def test_gradients_of_rows_are_summed_before_they_are_rounded(rows: int, rounding: str) -> None:
-    """Thousands of tokens share a row. Summed in bfloat16 one by one, their gradients would stop growing at a few hundred."""
+    """Thousands of tokens share a row. Summed in bfloat16 one by one, their gradients would stop
+    growing at a few hundred.
+    """
     tokens = 3000
     scale = torch.zeros(rows, D, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     index = torch.arange(tokens, device=DEVICE) % rows

@@ -1,4 +1,6 @@
-"""The parity scripts: hold where they should, fail where something differs, and name what can't be run."""
+"""The parity scripts: hold where they should, fail where something differs, and name what can't be
+run.
+"""
 
 import functools
 import importlib
@@ -64,7 +66,9 @@ def test_tiny_models_keep_every_bit(script, tmp_path, capsys):
 
 
 def image_to_video_checkpoint(folder):
-    """A folder like that of Wan2.2-TI2V-5B: a text encoder, modulation per token, and a pipeline that animates a picture if it gets one."""
+    """A folder like that of Wan2.2-TI2V-5B: a text encoder, modulation per token, and a pipeline
+    that animates a picture if it gets one.
+    """
     words = {"[PAD]": 0, "</s>": 1, "[UNK]": 2, "a": 3, "cat": 4}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

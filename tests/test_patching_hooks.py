@@ -1,4 +1,6 @@
-"""Patching, in any order with the hooks of diffusers and accelerate: what hooks do stays in effect, and can be taken away."""
+"""Patching, in any order with the hooks of diffusers and accelerate: what hooks do stays in effect,
+and can be taken away.
+"""
 
 import copy
 from collections.abc import Callable
@@ -166,7 +168,8 @@ def test_hooks_may_be_removed_before_and_after_unpatching(model: nn.Module, orde
 
 
 def test_a_diffusers_hook_removed_from_below_another_leaves_no_stale_reference(model: nn.Module) -> None:
-    # HookRegistry.remove_hook then overwrites `forward` of the upper hook and leaves its `original_forward`.
+    # HookRegistry.remove_hook then overwrites `forward` of the upper hook and leaves its
+    # `original_forward`.
     diffusers_hooks(model, Path())
     for block in model.blocks:
         block._diffusers_hook.remove_hook("doubling")
@@ -186,7 +189,9 @@ def test_an_offloaded_norm_is_fused_through_its_own_hook(model: nn.Module) -> No
 
 
 class Overwritten(ModelHook):
-    """Weights that are there for the time of a call only; after it their memory is another transfer's, as of offloading with a stream."""
+    """Weights that are there for the time of a call only; after it their memory is another
+    transfer's, as of offloading with a stream.
+    """
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.weight = module.weight.detach().clone()

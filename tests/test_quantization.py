@@ -1,4 +1,6 @@
-"""The quantisers' laws and the fused linear layers, bit for bit against torchao and diffusers; NaN counts as equal to NaN."""
+"""The quantisers' laws and the fused linear layers, bit for bit against torchao and diffusers; NaN
+counts as equal to NaN.
+"""
 
 import copy
 import importlib
@@ -135,7 +137,8 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
         x = (3 * torch.randn(shape)).to(dtype).to(device)
         got = functional.gelu_quantize(x, law)
         expected = (as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize)(F.gelu(x, approximate="tanh"), law)
-        # Another library's tanh: now and then the last digit of GELU differs, which moves a value to its neighbour, and rarely a scale.
+        # Another library's tanh: now and then the last digit of GELU differs, which moves a value
+        # to its neighbour, and rarely a scale.
         scales = (got.scale - expected[1]).abs() <= torch.finfo(dtype).eps * expected[1]
         assert scales.all()
         differing = got.values.view(torch.uint8) != expected[0].view(torch.uint8)

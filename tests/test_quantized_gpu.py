@@ -1,4 +1,6 @@
-"""Quantised weights on a GPU, where torchao's kernels run: values, scales, products and whole models, bit for bit against torchao's."""
+"""Quantised weights on a GPU, where torchao's kernels run: values, scales, products and whole
+models, bit for bit against torchao's.
+"""
 
 import copy
 import itertools
@@ -163,7 +165,9 @@ CASES = ("plain", "tables", "per token", "float32", "affine", "tables and affine
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rounding", ["eager", "single"])
 def test_norm_sites(law: Law, gated: bool, rounding: str) -> None:
-    """Quantised behind the norm, in one kernel or two, as quantised by ATen after the op that stands there otherwise."""
+    """Quantised behind the norm, in one kernel or two, as quantised by ATen after the op that
+    stands there otherwise.
+    """
     for shape, case in itertools.product(MODULATED, CASES):
         x, residual = rows(shape, torch.bfloat16), rows(shape, torch.bfloat16)
         options = modulations(shape, case, gated) | {

@@ -1,7 +1,9 @@
-"""A random walk over what people do to models: two of a kind, one never patched, are equal after every step.
+"""A random walk over what people do to models: two of a kind, one never patched, are equal after
+every step.
 
-Each step changes both models alike (hooks, adapters, caches, offloading, replaced parts, copies, dtypes) or patches and unpatches the
-second one. A failure prints the walk so far; the same seed walks it again.
+Each step changes both models alike (hooks, adapters, caches, offloading, replaced parts, copies,
+dtypes) or patches and unpatches the second one. A failure prints the walk so far; the same seed
+walks it again.
 """
 
 import copy
@@ -54,7 +56,9 @@ class Walker:
         return self.upstream, self.ours
 
     def both(self, change: Callable[[nn.Module], Any]) -> list[Any]:
-        """``change`` of either model, with the same random numbers. What upstream's model refuses, ours has to."""
+        """``change`` of either model, with the same random numbers. What upstream's model refuses,
+        ours has to.
+        """
         results: list[Any] = []
         seed = self.dice.random()
         for model in self.models():
@@ -216,7 +220,8 @@ def cache(walk: Walker) -> str:
 
 
 def adapter(walk: Walker) -> str | None:
-    # peft makes the weights of an adapter on the device of the layer's: beside those on the meta device they are never initialised.
+    # peft makes the weights of an adapter on the device of the layer's: beside those on the meta
+    # device they are never initialised.
     if {"group offload", "cast", "offload"} & walk.states:
         return None
     if walk.adapters and walk.dice.random() < 0.5:
@@ -361,7 +366,9 @@ def test_a_patched_model_stays_equal_to_an_unpatched_one(name: str, seed: int) -
 
 
 def compare(walk: Walker) -> None:
-    """The outputs have the same bits, or both models refuse in the same way; and the report can be made."""
+    """The outputs have the same bits, or both models refuse in the same way; and the report can be
+    made.
+    """
     arguments = tiny.inputs(walk.name, walk.dice.choice(tiny.BATCHES), walk.dtype, seed=walk.dice.randrange(1000))
     expected, got = (outcome(walk, model, arguments) for model in walk.models())
     if not same(got, expected):
@@ -378,7 +385,8 @@ def outcome(walk: Walker, model: nn.Module, arguments: dict[str, Any]) -> Tensor
 
 def same(got: Tensor | Exception, expected: Tensor | Exception) -> bool:
     if isinstance(got, Exception) or isinstance(expected, Exception):
-        # What PyTorch refuses with a RuntimeError (weights left on the meta device), an op of ours refuses by the argument's name.
+        # What PyTorch refuses with a RuntimeError (weights left on the meta device), an op of ours
+        # refuses by the argument's name.
         named = isinstance(expected, RuntimeError) and isinstance(got, (ValueError, TypeError))
         return named or type(got) is type(expected)
     return torch.equal(bits(got), bits(expected))

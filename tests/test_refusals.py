@@ -1,4 +1,6 @@
-"""What patching and unpatching leave alone: they name it and why, and under ``strict`` change nothing."""
+"""What patching and unpatching leave alone: they name it and why, and under ``strict`` change
+nothing.
+"""
 
 import copy
 import functools

@@ -1,4 +1,6 @@
-"""Private names of PyTorch: where a release lacks one, what stands in for it is right, if slower."""
+"""Private names of PyTorch: where a release lacks one, what stands in for it is right, if
+slower.
+"""
 
 import functools
 import importlib.util

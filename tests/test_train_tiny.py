@@ -1,4 +1,6 @@
-"""Training of the tiny pipelines: learns, resumes with the same result, and writes what can be loaded."""
+"""Training of the tiny pipelines: learns, resumes with the same result, and writes what can be
+loaded.
+"""
 
 import pytest
 import torch

@@ -1,6 +1,8 @@
-"""Norms that make their own modulation, shared by many models: diffusers' ``AdaLayerNorm*`` (adaLN-Zero, arXiv:2212.09748).
+"""Norms that make their own modulation, shared by many models: diffusers' ``AdaLayerNorm*``
+(adaLN-Zero, arXiv:2212.09748).
 
-Shapes: ``x`` [B, S, D], ``emb`` [B, D]; the modulations returned beside the modulated ``x`` are views [B, D].
+Shapes: ``x`` [B, S, D], ``emb`` [B, D]; the modulations returned beside the modulated ``x`` are
+views [B, D].
 """
 
 import torch

@@ -1,7 +1,9 @@
-"""Attention modules whose QK norm, rotary embedding and joining of streams are one op: what their fused bodies share.
+"""Attention modules whose QK norm, rotary embedding and joining of streams are one op: what their
+fused bodies share.
 
-A body stands in for the attention *module*; which processor the module has is looked at in each call, so that processors that users set,
-before or after patching, are respected: one that isn't known runs as upstream runs it.
+A body stands in for the attention *module*; which processor the module has is looked at in each
+call, so that processors that users set, before or after patching, are respected: one that isn't
+known runs as upstream runs it.
 """
 
 import importlib
@@ -28,8 +30,9 @@ from .sites import FusedCall
 class QKNorm(FusedModule):
     """The norm of query or key. Called without a tensor it returns a copy of its weight.
 
-    Hooks of offloading and layerwise casting put the right weight in place for the time of the call only. After it they swap it out, and
-    a transfer on another stream may overwrite its memory before an op has read it.
+    Hooks of offloading and layerwise casting put the right weight in place for the time of the call
+    only. After it they swap it out, and a transfer on another stream may overwrite its memory
+    before an op has read it.
     """
 
     fingerprints = {}
@@ -94,14 +97,20 @@ class Processor(NamedTuple):
 
 
 class FusedAttention(FusedModule):
-    """A ``forward`` that computes what upstream's attention module does with one of the ``processors``."""
+    """A ``forward`` that computes what upstream's attention module does with one of the
+    ``processors``.
+    """
 
     processors: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """Class of a processor, ``"module:name"`` or a name in the module of the attention class -> fingerprint of its ``__call__`` -> how it
-    builds its mask, a method of the body (None: it takes what it is given)."""
+    """Class of a processor, ``"module:name"`` or a name in the module of the attention class ->
+    fingerprint of its ``__call__`` -> how it builds its mask, a method of the body (None: it takes
+    what it is given).
+    """
     helpers: ClassVar[Mapping[str, frozenset[str]]]
-    """Functions that the processors call and the body doesn't -> their accepted fingerprints. ``"module:name"`` for one that a processor
-    imports in its call, else a name in the processor's module."""
+    """Functions that the processors call and the body doesn't -> their accepted fingerprints.
+    ``"module:name"`` for one that a processor imports in its call, else a name in the processor's
+    module.
+    """
     norm: ClassVar[str]
     """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
     rotary: ClassVar[str]
@@ -140,7 +149,9 @@ class FusedAttention(FusedModule):
 
     @classmethod
     def _helpers(cls, call: Any) -> Iterator[tuple[dict[str, Any], str, frozenset[str]]]:
-        """The globals that hold a function that ``call`` calls, its name, and its accepted fingerprints."""
+        """The globals that hold a function that ``call`` calls, its name, and its accepted
+        fingerprints.
+        """
         for path, accepted in cls.helpers.items():
             module, _, name = path.rpartition(":")
             yield vars(importlib.import_module(module)) if module else call.__globals__, name, accepted
@@ -201,7 +212,9 @@ class FusedAttention(FusedModule):
         return ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
     def fuses(self) -> Processor | None:
-        """The processor, where a call takes the fused path: it is known, the norms are ours and alike, and nobody watches them."""
+        """The processor, where a call takes the fused path: it is known, the norms are ours and
+        alike, and nobody watches them.
+        """
         if not self.intact():
             return None
         cls = type(self.processor)
@@ -214,7 +227,9 @@ class FusedAttention(FusedModule):
 
     @classmethod
     def _look_at(cls, processor: type) -> Processor | None:
-        """The processor class, if it is known by now: methods of classes, and functions, are replaced and put back."""
+        """The processor class, if it is known by now: methods of classes, and functions, are
+        replaced and put back.
+        """
         named = any(path.rpartition(":")[2] == processor.__name__ for path in cls.processors)
         if not named or torch.compiler.is_compiling():
             return None
@@ -222,9 +237,11 @@ class FusedAttention(FusedModule):
         return cls.known.get(processor)
 
     def law(self, x: Tensor, *names: str) -> Law | None:
-        """The law by which the projections ``names`` quantise what the module is given with the shape and dtype of ``x``.
+        """The law by which the projections ``names`` quantise what the module is given with the
+        shape and dtype of ``x``.
 
-        None where something wants it as it is. Then, and if its call wouldn't take the fused path, it must not come quantised.
+        None where something wants it as it is. Then, and if its call wouldn't take the fused path,
+        it must not come quantised.
         """
         modules = self._modules
         if not isinstance(modules.get(names[0]), QuantizedLinear) or "forward" in self.__dict__ or hooked(self) or not self.fuses():
@@ -232,7 +249,9 @@ class FusedAttention(FusedModule):
         return law_for(x, *(modules[name] for name in names))
 
     def fits(self, op: str, condition: bool) -> bool:
-        """``condition``, on which the fused call of ``op`` depends. Where it doesn't hold the call counts as one of PyTorch's path."""
+        """``condition``, on which the fused call of ``op`` depends. Where it doesn't hold the call
+        counts as one of PyTorch's path.
+        """
         if not condition and not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
             kernels.count_reference(op)
         return condition

@@ -13,14 +13,20 @@ from .quantized_linear import QuantizedLinear
 
 
 class FusedUnit(FusedModule):
-    """A body whose modules are looked for in all of a model, and swapped or refused with everything that they hold."""
+    """A body whose modules are looked for in all of a model, and swapped or refused with everything
+    that they hold.
+    """
 
     family: ClassVar[str]
     """The models it belongs to, as users call them."""
     names: ClassVar[frozenset[str]] = frozenset()
-    """Names of the upstream classes it was written for; a class of this name with another fingerprint is reported, not touched."""
+    """Names of the upstream classes it was written for; a class of this name with another
+    fingerprint is reported, not touched.
+    """
     holders: ClassVar[frozenset[str]] = frozenset()
-    """Where what it returns suits only some models: fingerprints of their ``forward``. Their blocks must all have a body."""
+    """Where what it returns suits only some models: fingerprints of their ``forward``. Their blocks
+    must all have a body.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -33,7 +39,9 @@ class FusedUnit(FusedModule):
         self._announce(name, module)
 
     def _announce(self, name: str, value: Any) -> None:
-        """Says so where somebody replaces one of the norms by a module that takes no modulation: calls are upstream's then."""
+        """Says so where somebody replaces one of the norms by a module that takes no modulation:
+        calls are upstream's then.
+        """
         layers = dict(self._modulated).get(name)
         if layers is None or (isinstance(value, layers) and origin_of(type(value)) is not None):
             return

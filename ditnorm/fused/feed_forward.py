@@ -1,5 +1,5 @@
-"""diffusers' ``FeedForward`` with quantised weights: what its first layer is given may come quantised, and what GELU makes of its result
-goes to the last layer quantised in the same pass.
+"""diffusers' ``FeedForward`` with quantised weights: what its first layer is given may come
+quantised, and what GELU makes of its result goes to the last layer quantised in the same pass.
 """
 
 from typing import Any
@@ -40,7 +40,9 @@ class FusedFeedForward(FusedModule):
         return linear(inner if law is None else quantize(inner, law))
 
     def law(self, x: Tensor) -> Law | None:
-        """The law by which its first layer quantises what the module is given with the shape and dtype of ``x``; None: as it is."""
+        """The law by which its first layer quantises what the module is given with the shape and
+        dtype of ``x``; None: as it is.
+        """
         if "forward" in self.__dict__ or hooked(self):
             return None
         gelu: Any = self.net._modules["0"]
@@ -53,7 +55,9 @@ def law_in_feed_forward(module: Any, x: Tensor) -> Law | None:
 
 
 def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:
-    """Whether GELU may hand its result to ``linear`` quantised: nobody looks at it, and nothing is dropped."""
+    """Whether GELU may hand its result to ``linear`` quantised: nobody looks at it, and nothing is
+    dropped.
+    """
     return (
         isinstance(linear, QuantizedLinear)
         and isinstance(gelu, FusedGELU)
@@ -70,9 +74,11 @@ _known: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def _kernels_gelu_is_atens(x: Tensor) -> bool:
-    """Whether the kernel's GELU has the bits of PyTorch's for every number of the dtype of ``x``, where it is.
+    """Whether the kernel's GELU has the bits of PyTorch's for every number of the dtype of ``x``,
+    where it is.
 
-    Both call CUDA's ``tanhf``, of which their toolkits may have different ones. Tried once a process, for which the host waits.
+    Both call CUDA's ``tanhf``, of which their toolkits may have different ones. Tried once a
+    process, for which the host waits.
     """
     key = x.device, x.dtype
     if key not in _known:
@@ -83,7 +89,9 @@ def _kernels_gelu_is_atens(x: Tensor) -> bool:
 
 
 def _compared(device: torch.device, dtype: torch.dtype) -> bool:
-    """Each number in a row of its own, of which the law has the scale in float32. Not where there is no float8."""
+    """Each number in a row of its own, of which the law has the scale in float32. Not where there
+    is no float8.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return False
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16).view(dtype)[:, None].repeat(1, 8)

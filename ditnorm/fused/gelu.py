@@ -1,5 +1,6 @@
-"""The GELU behind a linear: in place, since at the peak of an MLP's memory its input and its output would both be alive; or, with
-``rounding="single"``, before the product's rounding, in the kernel of the matrix product.
+"""The GELU behind a linear: in place, since at the peak of an MLP's memory its input and its output
+would both be alive; or, with ``rounding="single"``, before the product's rounding, in the kernel of
+the matrix product.
 """
 
 from types import FunctionType
@@ -14,18 +15,23 @@ from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, seen_by_a_mode
 from .module import FusedModule
 
-# What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes through it.
+# What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes
+# through it.
 _LINEAR_FORWARD = nn.Linear.forward if replaced(nn.Linear, "forward") is None else None
 _GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else None
 _GELU = F.gelu if replaced_functional("gelu") is None else None
 _LINEAR = F.linear if replaced_functional("linear") is None else None
 
 _QUANTISERS = ("bitsandbytes", "diffusers", "ditnorm", "optimum")
-"""Whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another weight.)"""
+"""Whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another
+weight.)
+"""
 
 
 class FusedGELU(FusedModule):
-    """diffusers' ``GELU``, a linear with its activation: hidden_states [..., D] -> [..., inner dim]."""
+    """diffusers' ``GELU``, a linear with its activation: hidden_states [..., D] -> [..., inner
+    dim].
+    """
 
     fingerprints = {"forward": frozenset({"04d27066e288"}), "gelu": frozenset({"5436b9b39a2e"})}  # 0.37.0 to 0.42.1
 
@@ -65,14 +71,18 @@ def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """GELU (tanh) of ``linear(x)``, rounded once where cuBLASLt has the GELU as an epilogue: x [..., D] -> [..., inner dim]."""
+    """GELU (tanh) of ``linear(x)``, rounded once where cuBLASLt has the GELU as an epilogue: x
+    [..., D] -> [..., inner dim].
+    """
     assert addmm_activation is not None
     rows = addmm_activation(linear.bias, x.reshape(-1, linear.in_features), linear.weight.t(), use_gelu=True)
     return rows.view(*x.shape[:-1], linear.out_features)
 
 
 def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuard[nn.Linear]:
-    """Whether :func:`linear_gelu` may stand for both: a plain linear in half precision on a GPU, and no backward pass."""
+    """Whether :func:`linear_gelu` may stand for both: a plain linear in half precision on a GPU,
+    and no backward pass.
+    """
     return (
         addmm_activation is not None
         and approximate == "tanh"
@@ -90,13 +100,17 @@ def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGua
 
 
 def _overwritable(linear: nn.Module, x: Tensor) -> bool:
-    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no hook, wrapper or mode, no adapter."""
+    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no
+    hook, wrapper or mode, no adapter.
+    """
     # The compiler reuses memory by itself.
     return not torch.compiler.is_compiling() and not x.requires_grad and _plain(linear, x)
 
 
 def _plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether nothing but a linear's own code sees its input and output, with ``x`` being one of them."""
+    """Whether nothing but a linear's own code sees its input and output, with ``x`` being one of
+    them.
+    """
     cls = type(linear)
     return (
         type(x) is Tensor
@@ -108,7 +122,9 @@ def _plain(linear: nn.Module, x: Tensor) -> bool:
 
 
 def _called_as_module(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no wrapper, nothing compiled."""
+    """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no
+    wrapper, nothing compiled.
+    """
     return (
         type(module).__call__ is module_call
         and "forward" not in module.__dict__
@@ -118,5 +134,7 @@ def _called_as_module(module: nn.Module) -> bool:
 
 
 def _quantised(forward: Any) -> bool:
-    """Whether a linear's ``forward`` is of a library whose linears are known to keep nothing of what they return."""
+    """Whether a linear's ``forward`` is of a library whose linears are known to keep nothing of
+    what they return.
+    """
     return isinstance(forward, FunctionType) and any(defined_in(forward, package) for package in _QUANTISERS)

@@ -1,13 +1,16 @@
-"""Modules whose modulations come from a table: a row for each timestep, made once, instead of Linears that run in every step.
+"""Modules whose modulations come from a table: a row for each timestep, made once, instead of
+Linears that run in every step.
 
-How a row is found: the embedding of the timestep (:class:`RowEmbedding`) is asked once a forward pass. It computes upstream's ``temb``,
-looks its bits up and hands row numbers, int64 [B], to the model in its place. Upstream's code passes them on untouched, and a module
-that makes modulations (:class:`Modulating`) takes an integer for a row and a float for an embedding. A block does nothing but gather:
-no wait, no look-up, nothing that ``torch.compile`` or a CUDA graph would mind. The key is bits of what goes into the Linears, so that
-nothing about guidance, pooled text or additional conditions has to be known.
+How a row is found: the embedding of the timestep (:class:`RowEmbedding`) is asked once a forward
+pass. It computes upstream's ``temb``, looks its bits up and hands row numbers, int64 [B], to the
+model in its place. Upstream's code passes them on untouched, and a module that makes modulations
+(:class:`Modulating`) takes an integer for a row and a float for an embedding. A block does nothing
+but gather: no wait, no look-up, nothing that ``torch.compile`` or a CUDA graph would mind. The key
+is bits of what goes into the Linears, so that nothing about guidance, pooled text or additional
+conditions has to be known.
 
-The weights stay the Parameters they are, in host memory. Where an embedding arrives after all (training, autocast, a hook that looks at
-it) they cross to it, and the result is upstream's.
+The weights stay the Parameters they are, in host memory. Where an embedding arrives after all
+(training, autocast, a hook that looks at it) they cross to it, and the result is upstream's.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModulatedModel:
-    """What a model does with the embedding of its timestep: it hands it to ``takers``, and nothing else reads it."""
+    """What a model does with the embedding of its timestep: it hands it to ``takers``, and nothing
+    else reads it.
+    """
 
     names: frozenset[str]
     """Names of the upstream classes."""
@@ -37,18 +42,24 @@ class ModulatedModel:
     takers: tuple[str, ...]
     """Its ModuleLists of blocks and its modules that take it."""
     halved_if: str | None = None
-    """The attribute of the model that doubles the batch of the embedding, the second half for timestep 0; then ``halved``,"""
+    """The attribute of the model that doubles the batch of the embedding, the second half for
+    timestep 0; then ``halved``,
+    """
     halved: tuple[str, ...] = ()
     """ends of the names of the modulations that see the first half only."""
 
 
 class Modulating:
-    """A module that makes modulations from an embedding [B, D], or reads them from its table where it is given row numbers, int64 [B]."""
+    """A module that makes modulations from an embedding [B, D], or reads them from its table where
+    it is given row numbers, int64 [B].
+    """
 
     modulation_parts: ClassVar[tuple[str, ...]] = ("linear",)
     """The sub-modules whose weights the table stands in for."""
     modulation_table: Tensor | None = None
-    """[rows + 1, out_features]; the last row is NaN. None where nothing is precomputed, without rows where none was made yet."""
+    """[rows + 1, out_features]; the last row is NaN. None where nothing is precomputed, without
+    rows where none was made yet.
+    """
     modulation_changes: int
     """Beside a table: grows when a part is replaced or its dtype changes."""
 
@@ -75,12 +86,16 @@ class Modulating:
         return [modules[part] for part in self.modulation_parts]
 
     def modulation_weights(self) -> Iterator[nn.Parameter]:
-        """The weights that live in host memory: dense ones. Quantised ones, which have a class of their own, stay where they are."""
+        """The weights that live in host memory: dense ones. Quantised ones, which have a class of
+        their own, stay where they are.
+        """
         for module in self.modulation_modules():
             yield from (p for p in module.parameters() if _dense(p))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """``.to(device)`` leaves the weights in host memory, and takes the table along; ``.to(dtype)`` changes them where they are."""
+        """``.to(device)`` leaves the weights in host memory, and takes the table along;
+        ``.to(dtype)`` changes them where they are.
+        """
         if self.modulation_table is None:
             return super()._apply(fn, recurse)  # type: ignore[misc]
         super()._apply(fn, recurse=False)  # type: ignore[misc]
@@ -117,7 +132,9 @@ class ModulationSequential(Modulating):
 
 
 class RowEmbedding:
-    """An embedding of timesteps that returns row numbers of the table, int64 [B], in place of each embedding [B, D]."""
+    """An embedding of timesteps that returns row numbers of the table, int64 [B], in place of each
+    embedding [B, D].
+    """
 
     modulations: "ModulationTable"
 
@@ -138,12 +155,16 @@ class RowEmbedding:
         return tuple(rows) if isinstance(embedded, tuple) else rows[0]
 
     def _is_read_by_others(self, device: str) -> bool:
-        """Whether gradients go through it, or its dtype may change on the way, or a hook looks at it."""
+        """Whether gradients go through it, or its dtype may change on the way, or a hook looks at
+        it.
+        """
         return torch.is_grad_enabled() or torch.is_autocast_enabled(device) or not untouched(self)
 
 
 def call_on(x: Tensor, module: nn.Module) -> Tensor:
-    """``module(x)`` with those of its weights that are in host memory brought to the device of ``x``; gradients go back to them."""
+    """``module(x)`` with those of its weights that are in host memory brought to the device of
+    ``x``; gradients go back to them.
+    """
     if x.device.type == "cpu":
         return module(x)
     home = {name: p for name, p in module.named_parameters() if p.device.type == "cpu"}

@@ -1,4 +1,6 @@
-"""What the rows of a table depend on beside the embedding: weights, the modules around them, adapters. Notices that any of it changed."""
+"""What the rows of a table depend on beside the embedding: weights, the modules around them,
+adapters. Notices that any of it changed.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,9 @@ _SAMPLES = 8  # bytes of a weight that are looked at: each is a wait for memory
 
 
 class Watch:
-    """The state of ``holders`` when rows were made. What is compared in every pass is kept flat, and by identity."""
+    """The state of ``holders`` when rows were made. What is compared in every pass is kept flat,
+    and by identity.
+    """
 
     def __init__(self, holders: Sequence[tuple[str, Any, bool]]) -> None:
         self.changes = [(holder, holder.modulation_changes) for _, holder, _ in holders]

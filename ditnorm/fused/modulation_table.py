@@ -1,4 +1,6 @@
-"""The table of a model's modulations: which rows it has, how they are made, when they are out of date."""
+"""The table of a model's modulations: which rows it has, how they are made, when they are out of
+date.
+"""
 
 import inspect
 import itertools
@@ -33,7 +35,9 @@ _IN_USE = 4  # embeddings of one forward pass, and of the one before it in the s
 
 @dataclass
 class Entry:
-    """The rows of one embedding [B, D]: a number for each of its B samples. Equal samples share a row."""
+    """The rows of one embedding [B, D]: a number for each of its B samples. Equal samples share a
+    row.
+    """
 
     index: list[int]
     on: dict[torch.device, Tensor] = field(default_factory=dict)
@@ -50,26 +54,32 @@ class Entry:
 
 
 class ModulationTable:
-    """Rows for the modulations of one model, found by the bits of the embedding that they are made of.
+    """Rows for the modulations of one model, found by the bits of the embedding that they are made
+    of.
 
-    **Bits.** A row is made by the call that the model would make: the same module, its hooks and adapters included, on an embedding of
-    the same shape. So there is nothing to assume about what a product of many rows gives. The one shortcut, a row shared by equal
-    samples of a batch, is compared when the rows are made, and given up where it doesn't hold.
+    **Bits.** A row is made by the call that the model would make: the same module, its hooks and
+    adapters included, on an embedding of the same shape. So there is nothing to assume about what a
+    product of many rows gives. The one shortcut, a row shared by equal samples of a batch, is
+    compared when the rows are made, and given up where it doesn't hold.
 
-    **Misses.** An embedding that has no rows gets them before the forward pass goes on, together with those of the rest of the schedule
-    that its timestep is found in. Weights cross to the device one module at a time, the next one while this one is used.
+    **Misses.** An embedding that has no rows gets them before the forward pass goes on, together
+    with those of the rest of the schedule that its timestep is found in. Weights cross to the
+    device one module at a time, the next one while this one is used.
 
-    **Waiting.** Reading the bits of the embedding, some kilobytes, waits for the device once a forward pass. The rest of the pass is
-    launched while its first blocks run, as it is after any step; a step of a real model is a thousand times longer.
+    **Waiting.** Reading the bits of the embedding, some kilobytes, waits for the device once a
+    forward pass. The rest of the pass is launched while its first blocks run, as it is after any
+    step; a step of a real model is a thousand times longer.
 
-    **Changes.** Before each look-up: the identity, version, address and a sample of the bits of each weight, the modules around it,
-    adapters and their scales. Any difference empties the table. Sampled bits see what ``weight.data`` hides from the version.
+    **Changes.** Before each look-up: the identity, version, address and a sample of the bits of
+    each weight, the modules around it, adapters and their scales. Any difference empties the table.
+    Sampled bits see what ``weight.data`` hides from the version.
 
     Threads take turns at look-ups. Rows that a thread may still read are not given to others.
     """
 
     def __init__(self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype_of: DtypeOf) -> None:
-        """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of the embedding only.
+        """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of
+        the embedding only.
 
         ``dtype_of``: the dtype of a model's activations.
         """
@@ -107,7 +117,9 @@ class ModulationTable:
         self._batches: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't known."""
+        """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't
+        known.
+        """
         kept = ("model", "embedding", "holders", "dtype_of", "inputs", "timesteps", "_capacity")
         counters = ("hits", "misses", "schedules", "changes", "seconds")
         return {name: self.__dict__[name] for name in (*kept, *counters)}
@@ -149,9 +161,11 @@ class ModulationTable:
             self.pipelines = [known for known in self.pipelines if known() is not None] + [weakref.ref(pipeline)]
 
     def rows(self, embedding: Tensor, inputs: Inputs, output: int) -> Tensor | None:
-        """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module makes of ``inputs``: int64 [B].
+        """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module
+        makes of ``inputs``: int64 [B].
 
-        None where the model was changed so that it can't take them: everything is restored then, with a warning.
+        None where the model was changed so that it can't take them: everything is restored then,
+        with a warning.
         """
         if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._captured(embedding)
@@ -197,7 +211,9 @@ class ModulationTable:
         return entries[key]
 
     def _rest_of_schedule(self, inputs: Inputs, output: int) -> list[Tensor]:
-        """The embeddings from this step of a known schedule on; none where the timestep is in no schedule."""
+        """The embeddings from this step of a known schedule on; none where the timestep is in no
+        schedule.
+        """
         given = {name: value for name, value in zip(self.inputs, inputs, strict=True) if value is not None}
         timestep = given.get("timestep")
         if timestep is None or not timestep.numel():
@@ -225,7 +241,9 @@ class ModulationTable:
                 yield timesteps
 
     def _embedded(self, given: dict[str, Tensor], now: Tensor, taken: Tensor, step: int, output: int) -> Tensor:
-        """What the embedding makes of ``given`` with the timestep of another step. Other values beside it, a 0 for instance, stay."""
+        """What the embedding makes of ``given`` with the timestep of another step. Other values
+        beside it, a 0 for instance, stay.
+        """
         timestep = given["timestep"]
         changed = {"timestep": torch.where(timestep == now, taken[step], timestep.to(taken.dtype))}
         if "timestep_r" in given:  # the timestep of the next step, and 0 at the end
@@ -283,7 +301,9 @@ class ModulationTable:
             torch.cuda.synchronize()  # other streams may still read these rows
 
     def _fill(self, work: list[tuple[Tensor, Entry]], device: torch.device) -> bool:
-        """Makes the rows, module by module. False where equal samples of a batch gave other bits, so that they can't share a row."""
+        """Makes the rows, module by module. False where equal samples of a batch gave other bits,
+        so that they can't share a row.
+        """
         unequal = torch.zeros((), dtype=torch.bool, device=device)
         dtype = self.dtype
         for _, holder, _ in self.holders:
@@ -350,7 +370,9 @@ class ModulationTable:
         return None
 
     def _trace(self) -> str | None:
-        """Notes the modules from the model down to its modulations; the name of one that isn't there, if any."""
+        """Notes the modules from the model down to its modulations; the name of one that isn't
+        there, if any.
+        """
         paths = [holder.split(".") for holder, _, _ in self.holders]
         for name in dict.fromkeys(".".join(path[:n]) for path in paths for n in range(1, len(path) + 1)):
             try:
@@ -360,7 +382,9 @@ class ModulationTable:
         return None
 
     def restore(self, bring: bool = True) -> None:
-        """Upstream's classes come back, and the weights go to where the model is by now, unless ``bring`` is False."""
+        """Upstream's classes come back, and the weights go to where the model is by now, unless
+        ``bring`` is False.
+        """
         ours = {id(p) for _, holder, _ in self.holders if isinstance(holder, Modulating) for p in holder.modulation_weights()}
         device = next((p.device for p in self.model.parameters() if id(p) not in ours and p.device.type != "meta"), torch.device("cpu"))
         set_class(self.embedding, upstream_of(type(self.embedding)))
@@ -388,7 +412,9 @@ class ModulationTable:
     # CUDA graphs.
 
     def _captured(self, embedding: Tensor) -> Tensor:
-        """The look-up as operations on the device, for a graph: what has no row when the graph is replayed becomes NaN."""
+        """The look-up as operations on the device, for a graph: what has no row when the graph is
+        replayed becomes NaN.
+        """
         unchanged = self._watch is not None and self._watch.unchanged()
         if not unchanged or not self._entries or self._keys is None or self._batches is None:
             raise RuntimeError("ditnorm: modulations are made in the first run: run the model once before its capture")
@@ -435,7 +461,9 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """What pipelines make of the timesteps of a scheduler before a model gets them, in each way that there is."""
+    """What pipelines make of the timesteps of a scheduler before a model gets them, in each way
+    that there is.
+    """
     if not dtype.is_floating_point:
         return [timesteps.to(dtype)]
     return [timesteps.to(dtype), timesteps.to(dtype) / 1000, (timesteps / 1000).to(dtype)]

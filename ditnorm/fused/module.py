@@ -16,7 +16,9 @@ from .sites import FusedCall, Site
 
 @dataclass(frozen=True)
 class Part:
-    """A module that is swapped together with the one whose body names it, and the body or layer that goes in front of it."""
+    """A module that is swapped together with the one whose body names it, and the body or layer
+    that goes in front of it.
+    """
 
     path: str
     module: nn.Module
@@ -28,19 +30,25 @@ class Part:
 class FusedModule(Swapped):
     """A ``forward`` that computes what the upstream one does, with ops of this package.
 
-    A body is a plain mixin: :func:`ditnorm.swapping.generated.subclass` puts it in front of an upstream class, and modules change to the
-    resulting class in place. It has upstream's parameter names and return value, keeps no state, and calls every sub-module as a module
-    (hooks of offloading, LoRA and quantisation sit there).
+    A body is a plain mixin: :func:`ditnorm.swapping.generated.subclass` puts it in front of an
+    upstream class, and modules change to the resulting class in place. It has upstream's parameter
+    names and return value, keeps no state, and calls every sub-module as a module (hooks of
+    offloading, LoRA and quantisation sit there).
 
-    What it has it says in :meth:`parts` and :meth:`calls`, which go by the facts below; patching, verification and the report ask there.
+    What it has it says in :meth:`parts` and :meth:`calls`, which go by the facts below; patching,
+    verification and the report ask there.
     """
 
     fingerprints: ClassVar[Mapping[str, frozenset[str]]] = {}
-    """Upstream's ``forward`` and each method of the class that the body inlines -> the accepted fingerprints."""
+    """Upstream's ``forward`` and each method of the class that the body inlines -> the accepted
+    fingerprints.
+    """
     functions: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Functions of upstream's module that the body inlines -> the accepted fingerprints."""
     sites: ClassVar[Mapping[str, type]] = {}
-    """Path of a sub-module -> what it must become: a layer of :mod:`ditnorm.layers` for a norm, or a body."""
+    """Path of a sub-module -> what it must become: a layer of :mod:`ditnorm.layers` for a norm, or
+    a body.
+    """
     unmodulated: ClassVar[frozenset[str]] = frozenset()
     """The sites without scale and shift."""
     anywhere: ClassVar[tuple[type["FusedModule"], ...]] = ()
@@ -52,7 +60,9 @@ class FusedModule(Swapped):
     optional: ClassVar[bool] = False
     """Whether a module without this part is fused all the same."""
     reported_as: ClassVar[str | None] = None
-    """For users: what of an optional part runs unfused where it can't be swapped. None: no op of ours is missing, and nobody is told."""
+    """For users: what of an optional part runs unfused where it can't be swapped. None: no op of
+    ours is missing, and nobody is told.
+    """
     demanded: ClassVar[bool] = True
     """Whether ``strict`` patching fails where such an optional part can't be swapped."""
     unfused_by_hooks: ClassVar[bool] = False
@@ -61,9 +71,13 @@ class FusedModule(Swapped):
     rounding: str
     """The law; set on the generated class."""
     _inlined: ClassVar[tuple[tuple[dict[str, Any] | None, str, Any], ...]] = ()
-    """What the body inlines, when upstream's class was last looked at: methods, and functions with the globals that hold them."""
+    """What the body inlines, when upstream's class was last looked at: methods, and functions with
+    the globals that hold them.
+    """
     _modulated: ClassVar[tuple[tuple[str, tuple[type, ...]], ...]] = ()
-    """The sites of norms in the module itself, and the layers that can be called there; set with the one before."""
+    """The sites of norms in the module itself, and the layers that can be called there; set with
+    the one before.
+    """
 
     if TYPE_CHECKING:
         _modules: dict[str, Any]  # nn.Module's
@@ -93,7 +107,8 @@ class FusedModule(Swapped):
         return True
 
     def intact(self) -> bool:
-        """Whether the body still stands for upstream's class, and all its norms take modulation. If not, a call is upstream's affair.
+        """Whether the body still stands for upstream's class, and all its norms take modulation. If
+        not, a call is upstream's affair.
 
         Methods and modules are replaced in ways that nothing announces, so each call asks.
         """
@@ -119,7 +134,9 @@ class FusedModule(Swapped):
 
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
-        """Why this instance of a matching class can't be fused, or None. Its parts are looked at on their own."""
+        """Why this instance of a matching class can't be fused, or None. Its parts are looked at on
+        their own.
+        """
         name = cls._unknown_function(upstream_of(type(module)))
         return None if name is None else f"this version of {name} is unknown"
 
@@ -144,7 +161,9 @@ class FusedModule(Swapped):
 
     @classmethod
     def calls(cls, module: nn.Module, dtype: torch.dtype) -> Iterator[FusedCall]:
-        """The fused calls of one forward on a stream of ``dtype``, without those of the parts that have a body of their own."""
+        """The fused calls of one forward on a stream of ``dtype``, without those of the parts that
+        have a body of their own.
+        """
         table = None if cls.table is None else dtype_of(getattr(module, cls.table))
         for part in cls.parts(module):
             if part.body is not None and not issubclass(part.body, FusedModule):
@@ -171,7 +190,8 @@ def upstream_of(cls: type) -> type:
 
 
 def matches(body: type[Any], cls: type) -> bool:
-    """Whether ``body`` computes what ``cls`` does, by fingerprint. Parameter names are compared first: reading source is slow.
+    """Whether ``body`` computes what ``cls`` does, by fingerprint. Parameter names are compared
+    first: reading source is slow.
 
     A body may have one parameter more, ``law``: how what it returns is to be quantised.
     """

@@ -37,7 +37,9 @@ _LAYERS: dict[tuple[type, str | None], type] = {
 
 
 def layer_for(expected: type, norm: nn.Module, upstream: type, modulated: bool) -> tuple[type | None, str | None]:
-    """The layer that a site that expects ``expected`` needs for ``norm``, of the class ``upstream``; or None and why there is none."""
+    """The layer that a site that expects ``expected`` needs for ``norm``, of the class
+    ``upstream``; or None and why there is none.
+    """
     kind = norm_kind(upstream)
     if kind is None:
         return None, unknown_norm(upstream)

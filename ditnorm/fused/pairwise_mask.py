@@ -1,7 +1,8 @@
 """HunyuanVideo-1.5's attention mask of all pairs of tokens, made in each block.
 
-Upstream repeats rows and combines them with their transpose, and ``scaled_dot_product_attention`` converts what comes out, and copies it
-where its rows aren't aligned: each a pass over the square of the tokens, most at a fraction of the memory's speed.
+Upstream repeats rows and combines them with their transpose, and ``scaled_dot_product_attention``
+converts what comes out, and copies it where its rows aren't aligned: each a pass over the square of
+the tokens, most at a fraction of the memory's speed.
 """
 
 import functools
@@ -17,13 +18,17 @@ _PROBED_TOKENS = 64
 BOOL = (torch.bool, 0.0)
 
 MaskForm = tuple[torch.dtype, float]
-"""The dtype of a mask, and what stands in it for an invalid pair; for a valid one 0, in a bool mask True."""
+"""The dtype of a mask, and what stands in it for an invalid pair; for a valid one 0, in a bool mask
+True.
+"""
 
 
 def pairwise_mask(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
-    """[B, T] of the text's tokens, the last of all -> [B, 1, S, S], in the form of :func:`mask_form`: a pair is valid if both tokens are.
+    """[B, T] of the text's tokens, the last of all -> [B, 1, S, S], in the form of
+    :func:`mask_form`: a pair is valid if both tokens are.
 
-    All is filled as valid first, at the memory's speed; only the columns and rows of the text's tokens are looked at then.
+    All is filled as valid first, at the memory's speed; only the columns and rows of the text's
+    tokens are looked at then.
     """
     dtype, invalid = form
     batch, text_tokens = text_mask.shape
@@ -39,7 +44,9 @@ def pairwise_mask(text_mask: Tensor, tokens: int, form: MaskForm) -> Tensor:
 
 
 def mask_form(query: Tensor, processor: Any) -> MaskForm:
-    """To what ``scaled_dot_product_attention`` would convert a bool mask for query, [B, S, H, D]; ``BOOL`` where that isn't known."""
+    """To what ``scaled_dot_product_attention`` would convert a bool mask for query, [B, S, H, D];
+    ``BOOL`` where that isn't known.
+    """
     attention_dispatch = sys.modules["diffusers.models.attention_dispatch"]  # the model's; torch 2.11 can't trace importing it
     device = query.device.type
     if device not in ("cpu", "cuda") or query.requires_grad or torch.is_autocast_enabled(device):
@@ -60,7 +67,8 @@ def mask_form(query: Tensor, processor: Any) -> MaskForm:
 def _probed_form(device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[bool, ...]) -> MaskForm:
     """Tries what gives the bits of a bool mask where all of a row is masked.
 
-    PyTorch puts -inf there, for cuDNN's kernel some releases the lowest float16. ``kernels``: those enabled, among which PyTorch chooses.
+    PyTorch puts -inf there, for cuDNN's kernel some releases the lowest float16. ``kernels``: those
+    enabled, among which PyTorch chooses.
     """
     with torch.inference_mode():
         states = torch.linspace(-3, 3, 3 * _PROBED_TOKENS * head_dim, device=device).sin().to(dtype)

@@ -1,7 +1,9 @@
-"""Modulations of another dtype than the stream: made under autocast, by quantised Linears, or by some that are kept in float32.
+"""Modulations of another dtype than the stream: made under autocast, by quantised Linears, or by
+some that are kept in float32.
 
-Upstream's blocks, but for Wan's, cast nothing: PyTorch promotes, so a float32 gate makes a bfloat16 stream a float32 one. The ops cast
-everything to float32 and the results back where a modulation is float32, as Wan's blocks do.
+Upstream's blocks, but for Wan's, cast nothing: PyTorch promotes, so a float32 gate makes a bfloat16
+stream a float32 one. The ops cast everything to float32 and the results back where a modulation is
+float32, as Wan's blocks do.
 """
 
 from typing import Any
@@ -15,7 +17,8 @@ from ..ops.quantization import Law
 
 
 def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None = None, law: Law | None = None) -> Any:
-    """``norm(x) * (1 + scale) + shift`` with a norm layer: x [B, S, D] -> [B, S, D], in the dtype that upstream's has.
+    """``norm(x) * (1 + scale) + shift`` with a norm layer: x [B, S, D] -> [B, S, D], in the dtype
+    that upstream's has.
 
     Quantised by ``law`` only where that is the dtype of x: the law has been asked for by it.
     """

@@ -1,4 +1,6 @@
-"""The fused call of an attention module: what its bits depend on, and its comparison with the unfused expression."""
+"""The fused call of an attention module: what its bits depend on, and its comparison with the
+unfused expression.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ _TOKENS, _ENCODER_TOKENS = 512, 24  # times a model's heads: rows enough to show
 
 @dataclass(frozen=True)
 class QKSite:
-    """The norm of query and key with its rotary embedding. ``weight``: a dtype, None where there is none."""
+    """The norm of query and key with its rotary embedding. ``weight``: a dtype, None where there is
+    none.
+    """
 
     joint: bool
     heads: int
@@ -40,7 +44,9 @@ class QKSite:
         return f"{self.op} ({self.dtype}, {self.heads} heads of {self.head_dim})".replace("torch.", "")
 
     def same_bits(self, device: torch.device) -> bool:
-        """Each row has its own mean and scale; there are rotary tables for all tokens and for the leading ones."""
+        """Each row has its own mean and scale; there are rotary tables for all tokens and for the
+        leading ones.
+        """
         generator = torch.Generator(device).manual_seed(0)
         width = self.heads * self.head_dim
 

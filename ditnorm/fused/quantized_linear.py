@@ -1,7 +1,9 @@
-"""Linear layers whose weights are quantised, and their activations in each call: the matrix product, called without the detour over the
-weight's own dispatch, of an activation that is quantised in one pass, or behind the op that made it.
+"""Linear layers whose weights are quantised, and their activations in each call: the matrix
+product, called without the detour over the weight's own dispatch, of an activation that is
+quantised in one pass, or behind the op that made it.
 
-What isn't served here, torchao serves: weights and configurations that aren't known, gradients, autocast, compilers.
+What isn't served here, torchao serves: weights and configurations that aren't known, gradients,
+autocast, compilers.
 """
 
 import weakref
@@ -33,7 +35,9 @@ _LINEAR = F.linear
 
 
 class QuantizedLinear(FusedModule):
-    """``nn.Linear`` with a quantised weight: [..., in_features], or what it was quantised to -> [..., out_features]."""
+    """``nn.Linear`` with a quantised weight: [..., in_features], or what it was quantised to ->
+    [..., out_features].
+    """
 
     fingerprints = {"forward": frozenset({"bef9ffac7d19"})}
 
@@ -43,7 +47,9 @@ class QuantizedLinear(FusedModule):
 
     @classmethod
     def applies_to(cls, module: nn.Module) -> bool:
-        """Whether ``module`` has a weight with which torchao quantises activations. Where it doesn't, no op of ours is missing."""
+        """Whether ``module`` has a weight with which torchao quantises activations. Where it
+        doesn't, no op of ours is missing.
+        """
         weight = module._parameters.get("weight")
         return weight is not None and upstream_of(type(module)) is nn.Linear and quantises_activations(weight)
 
@@ -77,7 +83,9 @@ class QuantizedLinear(FusedModule):
 
 
 def product(x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
-    """The matrix product as torchao calls it: [..., D] quantised by the law of ``weight`` [N, D] -> [..., N]."""
+    """The matrix product as torchao calls it: [..., D] quantised by the law of ``weight`` [N, D] ->
+    [..., N].
+    """
     if x.law is INT8_ROW:
         y = dequantize_product(torch._int_mm(x.values, weight.qdata.t()), x.scale, weight.scale, bias, x.dtype)
     else:
@@ -115,7 +123,9 @@ def law_for(x: Tensor, *linears: Any) -> Law | None:
 
 
 def quantized_for(x: Any, *linears: Any) -> Any:
-    """``x``, quantised where all of ``linears`` take it so; as it is where it comes quantised already."""
+    """``x``, quantised where all of ``linears`` take it so; as it is where it comes quantised
+    already.
+    """
     if type(x) is Quantized:
         return x
     law = law_for(x, *linears)
@@ -123,7 +133,9 @@ def quantized_for(x: Any, *linears: Any) -> Any:
 
 
 def dense_for(x: Tensor, linear: Any) -> Any:
-    """``x``, a part of a tensor, as ``linear`` reads it best: quantised where it stands, or copied to be contiguous."""
+    """``x``, a part of a tensor, as ``linear`` reads it best: quantised where it stands, or copied
+    to be contiguous.
+    """
     law = law_for(x, linear)
     return x.contiguous() if law is None else quantize(x, law)
 
@@ -134,7 +146,9 @@ def hooked(module: Any) -> bool:
 
 
 def _serves(x: Tensor) -> bool:
-    """Whether nothing but the values of ``x`` matters: no graph, no autocast, no tensor of another kind, nobody in PyTorch's place."""
+    """Whether nothing but the values of ``x`` matters: no graph, no autocast, no tensor of another
+    kind, nobody in PyTorch's place.
+    """
     plain = type(x) is Tensor and x.dtype in _HALVES and F.linear is _LINEAR
     return plain and not torch.is_grad_enabled() and not any_autocast_enabled()
 

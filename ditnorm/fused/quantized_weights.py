@@ -1,7 +1,8 @@
-"""By which law a quantised weight has its activations quantised, where a fused linear layer computes what the weight's own library does.
+"""By which law a quantised weight has its activations quantised, where a fused linear layer
+computes what the weight's own library does.
 
-A weight of torchao tells its configuration itself; how the installed version computes with it is known by fingerprint. What isn't known
-is named, and torchao serves it.
+A weight of torchao tells its configuration itself; how the installed version computes with it is
+known by fingerprint. What isn't known is named, and torchao serves it.
 """
 
 import functools
@@ -56,7 +57,8 @@ _INT8: Mapping[str, tuple[str, ...]] = _COMMON | {
         "_Round.forward",
     ),
 }
-# The function that serves F.linear has no name that could be looked up, so it stands beside the others.
+# The function that serves F.linear has no name that could be looked up, so it stands beside the
+# others.
 _KNOWN_FLOAT8 = frozenset({("f6806f318387", "cd32637bc883")})  # 0.18.0
 _KNOWN_INT8 = frozenset({("58f780637a59", "74711f18cb51")})  # 0.18.0
 
@@ -70,7 +72,9 @@ def quantises_activations(weight: Tensor) -> bool:
 
 
 def law_of(weight: Tensor) -> Law | str:
-    """The law by which activations are quantised for ``weight``, or why torchao itself serves it."""
+    """The law by which activations are quantised for ``weight``, or why torchao itself serves
+    it.
+    """
     return _reader(type(weight))(weight)
 
 

@@ -1,4 +1,6 @@
-"""The fused calls of a model's norms: what the bits of each depend on, and its comparison with the unfused expression."""
+"""The fused calls of a model's norms: what the bits of each depend on, and its comparison with the
+unfused expression.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +12,8 @@ from .. import functional, layers
 from ..ops import checks
 from ..ops.table import OPS
 
-# A wrong order of reduction changes about 1 % of the rows of a bf16 LayerNorm, so 4096 rows miss it with probability 0.99 ** 4096.
+# A wrong order of reduction changes about 1 % of the rows of a bf16 LayerNorm, so 4096 rows miss it
+# with probability 0.99 ** 4096.
 _BATCH, _TOKENS = 4, 1024
 
 
@@ -23,15 +26,21 @@ class FusedCall(Protocol):
 
     @property
     def fused(self) -> bool:
-        """False where no kernel takes its dtypes: then the unfused expression runs, and there is nothing to compare."""
+        """False where no kernel takes its dtypes: then the unfused expression runs, and there is
+        nothing to compare.
+        """
 
     def same_bits(self, device: torch.device) -> bool:
-        """Whether the call gives the bits of the unfused expression, on random rows on ``device``."""
+        """Whether the call gives the bits of the unfused expression, on random rows on
+        ``device``.
+        """
 
 
 @dataclass(frozen=True)
 class Site:
-    """A norm with its modulation, a residual, or both. ``weight``, ``bias`` and ``table`` are dtypes, None where there is none."""
+    """A norm with its modulation, a residual, or both. ``weight``, ``bias`` and ``table`` are
+    dtypes, None where there is none.
+    """
 
     op: str
     width: int
@@ -53,7 +62,9 @@ class Site:
         return True
 
     def same_bits(self, device: torch.device) -> bool:
-        """Each row has its own mean and scale; they are modulated by views of one tensor as in a block, with a gate and without."""
+        """Each row has its own mean and scale; they are modulated by views of one tensor as in a
+        block, with a gate and without.
+        """
         generator = torch.Generator(device).manual_seed(0)
 
         def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

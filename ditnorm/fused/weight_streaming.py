@@ -1,4 +1,6 @@
-"""Weights in host memory: how they get there, and how they pass through a device one module at a time."""
+"""Weights in host memory: how they get there, and how they pass through a device one module at a
+time.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,7 +29,9 @@ def _home(t: Tensor) -> Tensor:
 
 
 def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> Iterator[tuple[str, Any, bool]]:
-    """Each of ``holders`` in turn with its weights on ``device``, those of the next one on their way. They are at home afterwards."""
+    """Each of ``holders`` in turn with its weights on ``device``, those of the next one on their
+    way. They are at home afterwards.
+    """
     if device.type == "cpu":
         yield from holders
         return

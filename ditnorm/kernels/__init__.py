@@ -1,7 +1,8 @@
-"""The ops as PyTorch operators (``torch.ops.ditnorm``): schemas, fakes, the Python body, and the compiled library over it.
+"""The ops as PyTorch operators (``torch.ops.ditnorm``): schemas, fakes, the Python body, and the
+compiled library over it.
 
-One Python body serves every device; ``_C.so`` takes CUDA over at the first CUDA call. Not earlier: asking the driver for its
-version at import would break CUDA in forked children.
+One Python body serves every device; ``_C.so`` takes CUDA over at the first CUDA call. Not earlier:
+asking the driver for its version at import would break CUDA in forked children.
 """
 
 import ctypes
@@ -26,20 +27,26 @@ OPS = tuple(_TABLE)
 ops = torch.ops.ditnorm
 
 unavailable: str | None = None
-"""Why the compiled kernels can't serve CUDA tensors, or None. Known for certain after the first CUDA call."""
+"""Why the compiled kernels can't serve CUDA tensors, or None. Known for certain after the first
+CUDA call.
+"""
 
 library: Path | None = None
 """The compiled library, once loaded."""
 
 path = "cuda"
-"""What the compiled library's calls are counted as: ``"cuda"``, or ``"cpu_sim"`` for a build of the kernels for the host."""
+"""What the compiled library's calls are counted as: ``"cuda"``, or ``"cpu_sim"`` for a build of the
+kernels for the host.
+"""
 
 _lock = threading.Lock()
 _reference_calls = dict.fromkeys(OPS, 0)
 
 
 def counts() -> dict[tuple[str, str], int]:
-    """Calls of each op in this process: ``(op, "reference" or kernels.path) -> n``. Replays of CUDA graphs aren't counted."""
+    """Calls of each op in this process: ``(op, "reference" or kernels.path) -> n``. Replays of CUDA
+    graphs aren't counted.
+    """
     compiled = None if library is None else _open(library)
     calls = {(op, path): 0 if compiled is None else compiled.ditnorm_calls(op.encode()) for op in OPS}
     return calls | {(op, "reference"): n for op, n in _reference_calls.items()}
@@ -69,7 +76,9 @@ def _body(op: Op) -> Callable[..., Any]:
 
 
 def _elsewhere(op: Op) -> Callable[..., Any]:
-    """The op's overload "reference", which the compiled library calls where its kernels don't run on the tensors' GPU."""
+    """The op's overload "reference", which the compiled library calls where its kernels don't run
+    on the tensors' GPU.
+    """
 
     def body(*arguments: Any) -> Any:
         device = arguments[0].device.index
@@ -81,7 +90,8 @@ def _elsewhere(op: Op) -> Callable[..., Any]:
 
 
 def _fake(op: Op) -> Callable[..., Any]:
-    # Checks too: a call with one meta tensor among real ones is dispatched to the fake and must not return uninitialised memory.
+    # Checks too: a call with one meta tensor among real ones is dispatched to the fake and must not
+    # return uninitialised memory.
     return lambda *arguments: op.like(_checked(op, arguments))
 
 
@@ -103,7 +113,9 @@ for _op in _TABLE.values():
 
 
 def _compiled_serves(x: Tensor) -> bool:
-    """True once a process: when the Python body gets the first CUDA call and the compiled library could be put over it."""
+    """True once a process: when the Python body gets the first CUDA call and the compiled library
+    could be put over it.
+    """
     global unavailable
     device = x.device
     if device.type != "cuda" or device.index in _refused:
@@ -160,7 +172,9 @@ def _open(file: Path) -> ctypes.CDLL:
 
 
 def _differs(compiled: ctypes.CDLL) -> str | None:
-    """Whether the library lacks an op, or stands for a name of an option by another number than Python."""
+    """Whether the library lacks an op, or stands for a name of an option by another number than
+    Python.
+    """
     halves = [str(half).removeprefix("torch.") for half in HALVES]
     options = {"norm": NORMS, "qk_norm": QK_NORMS, "rounding": ROUNDINGS, "half": halves, "law": [str(law) for law in LAWS]}
     codes = [(option, name, code) for option, names in options.items() for code, name in enumerate(names)]

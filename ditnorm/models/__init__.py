@@ -1,4 +1,6 @@
-"""The model families. Every module here that defines :class:`FusedUnit` subclasses takes part; nothing else needs to know of it."""
+"""The model families. Every module here that defines :class:`FusedUnit` subclasses takes part;
+nothing else needs to know of it.
+"""
 
 import importlib
 import pkgutil
@@ -32,7 +34,9 @@ def body_for(upstream: type) -> type[FusedUnit] | None:
 
 
 def near_miss(upstream: type) -> type[FusedUnit] | None:
-    """For a class without a body, the body that was written for another version of it or for what it derives from, going by name."""
+    """For a class without a body, the body that was written for another version of it or for what
+    it derives from, going by name.
+    """
     names = {cls.__name__ for cls in upstream.__mro__}
     return next((body for body in BODIES if not names.isdisjoint(body.names)), None)
 

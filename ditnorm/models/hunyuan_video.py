@@ -1,4 +1,6 @@
-"""HunyuanVideo (text-to-video, both image-to-video kinds, Framepack), HunyuanVideo-1.5, HunyuanImage-2.1."""
+"""HunyuanVideo (text-to-video, both image-to-video kinds, Framepack), HunyuanVideo-1.5,
+HunyuanImage-2.1.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -41,14 +43,18 @@ MODULATED = (
         takers=("transformer_blocks", "single_transformer_blocks", "norm_out"),
     ),
 )
-"""The refiners of the text have an embedding of their own, and one modulation each: they stay as they are."""
+"""The refiners of the text have an embedding of their own, and one modulation each: they stay as
+they are.
+"""
 
 
 class HunyuanVideoAttention(FusedAttention):
-    """diffusers' ``Attention`` with the processor of HunyuanVideo, HunyuanImage or HunyuanVideo-1.5.
+    """diffusers' ``Attention`` with the processor of HunyuanVideo, HunyuanImage or
+    HunyuanVideo-1.5.
 
-    Of a dual-stream block: joint attention, the text's tokens last. Of a single-stream block (no projections of the text's own) both
-    streams are one sequence, of which only the leading part is rotated; such a block may hand it over in one piece.
+    Of a dual-stream block: joint attention, the text's tokens last. Of a single-stream block (no
+    projections of the text's own) both streams are one sequence, of which only the leading part is
+    rotated; such a block may hand it over in one piece.
     """
 
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1, as the next
@@ -131,12 +137,16 @@ class HunyuanVideoAttention(FusedAttention):
         return hidden_states, encoder_hidden_states
 
     def takes_joined(self) -> bool:
-        """Whether a single-stream block may hand over its sequence in one piece: nobody but us sees what goes in and comes out."""
+        """Whether a single-stream block may hand over its sequence in one piece: nobody but us sees
+        what goes in and comes out.
+        """
         return untouched(self) and self.fuses() is not None
 
 
 class HunyuanVideoTransformerBlock(FusedBlock):
-    """diffusers' ``HunyuanVideoTransformerBlock``: ``hidden_states`` [B, S, D], ``encoder_hidden_states`` [B, T, D], ``temb`` [B, D]."""
+    """diffusers' ``HunyuanVideoTransformerBlock``: ``hidden_states`` [B, S, D],
+    ``encoder_hidden_states`` [B, T, D], ``temb`` [B, D].
+    """
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTransformerBlock", "HunyuanVideo15TransformerBlock"})
@@ -184,7 +194,9 @@ class HunyuanVideoTransformerBlock(FusedBlock):
 
 
 class HunyuanImageTransformerBlock(HunyuanVideoTransformerBlock):
-    """diffusers' ``HunyuanImageTransformerBlock``: HunyuanVideo's, but for the name of a parameter."""
+    """diffusers' ``HunyuanImageTransformerBlock``: HunyuanVideo's, but for the name of a
+    parameter.
+    """
 
     names = frozenset({"HunyuanImageTransformerBlock"})
     fingerprints = {"forward": frozenset({"4cc8a7b5551f"})}  # 0.37.0 to 0.42.1
@@ -203,20 +215,26 @@ class HunyuanImageTransformerBlock(HunyuanVideoTransformerBlock):
 
 
 class _Single:
-    """A single-stream block: its residual is the streams themselves, where upstream's is the copy that its norm was given."""
+    """A single-stream block: its residual is the streams themselves, where upstream's is the copy
+    that its norm was given.
+    """
 
     _modules: dict[str, Any]
     sites: ClassVar[Mapping[str, type]]
 
     def intact(self) -> bool:
-        """As of :class:`FusedModule`; besides, nobody else is given what the norm is given, and could write to it."""
+        """As of :class:`FusedModule`; besides, nobody else is given what the norm is given, and
+        could write to it.
+        """
         norm: Any = self._modules.get("norm")
         known = super().intact() and isinstance(norm, self.sites["norm"])  # type: ignore[misc]
         return known and norm.intact() and untouched(norm, norm.norm)
 
 
 class HunyuanVideoSingleTransformerBlock(_Single, FusedBlock):
-    """diffusers' ``HunyuanVideoSingleTransformerBlock``: attention and MLP side by side over both streams as one."""
+    """diffusers' ``HunyuanVideoSingleTransformerBlock``: attention and MLP side by side over both
+    streams as one.
+    """
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoSingleTransformerBlock", "HunyuanImageSingleTransformerBlock"})
@@ -251,7 +269,9 @@ class HunyuanVideoSingleTransformerBlock(_Single, FusedBlock):
 
 
 class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
-    """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their modulation from ``token_replace_emb``."""
+    """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their
+    modulation from ``token_replace_emb``.
+    """
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceAdaLayerNormZero"})
@@ -274,7 +294,9 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
 
 
 class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
-    """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their modulation from ``token_replace_emb``."""
+    """diffusers' class of this name: the first ``first_frame_num_tokens`` tokens take their
+    modulation from ``token_replace_emb``.
+    """
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceAdaLayerNormZeroSingle"})
@@ -297,7 +319,9 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
 
 
 class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
-    """diffusers' ``HunyuanVideoTokenReplaceTransformerBlock``: the dual-stream block with two modulations for the image stream."""
+    """diffusers' ``HunyuanVideoTokenReplaceTransformerBlock``: the dual-stream block with two
+    modulations for the image stream.
+    """
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceTransformerBlock"})
@@ -351,7 +375,9 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
 
 
 class HunyuanVideoTokenReplaceSingleTransformerBlock(_Single, FusedBlock):
-    """diffusers' ``HunyuanVideoTokenReplaceSingleTransformerBlock``: the single-stream block with two modulations."""
+    """diffusers' ``HunyuanVideoTokenReplaceSingleTransformerBlock``: the single-stream block with
+    two modulations.
+    """
 
     family = "HunyuanVideo"
     names = frozenset({"HunyuanVideoTokenReplaceSingleTransformerBlock"})
@@ -387,7 +413,9 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(_Single, FusedBlock):
 
 
 def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[dict[str, Law], dict[str, Law]]:
-    """By which laws the attention module of a dual-stream block takes the two streams quantised, as arguments of their norms."""
+    """By which laws the attention module of a dual-stream block takes the two streams quantised, as
+    arguments of their norms.
+    """
     law, text_law = law_in(block.attn, x, "to_q", "to_k", "to_v"), law_in(block.attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
     if (law is None and text_law is None) or (rotary is not None and rotary[0].shape[0] != x.shape[1]):
         return {}, {}
@@ -395,20 +423,26 @@ def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | N
 
 
 def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Law]:
-    """By which law attention and MLP of a single-stream block take both streams in one piece, as an argument of its norm."""
+    """By which law attention and MLP of a single-stream block take both streams in one piece, as an
+    argument of its norm.
+    """
     law = law_in(block.attn, x, "to_q", "to_k", "to_v")
     return _argument(block.norm, law) if law is not None and rotary is not None and law_for(x, block.proj_mlp) is law else {}
 
 
 def _argument(norm: Any, law: Law | None) -> dict[str, Law]:
-    """For ``norm``, which may have been replaced by one that takes none, and whose results somebody may look at."""
+    """For ``norm``, which may have been replaced by one that takes none, and whose results somebody
+    may look at.
+    """
     return {"law": law} if law is not None and isinstance(norm, FusedModule) and untouched(norm) else {}
 
 
 def _attend_joined(
     attn: Any, x: Tensor, text_tokens: int, attention_mask: Tensor | None, image_rotary_emb: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Attention over both streams as one. Upstream's takes and returns them apart, with a copy for each."""
+    """Attention over both streams as one. Upstream's takes and returns them apart, with a copy for
+    each.
+    """
     kwargs = {"attention_mask": attention_mask, "image_rotary_emb": image_rotary_emb}
     if image_rotary_emb is not None and isinstance(attn, HunyuanVideoAttention) and attn.takes_joined():
         return attn(hidden_states=x, **kwargs)[0]  # type: ignore[operator]
@@ -419,10 +453,13 @@ def _attend_joined(
 def _scale_residuals(
     hidden_states: Tensor, encoder_hidden_states: Tensor, x: Tensor, gate: Tensor, index: Tensor | None = None, *, rounding: str
 ) -> tuple[Tensor, Tensor]:
-    """Both residual streams + ``gate * x``, [B, S + T, D]. Upstream joins the streams, and keeps that copy all along."""
+    """Both residual streams + ``gate * x``, [B, S + T, D]. Upstream joins the streams, and keeps
+    that copy all along.
+    """
     tokens = hidden_states.shape[1]
     hidden_states, encoder_hidden_states = promoted(hidden_states, gate, rounding), promoted(encoder_hidden_states, gate, rounding)
-    # In one call for the gradient of the gate to be rounded once, and where joining the streams gives one of them another dtype.
+    # In one call for the gradient of the gate to be rounded once, and where joining the streams
+    # gives one of them another dtype.
     if x.requires_grad or hidden_states.dtype is not encoder_hidden_states.dtype:
         residual = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         residual = scale_residual(residual, x, gate, index=index, rounding=rounding)
@@ -435,7 +472,9 @@ def _scale_residuals(
 
 
 def _rows(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Pairs of [B, D] -> for each the rows [B, 2, D] that an index selects from; one copy for all."""
+    """Pairs of [B, D] -> for each the rows [B, 2, D] that an index selects from; one copy for
+    all.
+    """
     return torch.stack([row for pair in pairs for row in pair], dim=1).unflatten(1, (-1, 2)).unbind(1)
 
 

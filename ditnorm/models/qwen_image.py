@@ -34,7 +34,9 @@ MODULATED = (
 
 
 class QwenImageAttention(FusedAttention):
-    """diffusers' ``Attention`` with Qwen-Image's ``QwenDoubleStreamAttnProcessor2_0``: joint attention, the text's tokens first."""
+    """diffusers' ``Attention`` with Qwen-Image's ``QwenDoubleStreamAttnProcessor2_0``: joint
+    attention, the text's tokens first.
+    """
 
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
     processors = {
@@ -119,14 +121,18 @@ def _laws(
 
 
 def _aligned(image: Any, text: Any, rotary: tuple[Tensor, Tensor] | None) -> bool:
-    """Whether the rotary tables are of the streams' lengths. Where they aren't, upstream says so in its own words."""
+    """Whether the rotary tables are of the streams' lengths. Where they aren't, upstream says so in
+    its own words.
+    """
     return rotary is None or text is None or (rotary[0].shape[0] == image.shape[1] and rotary[1].shape[0] == text.shape[1])
 
 
 class QwenImageTransformerBlock(FusedBlock):
-    """diffusers' ``QwenImageTransformerBlock``: ``hidden_states`` [B, S, D] and ``encoder_hidden_states`` [B, T, D]; ``temb`` [B, D].
+    """diffusers' ``QwenImageTransformerBlock``: ``hidden_states`` [B, S, D] and
+    ``encoder_hidden_states`` [B, T, D]; ``temb`` [B, D].
 
-    With ``modulate_index`` [B, S] of 0 and 1, ``temb`` is [2 * B, D], and the token with 0 takes its modulation from the first half.
+    With ``modulate_index`` [B, S] of 0 and 1, ``temb`` is [2 * B, D], and the token with 0 takes
+    its modulation from the first half.
     """
 
     family = "Qwen-Image"

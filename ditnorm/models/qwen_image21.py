@@ -1,4 +1,6 @@
-"""Qwen-Image 2.1, text-to-image and Edit: one stream of text and pictures, one modulation for all blocks."""
+"""Qwen-Image 2.1, text-to-image and Edit: one stream of text and pictures, one modulation for all
+blocks.
+"""
 
 from typing import Any
 
@@ -17,7 +19,9 @@ _SELECTS_ROWS = {"_select_modulation_rows": frozenset({"8dced6670ad1"})}  # 0.41
 
 
 class _Projected:
-    """The attention module as its processor sees it once its projections are computed; by default, query and key are also normed."""
+    """The attention module as its processor sees it once its projections are computed; by default,
+    query and key are also normed.
+    """
 
     def __init__(self, attention: Any, query: Tensor, key: Tensor, value: Tensor, *norms: Any) -> None:
         self.heads, self.inner_dim, self.to_out = attention.heads, attention.inner_dim, attention.to_out
@@ -39,7 +43,9 @@ def _unchanged(normed: Tensor) -> Tensor:
 
 
 class QwenImage21Attention(FusedAttention):
-    """diffusers' ``QwenImage21Attention`` with either of its processors, which find query and key prepared and do all the rest."""
+    """diffusers' ``QwenImage21Attention`` with either of its processors, which find query and key
+    prepared and do all the rest.
+    """
 
     fingerprints = {"forward": frozenset({"3d142c56e8fb"})}  # 0.41.0 to 0.42.1, as the next
     processors = {"QwenImage21AttnProcessor": {"e1f4ac0b10ba": None}, "QwenImage21FlexAttnProcessor": {"e1935639de02": None}}
@@ -77,21 +83,27 @@ class QwenImage21Attention(FusedAttention):
 
 
 def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:
-    """With a mask [B + 1, N] -> [B, 2, N]: the rows that the mask selects from, that of timestep 0 (the last one) and the sample's own."""
+    """With a mask [B + 1, N] -> [B, 2, N]: the rows that the mask selects from, that of timestep 0
+    (the last one) and the sample's own.
+    """
     if target_token_mask is None:
         return modulation
     return torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1)
 
 
 def _no_shift(scale: Tensor) -> Tensor:
-    """Adding it changes no bit, not even of -0. Scale and shift together are what the fast kernels take."""
+    """Adding it changes no bit, not even of -0. Scale and shift together are what the fast kernels
+    take.
+    """
     return torch.full_like(scale, -0.0)
 
 
 class QwenImage21TransformerBlock(FusedBlock):
-    """diffusers' ``QwenImage21TransformerBlock``: ``hidden_states`` [B, S, D]; ``modulation`` [B, 4 * D].
+    """diffusers' ``QwenImage21TransformerBlock``: ``hidden_states`` [B, S, D]; ``modulation`` [B, 4
+    * D].
 
-    With ``target_token_mask`` [S] ``modulation`` is [B + 1, 4 * D], and tokens where it is False take the last row.
+    With ``target_token_mask`` [S] ``modulation`` is [B + 1, 4 * D], and tokens where it is False
+    take the last row.
     """
 
     family = "Qwen-Image"
@@ -150,7 +162,9 @@ class QwenImage21TransformerBlock(FusedBlock):
 
 
 class QwenImage21AdaLayerNormContinuous(FusedUnit):
-    """diffusers' ``QwenImage21AdaLayerNormContinuous``, the output norm: ``conditioning_embedding`` [B, D], with a mask [B + 1, D]."""
+    """diffusers' ``QwenImage21AdaLayerNormContinuous``, the output norm: ``conditioning_embedding``
+    [B, D], with a mask [B + 1, D].
+    """
 
     family = "Qwen-Image"
     names = frozenset({"QwenImage21AdaLayerNormContinuous"})

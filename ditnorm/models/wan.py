@@ -19,7 +19,9 @@ from ..swapping.swapped import untouched
 
 
 class WanAttention(FusedAttention):
-    """diffusers' ``WanAttention`` with its ``WanAttnProcessor``: self-attention with a rotary embedding, cross-attention without."""
+    """diffusers' ``WanAttention`` with its ``WanAttnProcessor``: self-attention with a rotary
+    embedding, cross-attention without.
+    """
 
     fingerprints = {"forward": frozenset({"b49ebcc6575c"})}  # 0.37.0 to 0.42.1, as the next, in Wan, WanAnimate and ChronoEdit
     processors = {"WanAttnProcessor": {"8f9485cfdd6c": None}}
@@ -87,7 +89,9 @@ class WanAttention(FusedAttention):
 
 
 def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Law | None:
-    """By which law the self-attention takes its input, of the shape and dtype of ``x``, quantised."""
+    """By which law the self-attention takes its input, of the shape and dtype of ``x``,
+    quantised.
+    """
     law = law_in(attn, x, *(("to_qkv",) if getattr(attn, "fused_projections", False) else ("to_q", "to_k", "to_v")))
     return law if law is None or rotary_emb is None or rotary_emb[0].shape[1] == x.shape[1] else None
 
@@ -107,7 +111,9 @@ _SITES = {
 
 
 class WanTransformerBlock(FusedBlock):
-    """diffusers' ``WanTransformerBlock``: ``hidden_states`` [B, S, D], ``temb`` [B, 6, D] or per token [B, S or 1, 6, D]."""
+    """diffusers' ``WanTransformerBlock``: ``hidden_states`` [B, S, D], ``temb`` [B, 6, D] or per
+    token [B, S or 1, 6, D].
+    """
 
     family = "Wan"
     names = frozenset({"WanTransformerBlock"})
@@ -131,7 +137,9 @@ class WanTransformerBlock(FusedBlock):
 
 
 class WanVACETransformerBlock(FusedBlock):
-    """diffusers' ``WanVACETransformerBlock``: as Wan's on ``control_hidden_states`` [B, S, D], with projections around it."""
+    """diffusers' ``WanVACETransformerBlock``: as Wan's on ``control_hidden_states`` [B, S, D], with
+    projections around it.
+    """
 
     family = "Wan"
     names = frozenset({"WanVACETransformerBlock"})
@@ -171,12 +179,14 @@ class WanVACETransformerBlock(FusedBlock):
 
 
 class WanTimeTextImageEmbedding(FusedUnit):
-    """diffusers' ``WanTimeTextImageEmbedding``, of whose per-token modulations one row stays where all tokens of a sample have the same.
+    """diffusers' ``WanTimeTextImageEmbedding``, of whose per-token modulations one row stays where
+    all tokens of a sample have the same.
 
-    TI2V-5B gives each token a timestep of its own, also in text-to-video, where all are equal: ``temb`` [B, S, D] and ``timestep_proj``
-    [B, S, 6 D], gigabytes that live through the whole forward pass and are read in every block. Here they are [B, 1, D] and [B, 1, 6 D],
-    which upstream's code broadcasts. Whether rows are equal is asked of the bits that upstream computed, for which the host waits at the
-    beginning of a forward pass.
+    TI2V-5B gives each token a timestep of its own, also in text-to-video, where all are equal:
+    ``temb`` [B, S, D] and ``timestep_proj`` [B, S, 6 D], gigabytes that live through the whole
+    forward pass and are read in every block. Here they are [B, 1, D] and [B, 1, 6 D], which
+    upstream's code broadcasts. Whether rows are equal is asked of the bits that upstream computed,
+    for which the host waits at the beginning of a forward pass.
     """
 
     family = "Wan"
@@ -202,7 +212,9 @@ class WanTimeTextImageEmbedding(FusedUnit):
         return temb, timestep_proj, text, image
 
     def _goes_to_known_code(self) -> bool:
-        """Whether what is returned is seen by nobody but a model and blocks that are known to broadcast it."""
+        """Whether what is returned is seen by nobody but a model and blocks that are known to
+        broadcast it.
+        """
         model: Any = caller_of(self, self.holders) if self.intact() and untouched(self) else None  # type: ignore[arg-type]
         return model is not None and all(isinstance(block, WanTransformerBlock) and untouched(block) for block in model.blocks)
 
@@ -211,7 +223,9 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _have_values(rows: Tensor) -> bool:
-    """Whether there are bits to compare now. Not for gradients: that of one row would be a sum over the tokens."""
+    """Whether there are bits to compare now. Not for gradients: that of one row would be a sum over
+    the tokens.
+    """
     if torch.is_grad_enabled() or transformed() or type(rows) is not Tensor or rows.device.type == "meta":
         return False
     return not (rows.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -225,7 +239,9 @@ def _rows_are_equal(rows: Tensor) -> bool:
 
 
 def _modulation(temb: Tensor, table: Tensor) -> tuple[dict[str, Tensor], ...]:
-    """Arguments of norm1, of the gate after attn1, of norm3, of the gate after ffn. All are views: the kernels add the table [1, 6, D]."""
+    """Arguments of norm1, of the gate after attn1, of norm3, of the gate after ffn. All are views:
+    the kernels add the table [1, 6, D].
+    """
     if table.shape[0] != 1:  # a table for each sample, which no kernel adds
         shift1, scale1, gate1, shift3, scale3, gate3 = (table + temb.float()).unbind(-2)
         return {"scale": scale1, "shift": shift1}, {"gate": gate1}, {"scale": scale3, "shift": shift3}, {"gate": gate3}

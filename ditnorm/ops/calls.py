@@ -121,7 +121,9 @@ class Quantize(NamedTuple):
 
 
 class DequantizeProduct(NamedTuple):
-    """What an int8 matrix product [rows, N] stands for: ``product * scale * weight_scale + bias``."""
+    """What an int8 matrix product [rows, N] stands for: ``product * scale * weight_scale +
+    bias``.
+    """
 
     product: Tensor
     scale: Tensor

@@ -1,4 +1,6 @@
-"""The contract of the arguments of the quantising ops, as named errors. When it runs: see :mod:`ditnorm.ops.checks`."""
+"""The contract of the arguments of the quantising ops, as named errors. When it runs: see
+:mod:`ditnorm.ops.checks`.
+"""
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ _FLOAT8_CAPABILITY = (8, 9)
 
 
 def check(call: Quantize) -> None:
-    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices); the message names the argument."""
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices); the message
+    names the argument.
+    """
     _tensor("x", call.x, FLOATS)
     if call.x.dim() not in (2, 3) or call.x.shape[-1] < 1:
         raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(call.x)}")

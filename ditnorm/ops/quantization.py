@@ -3,11 +3,12 @@
     scale = amax(|x|) / (the largest value of the dtype)        of each row of x, or of all of it
     value = x / scale, rounded to the dtype
 
-The laws are those of quantisers that models are loaded with, rounding for rounding, on the CPU and on CUDA: an activation quantised here
-has the bits of the one that the quantiser makes itself. A row of zeros has the scale 0 and its float8 values are NaN where the quantiser's
-are.
+The laws are those of quantisers that models are loaded with, rounding for rounding, on the CPU and
+on CUDA: an activation quantised here has the bits of the one that the quantiser makes itself. A row
+of zeros has the scale 0 and its float8 values are NaN where the quantiser's are.
 
-Sources: torchao 0.18 (``Float8Tensor.from_hp`` without MSLK, ``Int8Tensor.from_hp``); ``BFLFP8RLinear`` in diffusers 0.42.1.
+Sources: torchao 0.18 (``Float8Tensor.from_hp`` without MSLK, ``Int8Tensor.from_hp``);
+``BFLFP8RLinear`` in diffusers 0.42.1.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,9 @@ _BFL_EPS = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A way of quantising an activation. ``per_row``: a scale for each row, else one for all of them."""
+    """A way of quantising an activation. ``per_row``: a scale for each row, else one for all of
+    them.
+    """
 
     name: str
     dtype: torch.dtype

@@ -144,7 +144,8 @@ def _select(rows: Tensor, index: Tensor) -> Tensor:
     rows = rows if rows.dim() == 3 else rows[None]
     index = (index if index.dim() == 2 else index[None])[..., None].long()
     inside = (index >= 0) & (index < rows.shape[1])
-    # Two rows are selected as upstream does: the gradient of each is summed without rounding in between.
+    # Two rows are selected as upstream does: the gradient of each is summed without rounding in
+    # between.
     if rows.shape[1] == 2:
         taken = torch.where(index == 0, rows[:, :1], rows[:, 1:])
     else:

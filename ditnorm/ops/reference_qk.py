@@ -1,8 +1,9 @@
 """QK normalisation and rotary embedding in plain PyTorch: the specification, the path of every
 device without kernels, and the fallback.
 
-    n = rms_norm(x) * weight                                     over each head, or across all heads
-    (a, b) -> (a * cos - b * sin, b * cos + a * sin)             for each pair of neighbours of n (RoPE, arXiv:2104.09864)
+    n = rms_norm(x) * weight                            over each head, or across all heads
+    (a, b) -> (a * cos - b * sin, b * cos + a * sin)    for each pair of neighbours of n
+                                                        (RoPE, arXiv:2104.09864)
 
 ``rounding="eager"`` is what diffusers' attention processors compute, rounding for rounding: the
 norm as its module computes it, the rotation in float32 from the rounded norm. ``rounding="single"``

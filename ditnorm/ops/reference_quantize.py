@@ -13,7 +13,9 @@ def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
 
 
 def gelu_quantize(call: Quantize) -> tuple[Tensor, Tensor]:
-    """The same of GELU(x) in its tanh approximation (arXiv:1606.08415), which is rounded to the dtype of ``x`` before."""
+    """The same of GELU(x) in its tanh approximation (arXiv:1606.08415), which is rounded to the
+    dtype of ``x`` before.
+    """
     return quantization.quantize(F.gelu(call.x, approximate="tanh"), call.law)
 
 

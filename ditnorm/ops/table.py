@@ -50,7 +50,9 @@ class Op:
         return f"{self.name}({arguments}) -> {'(' + ', '.join('Tensor' for _ in results) + ')' if results else 'Tensor'}"
 
     def named(self, arguments: tuple[Any, ...]) -> Any:
-        """The call that arguments of the schema make: numbers become the names that they stand for."""
+        """The call that arguments of the schema make: numbers become the names that they
+        stand for.
+        """
         return self.call(*(a if names is None else names[a] for a, names in zip(arguments, self._names, strict=True)))
 
     def expression(self, *arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Takes the Linears that make modulations off the device, a table in their place, and brings them back."""
+"""Takes the Linears that make modulations off the device, a table in their place, and brings them
+back.
+"""
 
 import inspect
 import logging
@@ -41,19 +43,24 @@ class Plan:
 
 
 def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
-    """Takes the weights that turn the timestep into scale, shift and gate off the device, a table of their results in their place.
+    """Takes the weights that turn the timestep into scale, shift and gate off the device, a table
+    of their results in their place.
 
-    They are a third of Qwen-Image and HunyuanVideo-1.5, more than a quarter of HunyuanVideo and HunyuanImage. They stay the model's
-    Parameters, in host memory, pinned where CUDA is in use. Before the first step of a generation they pass through the device once, a
-    module at a time, and make the rows of the whole schedule, with the bits that the model would compute. What the table has no row for
-    is made from the weights when it comes. Changed weights and adapters empty the table. :func:`ditnorm.report` counts.
+    They are a third of Qwen-Image and HunyuanVideo-1.5, more than a quarter of HunyuanVideo and
+    HunyuanImage. They stay the model's Parameters, in host memory, pinned where CUDA is in use.
+    Before the first step of a generation they pass through the device once, a module at a time, and
+    make the rows of the whole schedule, with the bits that the model would compute. What the table
+    has no row for is made from the weights when it comes. Changed weights and adapters empty the
+    table. :func:`ditnorm.report` counts.
 
-    ``target``: a diffusers pipeline, whose scheduler says the schedule, or a model, patched or not: it is patched as
-    :func:`ditnorm.patch_pipeline` does. ``timesteps``, 1-D: those that a model without a pipeline will be given. Calling it again adds a
-    pipeline that shares the model, or other timesteps.
+    ``target``: a diffusers pipeline, whose scheduler says the schedule, or a model, patched or not:
+    it is patched as :func:`ditnorm.patch_pipeline` does. ``timesteps``, 1-D: those that a model
+    without a pipeline will be given. Calling it again adds a pipeline that shares the model, or
+    other timesteps.
 
-    Returns ``target``. Raises ``TypeError`` for anything else, ``ValueError`` where there is nothing to gain, and ``RuntimeError`` with
-    the reason where it can't be done; nothing is changed then.
+    Returns ``target``. Raises ``TypeError`` for anything else, ``ValueError`` where there is
+    nothing to gain, and ``RuntimeError`` with the reason where it can't be done; nothing is changed
+    then.
     """
     if timesteps is not None and not (isinstance(timesteps, Tensor) and timesteps.ndim == 1):
         raise TypeError("timesteps: expected a 1-D tensor, as the model is given them one at a time")
@@ -81,10 +88,11 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
 
 
 def restore_modulation(target: T) -> T:
-    """Undoes :func:`precompute_modulation`: the weights go to the device where the model is by now, and run in every step again.
+    """Undoes :func:`precompute_modulation`: the weights go to the device where the model is by now,
+    and run in every step again.
 
-    Returns ``target``, which stays patched; without effect where nothing was precomputed. ``TypeError`` for anything but a pipeline or
-    a model.
+    Returns ``target``, which stays patched; without effect where nothing was precomputed.
+    ``TypeError`` for anything but a pipeline or a model.
     """
     restore(modules_of(target))
     return target

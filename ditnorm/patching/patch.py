@@ -1,4 +1,6 @@
-"""Patches models in place and undoes it: ``module.__class__`` is swapped, nothing is stored on modules."""
+"""Patches models in place and undoes it: ``module.__class__`` is swapped, nothing is stored on
+modules.
+"""
 
 import gc
 import logging
@@ -30,39 +32,48 @@ calls_before: WeakKeyDictionary[nn.Module, Counter[tuple[str, str]]] = WeakKeyDi
 
 
 def patch_pipeline(pipe: P, *, strict: bool = False, rounding: str = "eager") -> P:
-    """Fuses the norm sites of every supported transformer and controlnet of a diffusers pipeline, in place.
+    """Fuses the norm sites of every supported transformer and controlnet of a diffusers pipeline,
+    in place.
 
-    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit; ``"single"`` rounds once and is more accurate. What can't be
-    fused stays as it is, with one warning for each reason; :func:`ditnorm.report` lists it. Patching again changes the rounding or
-    completes the work.
+    ``rounding``: ``"eager"`` keeps the pipeline's pictures bit for bit; ``"single"`` rounds once
+    and is more accurate. What can't be fused stays as it is, with one warning for each reason;
+    :func:`ditnorm.report` lists it. Patching again changes the rounding or completes the work.
 
-    Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, ``ValueError`` if no component is supported, and under
-    ``strict`` ``RuntimeError`` where something can't be fused or isn't bit-identical on this GPU; nothing is changed then.
+    Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, ``ValueError`` if no
+    component is supported, and under ``strict`` ``RuntimeError`` where something can't be fused or
+    isn't bit-identical on this GPU; nothing is changed then.
     """
     _patch(components(pipe), strict, rounding, pipe)
     return pipe
 
 
 def patch_model(model: M, *, strict: bool = False, rounding: str = "eager") -> M:
-    """Fuses the norm sites of one transformer or controlnet, in place, and returns it. See :func:`patch_pipeline`."""
+    """Fuses the norm sites of one transformer or controlnet, in place, and returns it. See
+    :func:`patch_pipeline`.
+    """
     _patch(single(model), strict, rounding)
     return model
 
 
 def unpatch_pipeline(pipe: P) -> P:
-    """Undoes :func:`patch_pipeline`, also on copies and on unpickled pipelines; without effect on one that isn't patched.
+    """Undoes :func:`patch_pipeline`, also on copies and on unpickled pipelines; without effect on
+    one that isn't patched.
 
-    A module that a fused module of another model holds too stays fused, with a warning, until that is unpatched.
+    A module that a fused module of another model holds too stays fused, with a warning, until that
+    is unpatched.
 
-    Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, and ``RuntimeError`` where a module was wrapped or its class
-    was derived since (by FSDP2, parametrize, another patcher); nothing is changed then.
+    Returns ``pipe``. Raises ``TypeError`` for anything but a pipeline, and ``RuntimeError`` where a
+    module was wrapped or its class was derived since (by FSDP2, parametrize, another patcher);
+    nothing is changed then.
     """
     _unpatch(components(pipe))
     return pipe
 
 
 def unpatch_model(model: M) -> M:
-    """Undoes :func:`patch_model` and returns ``model``, which may also be a block. See :func:`unpatch_pipeline`."""
+    """Undoes :func:`patch_model` and returns ``model``, which may also be a block. See
+    :func:`unpatch_pipeline`.
+    """
     _unpatch(single(model))
     return model
 
@@ -97,8 +108,9 @@ def _look_at_cuda(found: Targets, strict: bool, rounding: str) -> None:
 def _swap(models: Mapping[str, nn.Module], found: Targets, rounding: str) -> None:
     """All classes are made before any module changes, and modules change after those inside them.
 
-    So wherever this ends early, fused modules have fused parts, and parts that are fused already are called as upstream calls them, which
-    gives upstream's values: the model runs, with the bits that it had.
+    So wherever this ends early, fused modules have fused parts, and parts that are fused already
+    are called as upstream calls them, which gives upstream's values: the model runs, with the bits
+    that it had.
     """
     swaps = [swap for _, units in found.values() for unit in units if unit.refusal is None for swap in unit.swaps]
     classes = {id(swap.module): generated.subclass(swap.body, swap.upstream, rounding) for swap in swaps}
@@ -125,7 +137,9 @@ def _inner_first(models: Mapping[str, nn.Module]) -> list[nn.Module]:
 
 
 def _complete(models: Mapping[str, nn.Module]) -> None:
-    """Finishes what was interrupted between a module's class and its hooks, which then still call the forward of its upstream class."""
+    """Finishes what was interrupted between a module's class and its hooks, which then still call
+    the forward of its upstream class.
+    """
     for module in _inner_first(models):
         if _is_stale(module):
             set_class(module, type(module))
@@ -175,7 +189,9 @@ def _unpatch(models: Mapping[str, nn.Module]) -> None:
 
 
 def _parts_of_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]:
-    """Those of ``ours`` that fused modules elsewhere have for parts, which call them with more than upstream's -> one of these."""
+    """Those of ``ours`` that fused modules elsewhere have for parts, which call them with more than
+    upstream's -> one of these.
+    """
     if _held_by_others(ours):  # perhaps by modules that nobody uses any more
         gc.collect()
     return _held_by_others(ours)

@@ -1,4 +1,6 @@
-"""What is fused in a model or pipeline, what isn't and why, on which path it runs and whether it was verified."""
+"""What is fused in a model or pipeline, what isn't and why, on which path it runs and whether it
+was verified.
+"""
 
 import textwrap
 from collections import Counter
@@ -42,15 +44,21 @@ class TransformerReport:
     refused: Mapping[str, list[str]]
     """Reason -> the parts that stay unfused for it."""
     changed: Mapping[str, list[str]]
-    """What happened to fused parts since -> the parts. Whether they still run fused isn't known, and they can't be unpatched."""
+    """What happened to fused parts since -> the parts. Whether they still run fused isn't known,
+    and they can't be unpatched.
+    """
     hooked: list[str]
-    """Parts, such as norms, that run unfused because a hook watches them: one of their own, or one for all modules."""
+    """Parts, such as norms, that run unfused because a hook watches them: one of their own, or one
+    for all modules.
+    """
     attentions: int
     """Attention modules of the fusable or fused blocks whose query and key are fused too."""
     unfused_attentions: Mapping[str, list[str]]
     """Reason -> the attention modules that stay upstream's for it."""
     products: Mapping[str, int] = field(default_factory=dict)
-    """How activations are quantised -> the linear layers of the fusable or fused blocks that are fused so."""
+    """How activations are quantised -> the linear layers of the fusable or fused blocks that are
+    fused so.
+    """
     unfused_products: Mapping[str, list[str]] = field(default_factory=dict)
     """Reason -> the linear layers with quantised weights that their own library serves."""
     modulations: tuple[str, ...] = ()
@@ -88,12 +96,16 @@ class TransformerReport:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`report` found. It prints as a table, 100 columns wide, in a notebook and in a REPL too."""
+    """What :func:`report` found. It prints as a table, 100 columns wide, in a notebook and in a
+    REPL too.
+    """
 
     title: str
     transformers: tuple[TransformerReport, ...]
     calls: Counter[tuple[str, str]] | None
-    """Calls in this process since the first of the transformers was patched: (op, path) -> n. None where none is patched."""
+    """Calls in this process since the first of the transformers was patched: (op, path) -> n. None
+    where none is patched.
+    """
 
     def __str__(self) -> str:
         lines = [f"ditnorm: {self.title}"]
@@ -107,10 +119,11 @@ class Report:
 
 
 def report(target: object) -> Report:
-    """What is fused in a diffusers pipeline or a model and what isn't, with the reasons; ``print`` it.
+    """What is fused in a diffusers pipeline or a model and what isn't, with the reasons; ``print``
+    it.
 
-    Verifies fused ops that weren't verified yet, unless the model is on a GPU and CUDA isn't initialised. ``TypeError`` and
-    ``ValueError`` as :func:`ditnorm.patch_pipeline`.
+    Verifies fused ops that weren't verified yet, unless the model is on a GPU and CUDA isn't
+    initialised. ``TypeError`` and ``ValueError`` as :func:`ditnorm.patch_pipeline`.
     """
     found = targets(modules_of(target), target)
     transformers = tuple(_transformer(name, model, units) for name, (model, units) in found.items())

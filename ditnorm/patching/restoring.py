@@ -11,7 +11,9 @@ _log = logging.getLogger("ditnorm")
 
 
 def restore(models: Mapping[str, nn.Module]) -> None:
-    """Brings the weights of precomputed modulations back, in ``models`` and in the models inside them."""
+    """Brings the weights of precomputed modulations back, in ``models`` and in the models inside
+    them.
+    """
     for name, model in models.items():
         for table in tables(model):
             table.restore()

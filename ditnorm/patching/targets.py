@@ -12,7 +12,9 @@ Targets = dict[str, tuple[nn.Module, list[Unit]]]
 
 
 def components(pipe: object) -> dict[str, nn.Module]:
-    """The distinct modules of a pipeline by component name. ``TypeError`` for anything but a pipeline."""
+    """The distinct modules of a pipeline by component name. ``TypeError`` for anything but a
+    pipeline.
+    """
     held = getattr(pipe, "components", None)
     if isinstance(pipe, nn.Module) or not isinstance(held, Mapping):
         raise TypeError(f"expected a diffusers pipeline, got {_described(pipe)}{_hint(pipe)}")
@@ -23,7 +25,8 @@ def components(pipe: object) -> dict[str, nn.Module]:
 def targets(models: Mapping[str, nn.Module], target: object = None) -> Targets:
     """The models that hold a block with a fused body, or what looks like one, with their units.
 
-    ``ValueError`` if there is none; it names what is missing in ``target``, the pipeline that the models are from.
+    ``ValueError`` if there is none; it names what is missing in ``target``, the pipeline that the
+    models are from.
     """
     found = {name: (model, find_units(model)) for name, model in models.items()}
     found = {name: (model, units) for name, (model, units) in found.items() if any(unit.is_block for unit in units)}

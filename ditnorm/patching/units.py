@@ -1,4 +1,6 @@
-"""Finds what can be fused in a model: units, each swapped as a whole or refused as a whole with a reason. Changes nothing."""
+"""Finds what can be fused in a model: units, each swapped as a whole or refused as a whole with a
+reason. Changes nothing.
+"""
 
 import inspect
 import sys
@@ -23,7 +25,9 @@ _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
 
 @dataclass(frozen=True)
 class Swap:
-    """One module of a unit, the upstream class that it has or had, and the body or layer that goes in front of it."""
+    """One module of a unit, the upstream class that it has or had, and the body or layer that goes
+    in front of it.
+    """
 
     name: str
     module: nn.Module
@@ -32,11 +36,15 @@ class Swap:
 
     @property
     def unfused_by_hooks(self) -> bool:
-        """Whether it runs unfused where a hook watches it: that of a norm is shown the norm's own output."""
+        """Whether it runs unfused where a hook watches it: that of a norm is shown the norm's own
+        output.
+        """
         return self.body.unfused_by_hooks if issubclass(self.body, FusedModule) else True
 
     def calls(self, dtype: torch.dtype) -> Iterator[FusedCall]:
-        """Its fused calls on a stream of ``dtype``. Those of a norm belong to the body that calls it."""
+        """Its fused calls on a stream of ``dtype``. Those of a norm belong to the body that calls
+        it.
+        """
         return self.body.calls(self.module, dtype) if issubclass(self.body, FusedModule) else iter(())
 
 
@@ -98,7 +106,9 @@ class _Refused(Exception):
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """The topmost modules of ``model`` with a fused body, or that look as if they had one, in the model's order."""
+    """The topmost modules of ``model`` with a fused body, or that look as if they had one, in the
+    model's order.
+    """
     units = list(_walk("", model, None, None, set()))
     _refuse_shared(units)
     blocks = any(unit.is_block and unit.refusal is None for unit in units)
@@ -106,7 +116,9 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 
 def _refuse_shared(units: list[Unit]) -> None:
-    """Refuses units one of whose modules would have to be of two classes: a norm at two different sites."""
+    """Refuses units one of whose modules would have to be of two classes: a norm at two different
+    sites.
+    """
     bodies: dict[nn.Module, dict[type, str]] = {}
     for unit in units:
         for swap in unit.swaps:
@@ -170,7 +182,9 @@ def _unknown(upstream: type, body: type[FusedModule]) -> str:
 
 
 def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swap]:
-    """``module`` and its parts. What can't be swapped raises ``_Refused``, or is noted in the unit where it is optional."""
+    """``module`` and its parts. What can't be swapped raises ``_Refused``, or is noted in the unit
+    where it is optional.
+    """
     upstream = upstream_of(type(module))
     reason = _untouchable(module)
     if reason is None and issubclass(body, FusedModule):
@@ -204,7 +218,9 @@ def _untouchable(module: nn.Module) -> str | None:
 
 
 def generated_by_others(cls: type) -> str | None:
-    """A reason, where ``cls`` is neither ours nor found under its own name (FSDP2, parametrize and the like make such classes)."""
+    """A reason, where ``cls`` is neither ours nor found under its own name (FSDP2, parametrize and
+    the like make such classes).
+    """
     if generated.origin_of(cls) is not None:
         return None
     found: object = sys.modules.get(cls.__module__)

@@ -1,4 +1,6 @@
-"""Compares the fused ops with the unfused expression, bit for bit, on the user's own device and for the sites of the user's own model."""
+"""Compares the fused ops with the unfused expression, bit for bit, on the user's own device and for
+the sites of the user's own model.
+"""
 
 import warnings
 from collections import Counter
@@ -17,7 +19,9 @@ from .units import Unit
 
 @dataclass(frozen=True)
 class Verification:
-    """``sites`` were compared on ``device``, ``differing`` of them had other bits; or nothing was compared, for a ``reason``."""
+    """``sites`` were compared on ``device``, ``differing`` of them had other bits; or nothing was
+    compared, for a ``reason``.
+    """
 
     device: str = ""
     sites: tuple[FusedCall, ...] = ()
@@ -50,18 +54,20 @@ class Verifications(dict[str, Verification]):
 
 
 def verify(target: object, *, strict: bool = False) -> Verifications:
-    """Runs each distinct fused op of a pipeline or model on 4096 random rows against the unfused expression and compares the bits.
+    """Runs each distinct fused op of a pipeline or model on 4096 random rows against the unfused
+    expression and compares the bits.
 
-    It runs where the model computes, once a process, and never initialises CUDA. Returns the results by component name (``"model"``
-    for a model). A difference warns, or under ``strict`` raises ``RuntimeError``. ``TypeError`` and ``ValueError`` as
-    :func:`ditnorm.patch_pipeline`.
+    It runs where the model computes, once a process, and never initialises CUDA. Returns the
+    results by component name (``"model"`` for a model). A difference warns, or under ``strict``
+    raises ``RuntimeError``. ``TypeError`` and ``ValueError`` as :func:`ditnorm.patch_pipeline`.
     """
     found = targets(modules_of(target), target)
     return Verifications((name, verify_units(model, units, strict=strict)) for name, (model, units) in found.items())
 
 
 def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = False) -> Verification:
-    """Compares each distinct site of the ``units`` that aren't refused, once a process and device. Never initialises CUDA.
+    """Compares each distinct site of the ``units`` that aren't refused, once a process and device.
+    Never initialises CUDA.
 
     A difference warns, or under ``strict`` raises ``RuntimeError``.
     """
@@ -103,7 +109,9 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def stream_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the model's activations. diffusers' ``dtype`` looks past weights kept in fp32, quantised or cast layer by layer."""
+    """The dtype of the model's activations. diffusers' ``dtype`` looks past weights kept in fp32,
+    quantised or cast layer by layer.
+    """
     dtype = getattr(model, "dtype", None) or next((p.dtype for p in model.parameters()), None)
     return dtype if dtype in checks.FLOATS else None
 

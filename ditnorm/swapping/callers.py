@@ -17,10 +17,12 @@ _DEPTH = 64
 
 
 def caller_of(module: nn.Module, forwards: Container[str]) -> nn.Module | None:
-    """The module whose forward called ``module``, whose forward runs now; None unless that forward has one of these fingerprints.
+    """The module whose forward called ``module``, whose forward runs now; None unless that forward
+    has one of these fingerprints.
 
-    What a module returns is taken by the code that called it, which needn't be in the module that holds it: libraries give models
-    forwards of their own, on the instance or the class, before or after anybody has looked. So the frames are asked.
+    What a module returns is taken by the code that called it, which needn't be in the module that
+    holds it: libraries give models forwards of their own, on the instance or the class, before or
+    after anybody has looked. So the frames are asked.
     """
     frame: FrameType | None = sys._getframe(1)
     called = False

@@ -1,4 +1,6 @@
-"""Fingerprints of functions: what a fused body relies on, named by content instead of by class or by version of diffusers."""
+"""Fingerprints of functions: what a fused body relies on, named by content instead of by class or
+by version of diffusers.
+"""
 
 import ast
 import functools
@@ -13,14 +15,18 @@ from weakref import WeakKeyDictionary
 _NOT_SEMANTIC = {"annotation", "returns", "ctx", "type_comment", "type_params", "kind"}
 
 _known: WeakKeyDictionary[CodeType, str | None] = WeakKeyDictionary()
-"""By code, since reloading puts new code into a function, and since functions keep their classes alive."""
+"""By code, since reloading puts new code into a function, and since functions keep their classes
+alive.
+"""
 
 
 def fingerprint(function: object) -> str | None:
-    """12 hex digits that change with what ``function`` does and not with its comments, docstring, annotations or layout.
+    """12 hex digits that change with what ``function`` does and not with its comments, docstring,
+    annotations or layout.
 
-    Equal on every supported Python. None for anything but a Python function whose source can be read. A decorated function is the
-    wrapper, not what it wraps: a library that wraps an upstream ``forward`` changes its fingerprint.
+    Equal on every supported Python. None for anything but a Python function whose source can be
+    read. A decorated function is the wrapper, not what it wraps: a library that wraps an upstream
+    ``forward`` changes its fingerprint.
     """
     if not isinstance(function, FunctionType):
         return None
@@ -42,9 +48,11 @@ def _read(code: CodeType) -> str | None:
 
 
 def fingerprint_of_all(functions: Mapping[str, Iterable[str]]) -> str | None:
-    """One fingerprint of functions and methods, given by name for each module that defines them; None where one is missing.
+    """One fingerprint of functions and methods, given by name for each module that defines them;
+    None where one is missing.
 
-    It reads what the modules say, so it finds those too that a decorator has made something else of.
+    It reads what the modules say, so it finds those too that a decorator has made something else
+    of.
     """
     digests = []
     for module, names in functions.items():
@@ -72,7 +80,9 @@ def digest(node: ast.AST) -> str:
 
 
 def _tokens(value: object) -> Iterator[str]:
-    """The tree in prefix order. Empty fields are left out, so that a newer Python's additional fields change nothing."""
+    """The tree in prefix order. Empty fields are left out, so that a newer Python's additional
+    fields change nothing.
+    """
     if isinstance(value, ast.Constant):
         yield f"{type(value.value).__name__}:{value.value!r}"
     elif isinstance(value, ast.AnnAssign):

@@ -1,15 +1,18 @@
 """Classes made of a fused body and the upstream class it stands in for.
 
-A generated class has upstream's ``__name__`` (diffusers, accelerate and caches match on it), its origin as a base (``isinstance``
-holds) and its rounding law as a class attribute, so that nothing is stored on instances.
+A generated class has upstream's ``__name__`` (diffusers, accelerate and caches match on it), its
+origin as a base (``isinstance`` holds) and its rounding law as a class attribute, so that nothing
+is stored on instances.
 
 How to use it, for a body of any kind (a mixin with a ``forward``)::
 
     cls = subclass(body, origin_of(type(module)) or type(module), "eager")
-    set_class(module, cls)  # of hook_chains; unpatching is set_class(module, origin_of(type(module)))
+    set_class(module, cls)  # of hook_chains; unpatching is set_class(module,
+    origin_of(type(module)))
 
-The body finds its law in ``self.rounding`` and upstream's method in ``super().forward``. It must return upstream's value when it is
-called as upstream calls it, since patching and unpatching go through states in which the modules around it are upstream's.
+The body finds its law in ``self.rounding`` and upstream's method in ``super().forward``. It must
+return upstream's value when it is called as upstream calls it, since patching and unpatching go
+through states in which the modules around it are upstream's.
 """
 
 import copyreg
@@ -26,20 +29,25 @@ _lock = threading.RLock()  # making a class runs __init_subclass__ of users' own
 class Generated(type):
     """The class of generated classes.
 
-    Pickle writes how they are made in place of where they are found. So pickles load in a process that has never patched anything, also
-    those of models with users' own classes in ``__main__`` or inside other classes.
+    Pickle writes how they are made in place of where they are found. So pickles load in a process
+    that has never patched anything, also those of models with users' own classes in ``__main__`` or
+    inside other classes.
     """
 
 
 class _Made(dict[tuple[type, str], type]):
-    """The classes made of one origin: (body, rounding) -> class. It hangs on the origin and lives as long; nothing else keeps them."""
+    """The classes made of one origin: (body, rounding) -> class. It hangs on the origin and lives
+    as long; nothing else keeps them.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Made, ()  # libraries that pickle the origin by value don't need what was made of it
 
 
 def subclass(body: type, origin: type, rounding: str) -> type:
-    """The class ``origin`` with the methods of ``body`` in front; the same arguments give the same class object, in every thread."""
+    """The class ``origin`` with the methods of ``body`` in front; the same arguments give the same
+    class object, in every thread.
+    """
     with _lock:
         made = vars(origin).get(_MADE)
         if made is None:
@@ -54,7 +62,9 @@ def subclass(body: type, origin: type, rounding: str) -> type:
 
 
 def origin_of(cls: type) -> type | None:
-    """The upstream class that a generated class stands in for; None for any other class, also for one derived from a generated one."""
+    """The upstream class that a generated class stands in for; None for any other class, also for
+    one derived from a generated one.
+    """
     origin: type | None = vars(cls).get("origin") if isinstance(cls, Generated) else None
     return origin
 

@@ -1,11 +1,15 @@
-"""The references to a module's bound ``forward`` that hooks of diffusers and accelerate have captured.
+"""The references to a module's bound ``forward`` that hooks of diffusers and accelerate have
+captured.
 
-Such a hook keeps ``module.forward``, the bound method, and puts a wrapper into the instance. A class swapped afterwards would never
-be called, so the captured methods are rewritten with it. Where each library keeps them:
+Such a hook keeps ``module.forward``, the bound method, and puts a wrapper into the instance. A
+class swapped afterwards would never be called, so the captured methods are rewritten with it. Where
+each library keeps them:
 
 * accelerate: ``module._old_forward``; the wrapper is ``partial(new_forward, module)``
-* diffusers: ``forward`` and ``original_forward`` of a ``HookFunctionReference`` that the wrapper closes over
-* both: ``__wrapped__`` of the wrapper; and ``module.forward`` itself, where the last hook was removed
+* diffusers: ``forward`` and ``original_forward`` of a ``HookFunctionReference`` that the wrapper
+  closes over
+* both: ``__wrapped__`` of the wrapper; and ``module.forward`` itself, where the last hook was
+  removed
 """
 
 import functools
@@ -25,10 +29,12 @@ class Untraceable(Exception):
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Changes the class of ``module`` and every captured reference to its forward. Raises ``Untraceable``, nothing changed.
+    """Changes the class of ``module`` and every captured reference to its forward. Raises
+    ``Untraceable``, nothing changed.
 
-    Between any two steps a module may be left as it is, by an interrupt, and still runs: one of a generated class can run the forward of
-    its origin, not the other way round. So a generated class comes before the references to its forward, and goes after them.
+    Between any two steps a module may be left as it is, by an interrupt, and still runs: one of a
+    generated class can run the forward of its origin, not the other way round. So a generated class
+    comes before the references to its forward, and goes after them.
     """
     slots = captured(module, of_origin=True)
     forward = MethodType(cls.forward, module)  # type: ignore[attr-defined]
@@ -41,10 +47,12 @@ def set_class(module: nn.Module, cls: type) -> None:
 
 
 def captured(module: nn.Module, *, of_origin: bool = False) -> list[Slot]:
-    """Where the bound ``forward`` of ``module`` is held, found by following its calls from the instance on.
+    """Where the bound ``forward`` of ``module`` is held, found by following its calls from the
+    instance on.
 
-    ``of_origin``: also where a module of a generated class has its origin's forward, which an interrupted :func:`set_class` leaves.
-    Raises ``Untraceable`` where calls end somewhere else, and where a hook isn't built as those of the known releases are.
+    ``of_origin``: also where a module of a generated class has its origin's forward, which an
+    interrupted :func:`set_class` leaves. Raises ``Untraceable`` where calls end somewhere else, and
+    where a hook isn't built as those of the known releases are.
     """
     own = {type(module).forward}
     origin = origin_of(type(module))
@@ -93,12 +101,15 @@ def _diffusers_next(wrapper: functools.partial[Any], module: nn.Module) -> list[
     forward = _slot(held, "forward", "diffusers")
     if held["original_forward"] is None:
         return [forward]
-    # A hook with a new_forward of its own calls original_forward. HookRegistry.remove_hook of the hook below overwrites `forward`.
+    # A hook with a new_forward of its own calls original_forward. HookRegistry.remove_hook of the
+    # hook below overwrites `forward`.
     return [original] if _is_new_forward(held["forward"], module) else [original, forward]
 
 
 def _function_reference(new_forward: Any) -> dict[str, Any]:
-    """The attributes of the ``HookFunctionReference`` that the wrapper of a hook of diffusers closes over; empty if there is none."""
+    """The attributes of the ``HookFunctionReference`` that the wrapper of a hook of diffusers
+    closes over; empty if there is none.
+    """
     for cell in getattr(new_forward, "__closure__", None) or ():
         try:
             held: dict[str, Any] = vars(cell.cell_contents)
@@ -139,7 +150,9 @@ _MOVING = {
 
 
 def only_moves_weights(module: nn.Module) -> bool:
-    """Whether calls of ``module``, whose instance has a forward, end in that of its class, with hooks between that only move weights."""
+    """Whether calls of ``module``, whose instance has a forward, end in that of its class, with
+    hooks between that only move weights.
+    """
     value = module.__dict__["forward"]
     for _ in range(_LONGEST_CHAIN):
         if _is_bound(value, module, (type(module).forward,)):

@@ -1,4 +1,6 @@
-"""Which norm a module is, by what its class runs. A norm of the right name that runs something else is none that anybody here knows."""
+"""Which norm a module is, by what its class runs. A norm of the right name that runs something else
+is none that anybody here knows.
+"""
 
 from typing import Any
 
@@ -17,7 +19,8 @@ _DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})  # RMSNorm.for
 
 
 def norm_kind(cls: type) -> str | None:
-    """``"layer"``, ``"rms"`` and ``"identity"``: torch's; ``"fp32_layer"`` and ``"diffusers_rms"``: diffusers'. None: not known.
+    """``"layer"``, ``"rms"`` and ``"identity"``: torch's; ``"fp32_layer"`` and ``"diffusers_rms"``:
+    diffusers'. None: not known.
 
     ``cls`` is the class itself: a subclass computes what it likes.
     """

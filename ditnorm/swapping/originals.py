@@ -1,7 +1,8 @@
 """Whether torch's functions are still torch's own: libraries replace them for the whole process.
 
-Their fingerprints would change with releases of torch that change nothing. So a function counts as torch's where its code comes from
-the file that defines it, under its own name; a wrapper may copy the name of what it wraps, but not that.
+Their fingerprints would change with releases of torch that change nothing. So a function counts as
+torch's where its code comes from the file that defines it, under its own name; a wrapper may copy
+the name of what it wraps, but not that.
 """
 
 from types import BuiltinFunctionType, FunctionType
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 
 
 def replaced(cls: type, method: str) -> str | None:
-    """What stands in the place of a method that ``cls``, a class of torch, defines; None where it is torch's own."""
+    """What stands in the place of a method that ``cls``, a class of torch, defines; None where it
+    is torch's own.
+    """
     return _replaced(f"{cls.__module__}.{cls.__qualname__}.{method}", vars(cls).get(method), f"{cls.__qualname__}.{method}", cls.__module__)
 
 
 def replaced_functional(name: str) -> str | None:
-    """What stands in the place of a function of ``torch.nn.functional``; None where it is torch's own."""
+    """What stands in the place of a function of ``torch.nn.functional``; None where it is torch's
+    own.
+    """
     return _replaced(f"torch.nn.functional.{name}", getattr(F, name), name, "torch.nn.functional")
 
 
@@ -29,7 +34,9 @@ def _replaced(path: str, found: Any, qualname: str, module: str) -> str | None:
 
 
 def defined_in(function: FunctionType, package: str) -> bool:
-    """Whether the code of ``function``, and not of something that wraps it, comes from a package."""
+    """Whether the code of ``function``, and not of something that wraps it, comes from a
+    package.
+    """
     module = function.__module__
     return module.partition(".")[0] == package and _is_of(function, f"{module.replace('.', '/')}.py")
 

@@ -1,7 +1,8 @@
-"""What a swapped module asks in its calls: whether upstream's class still is what was looked at, and whether somebody watches the module.
+"""What a swapped module asks in its calls: whether upstream's class still is what was looked at,
+and whether somebody watches the module.
 
-Both are asked so often that they only compare objects; reading source, or following the wrappers of hooks, is left to where a comparison
-fails.
+Both are asked so often that they only compare objects; reading source, or following the wrappers of
+hooks, is left to where a comparison fails.
 """
 
 from typing import Any, ClassVar
@@ -19,7 +20,9 @@ class Swapped:
     """What goes in front of an upstream class: a body, or a layer."""
 
     origin: ClassVar[Any] = None
-    """The upstream class; set on the generated class. None: it stands in front of none, as a layer that users make."""
+    """The upstream class; set on the generated class. None: it stands in front of none, as a layer
+    that users make.
+    """
     known_forward: ClassVar[Any] = None
     """Its forward when it was last looked at, if that was one to stand in for."""
     own_forward: ClassVar[Any]
@@ -48,7 +51,9 @@ class Swapped:
 
     @classmethod
     def upstream_known(cls) -> bool:
-        """Whether the upstream class still is one to stand in for. Others replace methods of classes, for the whole process."""
+        """Whether the upstream class still is one to stand in for. Others replace methods of
+        classes, for the whole process.
+        """
         return cls.origin is None or cls.origin.forward is cls.known_forward or cls._look()
 
     @classmethod
@@ -60,10 +65,12 @@ class Swapped:
 
 
 def untouched(*modules: Any) -> bool:
-    """Whether what goes into ``modules`` and comes out of them is between their callers and their bodies, or upstream's classes.
+    """Whether what goes into ``modules`` and comes out of them is between their callers and their
+    bodies, or upstream's classes.
 
-    That isn't so where hooks, their own or for all modules, are shown it, or where somebody has replaced a forward, of an instance or a
-    class. Hooks that move or cast weights don't count, nor do those on the way back where there is none, nor does the tracer of an export.
+    That isn't so where hooks, their own or for all modules, are shown it, or where somebody has
+    replaced a forward, of an instance or a class. Hooks that move or cast weights don't count, nor
+    do those on the way back where there is none, nor does the tracer of an export.
     """
     if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks:
         return False

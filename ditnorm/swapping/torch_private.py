@@ -1,8 +1,10 @@
-"""PyTorch's private names that this package uses, and what stands in for each where a release no longer has it.
+"""PyTorch's private names that this package uses, and what stands in for each where a release no
+longer has it.
 
-All stand-ins are correct, if slower: what can't be asked is taken for true, and PyTorch's own operations serve the call. Nothing else in
-the package names them. (``nn.Module`` keeps its hooks and sub-modules in ``_forward_hooks``, ``_forward_pre_hooks`` and ``_modules``;
-its pickles contain those names, so they stay.)
+All stand-ins are correct, if slower: what can't be asked is taken for true, and PyTorch's own
+operations serve the call. Nothing else in the package names them. (``nn.Module`` keeps its hooks
+and sub-modules in ``_forward_hooks``, ``_forward_pre_hooks`` and ``_modules``; its pickles contain
+those names, so they stay.)
 """
 
 from collections.abc import Callable, Mapping
@@ -31,11 +33,15 @@ def _found(holder: Any, name: str) -> Any:
 
 
 any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
-"""Whether autocast is on for any device, in a sixth of the time that ``torch.is_autocast_enabled(x.device.type)`` takes. Without it each
-call asks for the devices of its tensors."""
+"""Whether autocast is on for any device, in a sixth of the time that
+``torch.is_autocast_enabled(x.device.type)`` takes. Without it each call asks for the devices of its
+tensors.
+"""
 
 forward_ad: Any = _found(torch.autograd.forward_ad, "_current_level")
-"""Holder of ``_current_level``: 0 or more where forward-mode gradients are on. Without it every call runs in PyTorch's operations."""
+"""Holder of ``_current_level``: 0 or more where forward-mode gradients are on. Without it every
+call runs in PyTorch's operations.
+"""
 
 addmm_activation: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_activation", None)
 """A linear with its GELU in one kernel (cuBLASLt's epilogue). Without it there are two."""
@@ -43,18 +49,25 @@ addmm_activation: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_ac
 hooks_for_all_modules: tuple[Mapping[int, Any], ...] = tuple(
     getattr(_module, f"_global_{kind}_hooks", {0: "unknown"}) for kind in ("forward", "forward_pre", "backward", "backward_pre")
 )
-"""What ``register_module_forward_hook`` and its like added; PyTorch changes these, and never puts others in their place. Where one can't
-be seen: something."""
+"""What ``register_module_forward_hook`` and its like added; PyTorch changes these, and never puts
+others in their place. Where one can't be seen: something.
+"""
 
 module_call: Any = getattr(torch.nn.Module, "_wrapped_call_impl", torch.nn.Module.__call__)
-"""PyTorch's own ``nn.Module.__call__``, which tools replace to see all calls. Where it has another name: the one found at import."""
+"""PyTorch's own ``nn.Module.__call__``, which tools replace to see all calls. Where it has another
+name: the one found at import.
+"""
 
 frame_of_a_call: Any = getattr(getattr(torch.nn.Module, "_call_impl", None), "__code__", None)
-"""The code of the method that calls a module's forward, whose ``self`` is the module. None: no frame is."""
+"""The code of the method that calls a module's forward, whose ``self`` is the module. None: no
+frame is.
+"""
 
 
 def function_transform() -> bool:
-    """Whether ``torch.func`` transforms the call (vmap, grad, ...). Where that can't be seen: yes."""
+    """Whether ``torch.func`` transforms the call (vmap, grad, ...). Where that can't be seen:
+    yes.
+    """
     peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
     return peek is None or peek() is not None
 
@@ -67,8 +80,9 @@ def traced_to_graph() -> bool:
 
 
 def only_traced(call: Any) -> bool:
-    """Whether ``call``, found in the place of :data:`module_call`, is the wrapper around it by which ``torch.export`` and ``make_fx`` note
-    whose operations they record. Where that can't be seen: no.
+    """Whether ``call``, found in the place of :data:`module_call`, is the wrapper around it by
+    which ``torch.export`` and ``make_fx`` note whose operations they record. Where that can't be
+    seen: no.
     """
     return getattr(call, "__wrapped__", None) is module_call and getattr(call, "__globals__", None) is _fx
 
@@ -77,8 +91,8 @@ _fx: Any = vars(getattr(torch.fx, "_symbolic_trace", _Unknown))
 
 
 def seen_by_a_mode() -> bool:
-    """Whether a ``TorchDispatchMode`` or ``TorchFunctionMode`` sees the operations, and may keep their results: that of
-    ``torch.set_default_device`` doesn't. Where that can't be seen: yes.
+    """Whether a ``TorchDispatchMode`` or ``TorchFunctionMode`` sees the operations, and may keep
+    their results: that of ``torch.set_default_device`` doesn't. Where that can't be seen: yes.
     """
     return _dispatch_modes() > 0 or (_function_modes() > 0 and not all(type(mode) is _DeviceContext for mode in _function_mode_stack()))
 

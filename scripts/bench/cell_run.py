@@ -20,7 +20,9 @@ class Verdict:
     error: float | None = None
     """Against the exact result."""
     excess: float | None = None
-    """The error given what else the call stored, over that of rounding the exact value once: 1 is the best that the dtype allows."""
+    """The error given what else the call stored, over that of rounding the exact value once: 1 is
+    the best that the dtype allows.
+    """
 
 
 Check = Callable[[Any, Inputs], Callable[[Any], Verdict]]

@@ -1,4 +1,6 @@
-"""The command around a benchmark of ops: its options, the loop over the cells, what it prints and writes."""
+"""The command around a benchmark of ops: its options, the loop over the cells, what it prints and
+writes.
+"""
 
 import argparse
 import signal

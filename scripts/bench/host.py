@@ -1,4 +1,6 @@
-"""Host time of one eager call while the GPU is kept behind: it sleeps, so that no call waits for it."""
+"""Host time of one eager call while the GPU is kept behind: it sleeps, so that no call waits for
+it.
+"""
 
 import functools
 import gc
@@ -22,7 +24,9 @@ LAYER_NORM, ADD = "F.layer_norm", "x + x"
 
 
 def measure(cells: Mapping[str, Cell], contestants: Sequence[Contestant], warn: Callable[[str], None]) -> dict[str, float]:
-    """Seconds of one call: the median over rotating repeats, by ``"op: contestant"``. ``cells``: of each op one of :data:`SIZE`."""
+    """Seconds of one call: the median over rotating repeats, by ``"op: contestant"``. ``cells``: of
+    each op one of :data:`SIZE`.
+    """
     calls: dict[str, Call] = {}
     for op, cell in cells.items():
         inputs = cell.inputs()

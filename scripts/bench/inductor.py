@@ -1,4 +1,6 @@
-"""Fills Inductor's caches before anything is timed: worker processes compile side by side, but only one of them times kernels at a time."""
+"""Fills Inductor's caches before anything is timed: worker processes compile side by side, but only
+one of them times kernels at a time.
+"""
 
 import fcntl
 import functools
@@ -20,7 +22,9 @@ LOCK = "DITNORM_BENCH_LOCK"
 
 
 def start_workers(script: Path, cells: Sequence[Cell], report: Callable[[str], None]) -> int:
-    """Compiles the cells' expressions in processes of their own; returns how many cells that was."""
+    """Compiles the cells' expressions in processes of their own; returns how many cells that
+    was.
+    """
     chosen = [cell.name for cell in cells if cell.compiled]
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)), len(chosen))
     if workers < 2:
@@ -59,7 +63,9 @@ def fill(cells: Sequence[Cell], compiled: Sequence[Contestant]) -> None:
 
 
 def _time_alone(lock: str) -> None:
-    """Lets Inductor time its candidates only while no other worker does: contended timings would choose the wrong kernels."""
+    """Lets Inductor time its candidates only while no other worker does: contended timings would
+    choose the wrong kernels.
+    """
     from torch._inductor.runtime.benchmarking import benchmarker
 
     time_gpu = benchmarker.benchmark_gpu

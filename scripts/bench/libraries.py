@@ -1,6 +1,8 @@
-"""Other libraries whose kernels do the same: found, never required. What can't be imported is named with the reason.
+"""Other libraries whose kernels do the same: found, never required. What can't be imported is named
+with the reason.
 
-How their kernels are called stands with the cells that they serve: ``norm/peers.py`` and ``qk/peers.py``.
+How their kernels are called stands with the cells that they serve: ``norm/peers.py`` and
+``qk/peers.py``.
 """
 
 import importlib
@@ -48,7 +50,9 @@ def look_for(makers: Makers) -> Found:
 
 
 def enter(package: str, names: Iterable[str]) -> None:
-    """Puts a package's own packages into ``sys.modules`` unexecuted, so that modules in them can be imported."""
+    """Puts a package's own packages into ``sys.modules`` unexecuted, so that modules in them can be
+    imported.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(f"No module named {package!r}")
@@ -61,7 +65,9 @@ def enter(package: str, names: Iterable[str]) -> None:
 
 
 class _Elsewhere(types.ModuleType):
-    """Stands in for modules of sglang's server that its kernels ask which platform this is, and to register their ops."""
+    """Stands in for modules of sglang's server that its kernels ask which platform this is, and to
+    register their ops.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -83,7 +89,8 @@ _PACKAGES = ("", "kernels", "kernels.jit", "kernels.ops", "kernels.ops.diffusion
 def _enter_sglang() -> None:
     """Makes ``sglang.kernels`` importable without the server around it.
 
-    The packages' own ``__init__`` import some fifty distributions that no kernel needs: they are entered in ``sys.modules`` unexecuted.
+    The packages' own ``__init__`` import some fifty distributions that no kernel needs: they are
+    entered in ``sys.modules`` unexecuted.
     """
     enter("sglang", (*_PACKAGES, "srt.utils"))
     # How its kernels register ops; then the server's modules can go.

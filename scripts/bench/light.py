@@ -1,4 +1,6 @@
-"""The speed of light of a cell: the fastest plain streaming kernel (``streaming.cu``) that moves the same bytes in the same mix."""
+"""The speed of light of a cell: the fastest plain streaming kernel (``streaming.cu``) that moves
+the same bytes in the same mix.
+"""
 
 import ctypes
 from functools import partial
@@ -17,7 +19,9 @@ TRIAL_REPLAYS = 5
 
 
 def build() -> Path:
-    """Compiles the kernels for this machine's GPU unless that has been done; raises BuildError where it can't."""
+    """Compiles the kernels for this machine's GPU unless that has been done; raises BuildError
+    where it can't.
+    """
     inputs = (SOURCE, Path(build_kernels.__file__))
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return LIBRARY
@@ -44,7 +48,9 @@ class Light:
         self._finalists: dict[tuple[int, int, int], list[int]] = {}
 
     def finalists(self, streams: tuple[int, int, int], sets: int, calls: int) -> dict[str, list[Call]]:
-        """The fastest variants for ``(reads, writes, bytes of a stream)``: a list of calls, one for each set of tensors, by name."""
+        """The fastest variants for ``(reads, writes, bytes of a stream)``: a list of calls, one for
+        each set of tensors, by name.
+        """
         reads, writes, size = streams
         data = torch.randint(-(1 << 31), 1 << 31, (sets, reads + writes, size // 4), dtype=torch.int32, device="cuda")
         if streams not in self._finalists:

@@ -21,7 +21,9 @@ class Entry:
     low: float = math.nan
     high: float = math.nan
     error: float | None = None
-    """Relative L2 error against float64: of y, of r for scale_residual. Of query and key none is measured."""
+    """Relative L2 error against float64: of y, of r for scale_residual. Of query and key none is
+    measured.
+    """
     excess: float | None = None
     """The error given the stored r, over that of rounding the exact value once."""
     bits_equal: bool | None = None

@@ -1,5 +1,6 @@
-// Plain streaming kernels: the speed of light of a cell is the fastest of them that reads and writes as much. Each reads READS streams
-// and writes WRITES streams of equal size in 16-byte accesses, and does nothing but an exclusive or in between.
+// Plain streaming kernels: the speed of light of a cell is the fastest of them that reads and
+// writes as much. Each reads READS streams and writes WRITES streams of equal size in 16-byte
+// accesses, and does nothing but an exclusive or in between.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -97,7 +98,8 @@ struct Variant {
   int threads;
 };
 
-// The grids that won or came near in trials of some 40: small CTAs, one access a thread; unrolling gains below 50 MB.
+// The grids that won or came near in trials of some 40: small CTAs, one access a thread; unrolling
+// gains below 50 MB.
 constexpr Variant kVariants[] = {
     {"1 access, plain loads, 128 threads", 0, 128},    {"1 access, plain loads, 256 threads", 0, 256},
     {"1 access, plain loads, 512 threads", 0, 512},    {"1 access, __ldg, 128 threads", 1, 128},

@@ -91,7 +91,9 @@ def norm_in_kernels(run: Run[Cell]) -> Table:
 
 
 def qk_in_kernels(run: Run[QKCell]) -> Table:
-    """Both laws' times and the eager one's share of a copy's bandwidth, beside the others' times."""
+    """Both laws' times and the eager one's share of a copy's bandwidth, beside the others'
+    times.
+    """
     rows = []
     for label, r in _results(run, QK_IN_KERNELS):
         ours = r.us(EAGER) or float("nan")
@@ -104,7 +106,9 @@ def qk_in_kernels(run: Run[QKCell]) -> Table:
 
 
 def replaced(page: str, table: Table) -> str:
-    """``page`` with the table of this header and first label replaced; an error where it has none."""
+    """``page`` with the table of this header and first label replaced; an error where it has
+    none.
+    """
     lines = page.split("\n")
     label = table[2].split("|")[1]
     for start, line in enumerate(lines[:-2]):

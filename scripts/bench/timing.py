@@ -1,4 +1,6 @@
-"""GPU times: a CUDA graph for each contestant, replayed in rotating order, each call on other tensors than the last caches hold."""
+"""GPU times: a CUDA graph for each contestant, replayed in rotating order, each call on other
+tensors than the last caches hold.
+"""
 
 import statistics
 import time
@@ -51,7 +53,9 @@ class Recording:
 
 
 def record(bound: Sequence[Call], calls: int) -> Recording:
-    """Captures ``calls`` calls, going round the bound ones. Two calls before it leave nothing to compile or to load lazily."""
+    """Captures ``calls`` calls, going round the bound ones. Two calls before it leave nothing to
+    compile or to load lazily.
+    """
     # Alive while others are captured, so that outputs rotate as the inputs do.
     results: deque[Any] = deque(maxlen=len(bound))
     stream = torch.cuda.Stream()
@@ -93,7 +97,9 @@ def measure(recordings: Mapping[str, Recording], replays: int | None = None) -> 
 
 
 def _first_replays(recordings: Mapping[str, Recording]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds that submitting each graph takes the host, and that it takes altogether; the first replay also uploads it."""
+    """Seconds that submitting each graph takes the host, and that it takes altogether; the first
+    replay also uploads it.
+    """
     host, total = {}, {}
     for name, recording in recordings.items():
         recording.graph.replay()
@@ -112,7 +118,9 @@ def _summary(times: Sequence[float]) -> Timing:
 
 
 def copy_bandwidth(gigabytes: int = 4, copies: int = 11) -> float:
-    """Bytes a second, read plus written, of a large device-to-device copy: the median. Not in a graph, where copy engines do it."""
+    """Bytes a second, read plus written, of a large device-to-device copy: the median. Not in a
+    graph, where copy engines do it.
+    """
     source = torch.randint(0, 1 << 30, (gigabytes << 28,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     seconds = []

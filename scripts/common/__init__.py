@@ -1,1 +1,3 @@
-"""What all scripts share: tables, the line that says where a run took place, and how PyTorch runs things."""
+"""What all scripts share: tables, the line that says where a run took place, and how PyTorch runs
+things.
+"""

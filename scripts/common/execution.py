@@ -25,7 +25,9 @@ def free() -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """While it lasts, no float32 product on the GPU is rounded to TF32, as those of convolutions are by default."""
+    """While it lasts, no float32 product on the GPU is rounded to TF32, as those of convolutions
+    are by default.
+    """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     allowed = [backend.allow_tf32 for backend in backends]
     try:

@@ -27,7 +27,8 @@ def quantize(model: nn.Module, name: str) -> None:
         )
 
     on_gpu = next(model.parameters()).is_cuda
-    # torchao makes float8 weights for a GPU only. PyTorch multiplies them on the CPU too, which is enough to try things out.
+    # torchao makes float8 weights for a GPU only. PyTorch multiplies them on the CPU too, which is
+    # enough to try things out.
     unchecked = nullcontext() if on_gpu else unittest.mock.patch("torchao.quantization.quant_api._check_hardware_support")
     with unchecked:
         torchao.quantize_(model, configs[name](), filter_fn=chosen)

@@ -1,1 +1,3 @@
-"""Tiny pipelines that draw handwritten digits: the data, the VAE with weights set by hand, the pipelines of each family."""
+"""Tiny pipelines that draw handwritten digits: the data, the VAE with weights set by hand, the
+pipelines of each family.
+"""

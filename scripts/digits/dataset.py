@@ -1,6 +1,8 @@
-"""scikit-learn's handwritten digits as latents of the tiny pipelines, and a classifier that reads generated ones.
+"""scikit-learn's handwritten digits as latents of the tiny pipelines, and a classifier that reads
+generated ones.
 
-Source: UCI ML hand-written digits (Alpaydin and Kaynak, 1998; CC BY 4.0), 1797 pictures of 8 x 8 pixels, shipped with scikit-learn.
+Source: UCI ML hand-written digits (Alpaydin and Kaynak, 1998; CC BY 4.0), 1797 pictures of 8 x 8
+pixels, shipped with scikit-learn.
 """
 
 import functools
@@ -32,7 +34,9 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 def videos() -> tuple[Tensor, Tensor]:
-    """Latents ``[N, 1, 4, 8, 12]``, -1 to 1, of the digits moving to the right, and labels ``[N]``."""
+    """Latents ``[N, 1, 4, 8, 12]``, -1 to 1, of the digits moving to the right, and labels
+    ``[N]``.
+    """
     pictures, labels = _data()
     frames = [F.pad(pictures, (left, WIDTH - SIDE - left), value=-1) for left in range(LATENT_FRAMES)]
     return torch.stack(frames, dim=1)[:, None], labels
@@ -55,6 +59,8 @@ def read(latents: Tensor) -> Tensor:
 
 
 def read_frames(frames: Tensor) -> Tensor:
-    """:func:`read` for decoded frames ``[N, F, 3, H, W]``, 0 to 1: a latent frame every fourth, a latent pixel every 8 x 8."""
+    """:func:`read` for decoded frames ``[N, F, 3, H, W]``, 0 to 1: a latent frame every fourth, a
+    latent pixel every 8 x 8.
+    """
     small = F.avg_pool2d(frames[:, ::4].float().mean(2), SIDE) * 2 - 1
     return read(small[:, None])

@@ -1,7 +1,8 @@
-"""Tiny pipelines of diffusers' own classes that draw handwritten digits; the trained ones lie in ``examples/digits``.
+"""Tiny pipelines of diffusers' own classes that draw handwritten digits; the trained ones lie in
+``examples/digits``.
 
-Their latents are the digits' pixels, the VAE only enlarges them (``vae.py``). In the place of a text encoder is a table of prompt
-embeddings, a row for each digit.
+Their latents are the digits' pixels, the VAE only enlarges them (``vae.py``). In the place of a
+text encoder is a table of prompt embeddings, a row for each digit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,9 @@ class Family:
     latents: Callable[[], tuple[Tensor, Tensor]]
     """The training data: latents ``[N, 1, F, H, W]`` and labels ``[N]``."""
     velocity: Callable[[ModelMixin, Tensor, Tensor, Prompts], Tensor]
-    """What the transformer makes of noisy latents ``[B, 1, F, H, W]`` at timesteps ``[B]``, 0 to 1000: the velocity, of the same shape."""
+    """What the transformer makes of noisy latents ``[B, 1, F, H, W]`` at timesteps ``[B]``, 0 to
+    1000: the velocity, of the same shape.
+    """
     size: Mapping[str, int]
     """Size arguments of the pipeline's call, in pixels and frames."""
     arguments: Callable[[Prompts], dict[str, Any]]
@@ -64,14 +67,18 @@ class Family:
         return FOLDER / self.name
 
     def call_arguments(self, labels: Sequence[int], pipe: DiffusionPipeline, folder: Path) -> dict[str, Any]:
-        """Arguments with which the pipeline of ``folder`` draws the digits ``labels``, but for seed and steps."""
+        """Arguments with which the pipeline of ``folder`` draws the digits ``labels``, but for seed
+        and steps.
+        """
         dtype, device = pipe.transformer.dtype, pipe._execution_device
         prompts = {name: table[list(labels)].to(device, dtype) for name, table in load_file(folder / PROMPTS).items()}
         return {**self.arguments(prompts), **self.size}
 
 
 def draw(family: Family, folder: Path, pipe: DiffusionPipeline, labels: Sequence[int], steps: int) -> Tensor:
-    """Final latents ``[N, 1, F, 8, W]``, on the CPU, of the digits ``labels``, drawn by the pipeline of ``folder``."""
+    """Final latents ``[N, 1, F, 8, W]``, on the CPU, of the digits ``labels``, drawn by the
+    pipeline of ``folder``.
+    """
     (latents,) = pipe(
         **family.call_arguments(labels, pipe, folder),
         num_inference_steps=steps,
@@ -85,7 +92,9 @@ def draw(family: Family, folder: Path, pipe: DiffusionPipeline, labels: Sequence
 
 
 def share_read(family: Family, folder: Path, pipe: DiffusionPipeline, each: int = 20) -> float:
-    """The share, 0 to 1, of ``each`` times ten drawn digits that the classifier reads correctly, of videos in the first and last frame."""
+    """The share, 0 to 1, of ``each`` times ten drawn digits that the classifier reads correctly, of
+    videos in the first and last frame.
+    """
     labels = torch.arange(dataset.CLASSES).repeat(each)
     read = dataset.read(draw(family, folder, pipe, labels.tolist(), steps=10))
     return (read == labels[:, None]).all(1).float().mean().item()
@@ -99,7 +108,9 @@ def prompt_table() -> dict[str, Tensor]:
 
 
 def save(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Writes the pipeline and the prompts in bf16, for :func:`loading.load`. Its models become bf16."""
+    """Writes the pipeline and the prompts in bf16, for :func:`loading.load`. Its models become
+    bf16.
+    """
     for model in (pipe.transformer, pipe.vae):
         nn.Module.to(model, torch.bfloat16)
     pipe.save_pretrained(folder)

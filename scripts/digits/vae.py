@@ -1,4 +1,6 @@
-"""Sets the weights of a tiny VAE by hand, so that decoding enlarges a one-channel latent to a smooth grey picture."""
+"""Sets the weights of a tiny VAE by hand, so that decoding enlarges a one-channel latent to a
+smooth grey picture.
+"""
 
 from typing import Any
 
@@ -16,8 +18,9 @@ BLUR = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.2
 def set_weights(vae: Any) -> ModelMixin:
     """Overwrites every weight; the encoder, which nothing uses here, becomes zero.
 
-    The residual branches become zero. The trunk carries x, -x, C and -C with C constant, blurred after every enlargement and interpolated
-    between latent frames. The norm before the last convolution divides by nearly C, so it is nearly linear; and silu(x) - silu(-x) = x.
+    The residual branches become zero. The trunk carries x, -x, C and -C with C constant, blurred
+    after every enlargement and interpolated between latent frames. The norm before the last
+    convolution divides by nearly C, so it is nearly linear; and silu(x) - silu(-x) = x.
     """
     for parameter in vae.parameters():
         parameter.zero_()

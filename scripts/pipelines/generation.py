@@ -25,7 +25,9 @@ class Generation:
     latents: tuple[Tensor, ...]
     """After each step."""
     frames: Tensor
-    """Decoded, ``[B, F, C, H, W]``, 0 to 1, float32; a picture has F = 1. C = 3, or 4 with alpha, which Qwen-Image 2.1 draws."""
+    """Decoded, ``[B, F, C, H, W]``, 0 to 1, float32; a picture has F = 1. C = 3, or 4 with alpha,
+    which Qwen-Image 2.1 draws.
+    """
     seconds: float
 
 
@@ -37,7 +39,9 @@ def generate(
     noise: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Generation:
-    """Calls the pipeline with the one seed, or with ``noise``, what another run drew, in the place of what it would draw."""
+    """Calls the pipeline with the one seed, or with ``noise``, what another run drew, in the place
+    of what it would draw.
+    """
     drawn: list[Tensor] = []
     latents: list[Tensor] = []
 

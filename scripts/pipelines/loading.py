@@ -1,4 +1,6 @@
-"""Loads pipelines in diffusers' format, also those of ``examples/digits``, which come without text encoders."""
+"""Loads pipelines in diffusers' format, also those of ``examples/digits``, which come without text
+encoders.
+"""
 
 import inspect
 from pathlib import Path
@@ -11,7 +13,9 @@ from digits.families import FAMILIES, PROMPTS, Family
 from PIL import Image
 
 PICTURE_OPTIONAL = {"QwenImage21Pipeline"}
-"""Pipelines that need no picture but take one. Signatures don't tell: Edit's has a default for it, with which its call fails."""
+"""Pipelines that need no picture but take one. Signatures don't tell: Edit's has a default for it,
+with which its call fails.
+"""
 
 
 class CannotRun(Exception):
@@ -19,7 +23,9 @@ class CannotRun(Exception):
 
 
 def pipeline_class(model: str, image: bool) -> type[DiffusionPipeline]:
-    """The class that a checkpoint names; Wan's image-to-video one where text-to-video is named (TI2V) and an image is given."""
+    """The class that a checkpoint names; Wan's image-to-video one where text-to-video is named
+    (TI2V) and an image is given.
+    """
     try:
         config = DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
@@ -34,7 +40,9 @@ def pipeline_class(model: str, image: bool) -> type[DiffusionPipeline]:
 
 
 def load(model: str, dtype: torch.dtype, *, image: bool = False) -> DiffusionPipeline:
-    """The pipeline of ``model``, a folder or an id of the Hugging Face hub, on the CPU. :exc:`CannotRun` where it can't be loaded."""
+    """The pipeline of ``model``, a folder or an id of the Hugging Face hub, on the CPU.
+    :exc:`CannotRun` where it can't be loaded.
+    """
     cls = pipeline_class(model, image)
     config = DiffusionPipeline.load_config(model)
     absent: dict[str, Any] = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
@@ -72,9 +80,11 @@ def call_arguments(
     size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments of the pipeline's call, but for seed and steps. ``size``: width and height in pixels.
+    """Arguments of the pipeline's call, but for seed and steps. ``size``: width and height in
+    pixels.
 
-    A tiny pipeline draws one picture for each digit of the prompt, all ten by default. :exc:`CannotRun` for what the pipeline doesn't take.
+    A tiny pipeline draws one picture for each digit of the prompt, all ten by default.
+    :exc:`CannotRun` for what the pipeline doesn't take.
     """
     family = tiny_family(model)
     taken = inspect.signature(type(pipe).__call__).parameters

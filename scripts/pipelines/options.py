@@ -1,4 +1,6 @@
-"""What the commands about whole pipelines share: their options, and what these make of a checkpoint."""
+"""What the commands about whole pipelines share: their options, and what these make of a
+checkpoint.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def add_options(parser: argparse.ArgumentParser, *, tiny: Path, pipelines: str, out: str) -> None:
-    """``tiny``: the folder of the checkpoint that is used where none is named. ``pipelines``: of which kind one may be."""
+    """``tiny``: the folder of the checkpoint that is used where none is named. ``pipelines``: of
+    which kind one may be.
+    """
     parser.add_argument(
         "--model",
         default=str(tiny),

@@ -1,4 +1,6 @@
-"""The core of ``parity_*.py``: generates with and without ditnorm from one seed and compares, step by step and frame by frame."""
+"""The core of ``parity_*.py``: generates with and without ditnorm from one seed and compares, step
+by step and frame by frame.
+"""
 
 import argparse
 import json

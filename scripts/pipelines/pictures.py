@@ -29,7 +29,9 @@ def tiled(pictures: Tensor, columns: int) -> Image.Image:
 
 
 def comparison_row(title: str, before: Tensor, after: Tensor, columns: int) -> list[tuple[str, Image.Image]]:
-    """Unpatched, patched and their amplified difference; pictures ``[N, C, H, W]``, RGB or RGBA, 0 to 1."""
+    """Unpatched, patched and their amplified difference; pictures ``[N, C, H, W]``, RGB or RGBA, 0
+    to 1.
+    """
     return [
         (f"{title}, unpatched", tiled(before, columns)),
         ("patched", tiled(after, columns)),
@@ -67,7 +69,9 @@ def save_animation(images: Sequence[Image.Image], path: Path) -> None:
 
 
 def save_moving(images: Sequence[Image.Image], path: Path) -> Path:
-    """An MP4 where ``imageio-ffmpeg`` is installed, else a GIF, which has 256 colours. Returns the path with its suffix."""
+    """An MP4 where ``imageio-ffmpeg`` is installed, else a GIF, which has 256 colours. Returns the
+    path with its suffix.
+    """
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         path = path.with_suffix(".gif")
         save_animation(images, path)

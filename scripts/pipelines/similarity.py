@@ -43,7 +43,9 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each frame of ``[N, C, H, W]``, 0 to 1, with the usual Gaussian window of 11 x 11 pixels."""
+    """Structural similarity of each frame of ``[N, C, H, W]``, 0 to 1, with the usual Gaussian
+    window of 11 x 11 pixels.
+    """
     offsets = torch.arange(_WINDOW, dtype=torch.double, device=a.device) - _WINDOW // 2
     line = (-offsets.square() / (2 * _SIGMA**2)).exp()
     line = line / line.sum()
@@ -63,7 +65,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def frame_difference(a: Tensor, b: Tensor) -> FrameDifference:
-    """Compares frames ``[N, C, H, W]``, 0 to 1, one by one: RGB, or RGBA, of which LPIPS leaves out alpha."""
+    """Compares frames ``[N, C, H, W]``, 0 to 1, one by one: RGB, or RGBA, of which LPIPS leaves out
+    alpha.
+    """
     pairs = [(x[None], y[None]) for x, y in zip(a, b, strict=True)]
     ratios = torch.cat([psnr(*pair) for pair in pairs])
     similarities = torch.cat([ssim(*pair) for pair in pairs])

@@ -1,1 +1,3 @@
-"""ditnorm among the other things that people do to pipelines: features x families x orders, as tests and as docs/compatibility.md."""
+"""ditnorm among the other things that people do to pipelines: features x families x orders, as
+tests and as docs/compatibility.md.
+"""

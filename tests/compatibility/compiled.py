@@ -37,7 +37,9 @@ def regional(**how: Any) -> Callable[[Any, Path], nn.Module]:
 
 @torch.no_grad()
 def _batches(model: nn.Module, family: str) -> Tensor:
-    """Two batch sizes; no other size of the models is 5 or 9, which Dynamo would take for the batch's."""
+    """Two batch sizes; no other size of the models is 5 or 9, which Dynamo would take for the
+    batch's.
+    """
     outputs = []
     for batch in (5, 9):
         output = model(**_batch(family, batch), return_dict=False)[0]
@@ -54,8 +56,9 @@ def _batch(family: str, batch: int) -> dict[str, Any]:
 def no_less_accurate(output: Tensor, expected: Tensor, family: str) -> None:
     """As near to a float32 run of the same weights as the unpatched eager model is.
 
-    Inductor leaves out roundings inside the graphs between the fused ops and adds none. The ratio of two equal errors, each estimated from
-    N values that err independently, is 1 with a standard deviation of 1 / sqrt(N): four are allowed.
+    Inductor leaves out roundings inside the graphs between the fused ops and adds none. The ratio
+    of two equal errors, each estimated from N values that err independently, is 1 with a standard
+    deviation of 1 / sqrt(N): four are allowed.
     """
     eager = load(family)
     plain = forward(eager, family)
@@ -90,7 +93,8 @@ _ALL = frozenset(ORDERS)
 _ALL_BUT_ONE = _ALL - {"patch before"}
 _HALF = _ALL - {"patch before", "patch after"}
 
-# A compiler that sees the whole model leaves out what nothing reads: Qwen-Image's text stream after the last attention.
+# A compiler that sees the whole model leaves out what nothing reads: Qwen-Image's text stream after
+# the last attention.
 FEATURES = (
     Feature('`torch.compile(backend="aot_eager")`', _whole(backend="aot_eager"), graphs, fused="any", compiles=True, slow=_HALF),
     Feature(

@@ -19,7 +19,9 @@ from .offload import blocks_of
 
 
 def _another(make: Callable[[Any, Path], Any]) -> Callable[[Any, Path], Any]:
-    """What ``make`` makes of a model, with a weight changed, so that it shows which of the two runs."""
+    """What ``make`` makes of a model, with a weight changed, so that it shows which of the two
+    runs.
+    """
 
     def apply(model: nn.Module, folder: Path) -> nn.Module:
         made = make(model, folder)

@@ -1,4 +1,6 @@
-"""What the matrix is made of: a feature, how it is switched on and off, and what shows that it is really in effect."""
+"""What the matrix is made of: a feature, how it is switched on and off, and what shows that it is
+really in effect.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +30,9 @@ Observe = Callable[[Any, Callable[[], Tensor]], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Upstream:
-    """The feature fails on an unpatched model of this family (on ``device`` only, if given); ``error`` matches upstream's own message."""
+    """The feature fails on an unpatched model of this family (on ``device`` only, if given);
+    ``error`` matches upstream's own message.
+    """
 
     error: str
     why: str
@@ -39,9 +43,10 @@ class Upstream:
 class Feature:
     """One row of the table.
 
-    ``apply(target, folder)`` switches the feature on and returns what to run from then on; ``undo(target)`` switches it off.
-    ``observe(target, run)`` runs once and returns the output with an observation, which must differ from that of a plain model and
-    equal that of the unpatched model with the feature. ``run(target, family)`` is one run, by default one forward pass;
+    ``apply(target, folder)`` switches the feature on and returns what to run from then on;
+    ``undo(target)`` switches it off. ``observe(target, run)`` runs once and returns the output with
+    an observation, which must differ from that of a plain model and equal that of the unpatched
+    model with the feature. ``run(target, family)`` is one run, by default one forward pass;
     ``run_with`` is the run while the feature is on, where the feature is a way of running.
     """
 
@@ -54,8 +59,10 @@ class Feature:
     load: Callable[[str], Any] = field(default=lambda family: load(family))
     families: tuple[str, ...] = tuple(FAMILIES)
     fused: str = "all"
-    """``"all"``: as many fused calls a pass as without the feature; ``"some"``: fewer, because the feature skips or takes away
-    sites; ``"none"``; ``"any"``: more than none, where the feature calls the ops in another number."""
+    """``"all"``: as many fused calls a pass as without the feature; ``"some"``: fewer, because the
+    feature skips or takes away sites; ``"none"``; ``"any"``: more than none, where the feature
+    calls the ops in another number.
+    """
     passes: int = 1
     """Forward passes of ``run_with`` for each of ``run``."""
     bound: Callable[[Tensor, Tensor, str], None] | None = None
@@ -64,7 +71,9 @@ class Feature:
     refused: str | None = None
     """What patching warns of where the feature is on already and something stays unfused for it."""
     stuck: str | None = None
-    """What unpatching raises while the feature is on, if that came after patching: the feature goes first."""
+    """What unpatching raises while the feature is on, if that came after patching: the feature goes
+    first.
+    """
     gpus: int = 0
     agrees: Callable[[Any, Any], bool] = field(default=lambda observed, upstream: observed == upstream)
     """Compares the observation with the unpatched model's."""
@@ -112,7 +121,8 @@ def its_output(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
 def linears_called(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
     """The feature skips or adds linear layers.
 
-    Only those are hooked. A hook for all modules would be shown the norms of query and key too, which then run unfused.
+    Only those are hooked. A hook for all modules would be shown the norms of query and key too,
+    which then run unfused.
     """
     called = 0
 

@@ -1,4 +1,6 @@
-"""Other patchers in the same process: a block whose ``forward`` somebody replaced, wrappers around blocks, cache-dit."""
+"""Other patchers in the same process: a block whose ``forward`` somebody replaced, wrappers around
+blocks, cache-dit.
+"""
 
 from pathlib import Path
 from types import MethodType

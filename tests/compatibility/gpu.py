@@ -1,4 +1,6 @@
-"""What only a GPU shows: memory that offloading saves, streams, CUDA graphs, Inductor's graph mode."""
+"""What only a GPU shows: memory that offloading saves, streams, CUDA graphs, Inductor's graph
+mode.
+"""
 
 import gc
 from collections.abc import Callable
@@ -49,7 +51,9 @@ def _group_offload(**how: Any) -> Callable[[nn.Module, Path], nn.Module]:
 
 
 def _captured(model: nn.Module, family: str) -> Tensor:
-    """A forward pass captured in a CUDA graph by hand and replayed twice; the second replay's output."""
+    """A forward pass captured in a CUDA graph by hand and replayed twice; the second replay's
+    output.
+    """
     arguments = arguments_of(family)
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -67,7 +71,9 @@ def _captured(model: nn.Module, family: str) -> Tensor:
 
 
 def _marked(model: nn.Module, family: str) -> Tensor:
-    """A forward pass as CUDA graph trees want it: without the mark every block is a step of its own, and overwrites the one before."""
+    """A forward pass as CUDA graph trees want it: without the mark every block is a step of its
+    own, and overwrites the one before.
+    """
     torch.compiler.cudagraph_mark_step_begin()
     return forward(model, family).clone()
 

@@ -1,4 +1,6 @@
-"""Images as conditions: the embeddings that image-to-video models attend to. Those that come as tokens are in the tests of the models."""
+"""Images as conditions: the embeddings that image-to-video models attend to. Those that come as
+tokens are in the tests of the models.
+"""
 
 from typing import Any
 

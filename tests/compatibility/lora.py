@@ -12,7 +12,8 @@ from torch import nn
 
 from .feature import FAMILIES, Feature, calls_of, its_output, linears_called, load
 
-# Of each family the attention, a feed-forward layer and, where there is one, the layer that makes the modulation.
+# Of each family the attention, a feed-forward layer and, where there is one, the layer that makes
+# the modulation.
 TARGETS = ["to_q", "to_k", "to_v", "ffn.net.2", "img_mlp.net.2", "ff.net.2", "img_mod.1", "norm1.linear", "norm.linear"]
 
 

@@ -102,7 +102,9 @@ def upstream_failure(cell: Cell) -> Upstream | None:
 
 
 def check(cell: Cell, folder: Path) -> None:
-    """Runs one cell: the unpatched model's bits with the feature in effect and the ops fused, and an exact way back."""
+    """Runs one cell: the unpatched model's bits with the feature in effect and the ops fused, and
+    an exact way back.
+    """
     feature, family = cell.feature, cell.family
     if upstream_failure(cell) is not None:
         _fails_as_upstream(cell, folder)
@@ -143,7 +145,9 @@ def check(cell: Cell, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The unpatched model without and with the feature; calls of the patched model without the feature and the range with it."""
+    """The unpatched model without and with the feature; calls of the patched model without the
+    feature and the range with it.
+    """
 
     plain: Tensor
     output: Tensor

@@ -33,7 +33,9 @@ def _autocast(to: torch.dtype, dtype: torch.dtype = DTYPE) -> Callable[[nn.Modul
 
 
 def _autocast_dtype(target: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
-    """What blocks run under. Hooks for all modules would be shown the norms, which aren't fused then."""
+    """What blocks run under. Hooks for all modules would be shown the norms, which aren't fused
+    then.
+    """
     seen = set()
 
     def look(module: nn.Module, args: Any) -> None:

@@ -70,7 +70,9 @@ def _load_pipeline(family: str) -> Any:
 
 
 def _guided(make: Callable[[str], Any]) -> Callable[[Any, Path], Any]:
-    """A guider runs the model several times in a step, some of them with hooks that it adds before and removes after."""
+    """A guider runs the model several times in a step, some of them with hooks that it adds before
+    and removes after.
+    """
 
     def apply(pipe: Any, folder: Path) -> Any:
         pipe.update_components(guider=make("blocks" if hasattr(pipe.transformer, "blocks") else "transformer_blocks"))

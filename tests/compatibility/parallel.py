@@ -1,5 +1,5 @@
-"""One rank of the tests in ``test_parallel``: a model sharded over two processes, patched in every order, against the unpatched one, and
-against the model on one device.
+"""One rank of the tests in ``test_parallel``: a model sharded over two processes, patched in every
+order, against the unpatched one, and against the model on one device.
 """
 
 import json
@@ -36,7 +36,9 @@ Parallelise = Callable[[Any, str], Any]
 
 
 def _on_the_cpu_too() -> None:
-    """Diffusers counts accelerators and lists the devices that it has tried; with gloo the CPU computes the same."""
+    """Diffusers counts accelerators and lists the devices that it has tried; with gloo the CPU
+    computes the same.
+    """
     if not torch.accelerator.is_available():
         torch.accelerator.device_count = lambda: WORLD
         tensor_parallel._SUPPORTED_TP_DEVICES = (*tensor_parallel._SUPPORTED_TP_DEVICES, "cpu")
@@ -127,7 +129,9 @@ def inputs(name: str, device: str, kind: str) -> dict[str, Any]:
 
 
 def observe(model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The output, with the number of tokens that each projection of queries sees and how many parameters are sharded."""
+    """The output, with the number of tokens that each projection of queries sees and how many
+    parameters are sharded.
+    """
     tokens: list[int] = []
     query = next(m for name, m in model.named_modules() if name.endswith("to_q"))
     handle = query.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
@@ -152,9 +156,11 @@ def _widened(value: Any) -> Any:
 def no_less_accurate(sharded: Tensor, single: Tensor, exact: Tensor) -> None:
     """As near to a float32 run of the same weights as the model on one device is.
 
-    Where each rank computes a part of a sum (tensor parallelism, ring attention), the parts are rounded besides the sum. Of independent
-    parts the squares add up to the sum's, so their rounding doubles the variance of the error there, and nowhere is more rounded. The
-    ratio of two such errors, estimated from N values that err independently, has a standard deviation of 1 / sqrt(N): four are allowed.
+    Where each rank computes a part of a sum (tensor parallelism, ring attention), the parts are
+    rounded besides the sum. Of independent parts the squares add up to the sum's, so their rounding
+    doubles the variance of the error there, and nowhere is more rounded. The ratio of two such
+    errors, estimated from N values that err independently, has a standard deviation of 1 / sqrt(N):
+    four are allowed.
     """
     errors = [(output.float() - exact).square().mean().sqrt() for output in (sharded, single)]
     assert errors[0] <= errors[1] * math.sqrt(2) * (1 + 4 / math.sqrt(exact.numel())), f"errors on two ranks and on one: {errors}"

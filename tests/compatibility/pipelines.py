@@ -1,4 +1,6 @@
-"""What people call on pipelines. The pipelines are the tiny models without text encoders and, but for its own rows, without a VAE."""
+"""What people call on pipelines. The pipelines are the tiny models without text encoders and, but
+for its own rows, without a VAE.
+"""
 
 import copy
 import functools
@@ -132,7 +134,9 @@ def _two_share(pipe: Any, family: str) -> Tensor:
 
 
 def _beside_others(pipe: Any, family: str) -> Tensor:
-    """Pipelines of the other families in the same process, which nobody patched, take turns with this one."""
+    """Pipelines of the other families in the same process, which nobody patched, take turns with
+    this one.
+    """
     others = [(name, pipeline(name)) for name in _PIPELINES if name != family]
     before = [generate(other, name).flatten() for name, other in others]
     latents = generate(pipe, family).flatten()

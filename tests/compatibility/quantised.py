@@ -1,4 +1,6 @@
-"""Quantised weights: through ``from_pretrained`` where that needs no hub, else by hand; a layer that returns another dtype."""
+"""Quantised weights: through ``from_pretrained`` where that needs no hub, else by hand; a layer
+that returns another dtype.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,9 @@ class Float32Int8Linear(Int8Linear):
 
 
 def _returns_float32(model: nn.Module, folder: Path) -> nn.Module:
-    """The last layer of every attention and feed-forward returns float32, so the residual stream is promoted."""
+    """The last layer of every attention and feed-forward returns float32, so the residual stream is
+    promoted.
+    """
     for name, linear in model.named_modules():
         if type(linear) is nn.Linear:
             last = "blocks." in name and "refiner" not in name and name.endswith(("to_out.0", "to_add_out", "net.2", "proj_out"))
@@ -48,7 +52,9 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def _from_pretrained(config: Callable[[], Any]) -> Callable[[Any, Path], Any]:
-    """Saves the model and loads it quantised; a loaded model knows nothing of the patch, so it is patched if the saved one was."""
+    """Saves the model and loads it quantised; a loaded model knows nothing of the patch, so it is
+    patched if the saved one was.
+    """
 
     def apply(model: Any, folder: Path) -> Any:
         model.save_pretrained(folder)
@@ -69,7 +75,9 @@ def _torchao(config: str) -> Callable[[], Any]:
 
 
 def _torchao_by_hand(law: Law) -> Callable[[nn.Module, Path], nn.Module]:
-    """Weights and activations of the blocks, before or after patching; patched again, so that the linear layers are fused too."""
+    """Weights and activations of the blocks, before or after patching; patched again, so that the
+    linear layers are fused too.
+    """
 
     def apply(model: nn.Module, folder: Path) -> nn.Module:
         quantised.quantise(model, law, lambda name: "blocks." in name and "refiner" not in name)
@@ -87,7 +95,9 @@ def _quanto_by_hand(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _gguf(model: nn.Module, folder: Path) -> nn.Module:
-    """Every linear layer of the blocks in Q8_0 where its width is a multiple of that format's 32, else in bf16."""
+    """Every linear layer of the blocks in Q8_0 where its width is a multiple of that format's 32,
+    else in bf16.
+    """
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
@@ -101,7 +111,9 @@ def _gguf(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _gguf_file(model: Any, folder: Path) -> Any:
-    """Saves the model as a GGUF file and loads that, with a configuration that is a file too; patched if the saved one was."""
+    """Saves the model as a GGUF file and loads that, with a configuration that is a file too;
+    patched if the saved one was.
+    """
     import gguf
 
     model.save_config(folder)

@@ -14,7 +14,9 @@ STEPS = 2
 
 
 def _forward(model: nn.Module, family: str) -> Tensor:
-    """The output where gradients are wanted: HunyuanVideo's single-stream blocks then add both residual streams in one fused call."""
+    """The output where gradients are wanted: HunyuanVideo's single-stream blocks then add both
+    residual streams in one fused call.
+    """
     output: Tensor = model(**arguments_of(family), return_dict=False)[0]
     return output.detach()
 

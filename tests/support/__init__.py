@@ -1,1 +1,3 @@
-"""What several tests share: tiny models, random calls of the ops, the expressions that they must equal, and what to check."""
+"""What several tests share: tiny models, random calls of the ops, the expressions that they must
+equal, and what to check.
+"""

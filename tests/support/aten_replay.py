@@ -1,8 +1,10 @@
-"""What ATen's vectorised LayerNorm and RMSNorm compute on CUDA, bit for bit, in plain PyTorch on any device.
+"""What ATen's vectorised LayerNorm and RMSNorm compute on CUDA, bit for bit, in plain PyTorch on
+any device.
 
-Source: ``vectorized_layer_norm_kernel`` in ATen/native/cuda/layer_norm_kernel.cu, with the multiply-adds that nvcc contracts. 128 lanes
-read groups of 4 elements and run Welford over them; states are combined within warps, then between the four warps. The one
-difference: here the reciprocal square root is correctly rounded, and CUDA's ``rsqrtf`` isn't always.
+Source: ``vectorized_layer_norm_kernel`` in ATen/native/cuda/layer_norm_kernel.cu, with the
+multiply-adds that nvcc contracts. 128 lanes read groups of 4 elements and run Welford over them;
+states are combined within warps, then between the four warps. The one difference: here the
+reciprocal square root is correctly rounded, and CUDA's ``rsqrtf`` isn't always.
 """
 
 import functools
@@ -24,8 +26,8 @@ class Welford(NamedTuple):
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """``a * b + c`` of float32 tensors, rounded once.
 
-    The product is exact in float64. The sum is rounded to odd there (Boldo and Melquiond, 2008), so that rounding it again to float32
-    gives the correctly rounded result.
+    The product is exact in float64. The sum is rounded to odd there (Boldo and Melquiond, 2008), so
+    that rounding it again to float32 gives the correctly rounded result.
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
@@ -127,7 +129,9 @@ def _combine(mine: Welford, other: Welford) -> Welford:
 
 
 def mean_of_squares(x: Tensor) -> Tensor:
-    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D] (``Reduce.cuh``, one warp a row)."""
+    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D] (``Reduce.cuh``, one warp a
+    row).
+    """
     n, d = x.shape
     squares = x.float().cpu() ** 2
     lanes = 32
@@ -160,7 +164,9 @@ def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def complex_rotary(x: Tensor, freqs: Tensor) -> Tensor:
-    """``apply_rotary_emb_qwen(x, freqs, use_real=False)``, as on CUDA: nvcc contracts the product of complex numbers."""
+    """``apply_rotary_emb_qwen(x, freqs, use_real=False)``, as on CUDA: nvcc contracts the product
+    of complex numbers.
+    """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (t.unsqueeze(1).expand_as(a) for t in (freqs.real, freqs.imag))
     turned = torch.stack([fma(a, cos, -(b * sin)), fma(a, sin, b * cos)], dim=-1)

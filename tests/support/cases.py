@@ -1,6 +1,8 @@
-"""Random arguments for the ops, the exact result in float64, and the bounds on the error of ``rounding="single"``.
+"""Random arguments for the ops, the exact result in float64, and the bounds on the error of
+``rounding="single"``.
 
-The exact result lays modulations out by itself (``dense``), so it shares no code with ``ditnorm.ops.reference``.
+The exact result lays modulations out by itself (``dense``), so it shares no code with
+``ditnorm.ops.reference``.
 """
 
 import os
@@ -81,7 +83,9 @@ def activation(layout: str, shape: Shape, dtype: torch.dtype, *, mean: float = 0
 
 
 def modulation(layout: str, shape: Shape, dtype: torch.dtype, std: float = 0.7) -> Tensor:
-    """``gate``, ``scale`` or ``shift`` in one of ``LAYOUTS``, ``VIEWS`` or, for use with an index, ``ROWS``."""
+    """``gate``, ``scale`` or ``shift`` in one of ``LAYOUTS``, ``VIEWS`` or, for use with an index,
+    ``ROWS``.
+    """
     b, s, d, f, m = shape.batch, shape.tokens, shape.width, shape.frames, shape.rows
 
     def normal(*size: int) -> Tensor:
@@ -118,7 +122,9 @@ def selection(kind: str, shape: Shape) -> Tensor:
 
 
 def random_call(op: str, width: int, seed: int, rounding: str) -> dict[str, Any]:
-    """Arguments of one random call: every layout, stride and option drawn on its own; dtypes too for ``"single"``."""
+    """Arguments of one random call: every layout, stride and option drawn on its own; dtypes too
+    for ``"single"``.
+    """
     rng = random.Random(f"{op} {width} {seed} {rounding}")
     torch.manual_seed(seed)
     frames = rng.choice((1, 2, 3))
@@ -162,7 +168,9 @@ def run(op: str, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
 
 
 def poison(like: Tensor) -> None:
-    """Frees blocks of NaN of the size that the outputs will ask for, so that an element that is never written shows."""
+    """Frees blocks of NaN of the size that the outputs will ask for, so that an element that is
+    never written shows.
+    """
     blocks = [torch.full(like.shape, float("nan"), dtype=like.dtype, device=like.device) for _ in range(3)]
     del blocks
 
@@ -184,18 +192,23 @@ def dense(m: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
 
 @dataclass
 class Bounded:
-    """An exact value and how far fp32 arithmetic may be from it before the one rounding of the result."""
+    """An exact value and how far fp32 arithmetic may be from it before the one rounding of the
+    result.
+    """
 
     value: Tensor
     slack: Tensor
 
 
 def exact(call: dict[str, Any], r: Tensor | None) -> tuple[Bounded | None, Bounded | None]:
-    """``(y, r)`` in float64 with the bounds on fp32 arithmetic; ``y`` given the ``r`` that the op has stored.
+    """``(y, r)`` in float64 with the bounds on fp32 arithmetic; ``y`` given the ``r`` that the op
+    has stored.
 
-    Derivation, u = 2^-24. Each fp32 operation errs by u of its result. ``residual + (gate + table) * x``: 3 operations on terms of
-    size |residual|, (|gate| + |table|) |x|. Norm: with chains of K roundings (K = D / 32 + 16: one warp a row, then its tree) mean errs
-    by K u max|v|, the variance by a relative K u sqrt(1 + mean^2 / var), rstd by half of that and 4 operations. Modulation: 6 more.
+    Derivation, u = 2^-24. Each fp32 operation errs by u of its result. ``residual + (gate + table)
+    * x``: 3 operations on terms of size |residual|, (|gate| + |table|) |x|. Norm: with chains of K
+    roundings (K = D / 32 + 16: one warp a row, then its tree) mean errs by K u max|v|, the variance
+    by a relative K u sqrt(1 + mean^2 / var), rstd by half of that and 4 operations. Modulation: 6
+    more.
     """
     x = call["x"]
     shape = x.shape
@@ -249,7 +262,9 @@ def _norm(v: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rounded_once(result: Tensor, expected: Bounded) -> None:
-    """Asserts that every element is within half an ulp of its dtype, plus the slack, of the exact value."""
+    """Asserts that every element is within half an ulp of its dtype, plus the slack, of the exact
+    value.
+    """
     error = (result.double() - expected.value).abs()
     bound = half_ulp(expected.value.abs() + expected.slack, result.dtype) + expected.slack
     worst = (error - bound).amax().item() if error.numel() else 0.0

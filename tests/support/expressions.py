@@ -1,6 +1,8 @@
-"""The unfused expressions of diffusers, as it writes them: what ``rounding="eager"`` must equal bit for bit.
+"""The unfused expressions of diffusers, as it writes them: what ``rounding="eager"`` must equal bit
+for bit.
 
-``layer_norm`` and ``rms_norm`` are torch's own, and with the host build of the CUDA kernels their bits on CUDA (``aten_replay``).
+``layer_norm`` and ``rms_norm`` are torch's own, and with the host build of the CUDA kernels their
+bits on CUDA (``aten_replay``).
 """
 
 import torch
@@ -15,7 +17,9 @@ rms_norm = aten_replay.rms_norm if MODE == "cpu_sim" else F.rms_norm
 
 
 def qwen_modulate(x: Tensor, mod_params: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``QwenImageTransformerBlock._modulate``: ``x`` is already normed, ``mod_params`` [B, 3D], or [2B, 3D] with an index [B, S]."""
+    """``QwenImageTransformerBlock._modulate``: ``x`` is already normed, ``mod_params`` [B, 3D], or
+    [2B, 3D] with an index [B, S].
+    """
     shift, scale, gate = mod_params.chunk(3, dim=-1)
     if index is not None:
         actual_batch = shift.size(0) // 2
@@ -34,7 +38,9 @@ def hunyuan_ada_layer_norm_zero(x: Tensor, scale_msa: Tensor, shift_msa: Tensor)
 
 
 def hunyuan_token_replace_norm(x: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int) -> Tensor:
-    """``HunyuanVideoTokenReplaceAdaLayerNormZero.forward`` after its linear layers: embeddings [B, 6D]."""
+    """``HunyuanVideoTokenReplaceAdaLayerNormZero.forward`` after its linear layers: embeddings [B,
+    6D].
+    """
     shift_msa, scale_msa = emb.chunk(6, dim=1)[:2]
     tr_shift_msa, tr_scale_msa = token_replace_emb.chunk(6, dim=1)[:2]
     normed = layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -44,7 +50,9 @@ def hunyuan_token_replace_norm(x: Tensor, emb: Tensor, token_replace_emb: Tensor
 
 
 def wan_modulation(scale_shift_table: Tensor, temb: Tensor) -> list[Tensor]:
-    """The six modulations of ``WanTransformerBlock``: table [1, 6, D] float32; temb [B, 6, D], or [B, S, 6, D] (TI2V)."""
+    """The six modulations of ``WanTransformerBlock``: table [1, 6, D] float32; temb [B, 6, D], or
+    [B, S, 6, D] (TI2V).
+    """
     if temb.ndim == 4:
         return [m.squeeze(2) for m in (scale_shift_table.unsqueeze(0) + temb.float()).chunk(6, dim=2)]
     return list((scale_shift_table + temb.float()).chunk(6, dim=1))
@@ -66,5 +74,7 @@ def wan_residual(hidden_states: Tensor, attn_output: Tensor, gate: Tensor) -> Te
 
 
 def ltx_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm1 of ``LTXVideoTransformerBlock``, with torch's fused RMSNorm: scale and shift [B, 1 or S, D]."""
+    """norm1 of ``LTXVideoTransformerBlock``, with torch's fused RMSNorm: scale and shift [B, 1 or
+    S, D].
+    """
     return rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

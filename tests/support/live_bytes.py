@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators have returned and somebody still holds. A fused op is one operator."""
+    """Counts the bytes of the tensors that operators have returned and somebody still holds. A
+    fused op is one operator.
+    """
 
     def __init__(self, known: Iterator[torch.Tensor]) -> None:
         super().__init__()

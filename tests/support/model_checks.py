@@ -18,7 +18,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])]
 
 
 def bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> None:
-    """The default rounding gives the bits of the unpatched model, in the expected number of fused calls."""
+    """The default rounding gives the bits of the unpatched model, in the expected number of fused
+    calls.
+    """
     model, arguments = tiny.load(name, dtype).to(device), moved(tiny.inputs(name, batch, dtype), device)
     expected = tiny.run(model, arguments)
 
@@ -36,10 +38,12 @@ def bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> Non
 
 
 def no_less_accurate(name: str, dtype: torch.dtype, device: str) -> None:
-    """``rounding="single"`` is as near to a float32 run of the same weights as the unpatched model is.
+    """``rounding="single"`` is as near to a float32 run of the same weights as the unpatched model
+    is.
 
-    Where its roundings are the unpatched model's (Wan), chance decides for each input which is nearer: of the mean ratio of the two
-    distances, five standard errors are allowed, which 16 equally accurate inputs exceed once in ten thousand times.
+    Where its roundings are the unpatched model's (Wan), chance decides for each input which is
+    nearer: of the mean ratio of the two distances, five standard errors are allowed, which 16
+    equally accurate inputs exceed once in ten thousand times.
     """
     model = tiny.load(name, dtype).to(device)
     samples = [moved(tiny.inputs(name, 2, dtype, seed), device) for seed in range(16)]
@@ -55,7 +59,9 @@ def no_less_accurate(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 def restored(name: str, dtype: torch.dtype) -> None:
-    """Patching stores nothing on modules; unpatching gives back their classes and the bits of the output."""
+    """Patching stores nothing on modules; unpatching gives back their classes and the bits of the
+    output.
+    """
     model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)
     expected, classes, contents = tiny.run(model, arguments), _classes(model), _contents(model)
 
@@ -73,7 +79,8 @@ def restored(name: str, dtype: torch.dtype) -> None:
 def same_gradients(name: str) -> None:
     """Training through a patched model: the gradients of the unpatched one, bit for bit.
 
-    Not so where a modulation belongs to tokens (TI2V-5B, an index): its gradient is a sum over tokens, taken in another order.
+    Not so where a modulation belongs to tokens (TI2V-5B, an index): its gradient is a sum over
+    tokens, taken in another order.
     """
     model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
     expected = _gradients(model, arguments)

@@ -1,6 +1,8 @@
-"""The unfused expressions of diffusers' attention processors, as it writes them: what ``rounding="eager"`` must equal bit for bit.
+"""The unfused expressions of diffusers' attention processors, as it writes them: what
+``rounding="eager"`` must equal bit for bit.
 
-With the host build of the CUDA kernels the norms have the bits that they have on CUDA (``aten_replay``), and so has the complex product.
+With the host build of the CUDA kernels the norms have the bits that they have on CUDA
+(``aten_replay``), and so has the complex product.
 """
 
 import torch
@@ -41,7 +43,9 @@ def hunyuan_rotary(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def wan_rotary(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
-    """The inner function of ``WanAttnProcessor``, after it has taken every second value of its tables."""
+    """The inner function of ``WanAttnProcessor``, after it has taken every second value of its
+    tables.
+    """
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = freqs
     out = torch.empty_like(x)

@@ -1,4 +1,6 @@
-"""Models with quantised weights, as ``quantize_`` of torchao makes them on a GPU; some of its configurations ask for one."""
+"""Models with quantised weights, as ``quantize_`` of torchao makes them on a GPU; some of its
+configurations ask for one.
+"""
 
 import functools
 import importlib
@@ -24,7 +26,9 @@ def config(law: Law) -> Any:
 
 
 def weight(plain: Tensor, law: Law, **options: Any) -> Any:
-    """``plain`` [N, K] with dynamically quantised activations; ``options`` are those of the activations' quantiser."""
+    """``plain`` [N, K] with dynamically quantised activations; ``options`` are those of the
+    activations' quantiser.
+    """
     torchao = pytest.importorskip("torchao.quantization")
     if law is FLOAT8_ROW and not plain.is_cuda and not cpu_multiplies_float8_rows():
         pytest.skip("this PyTorch multiplies float8 matrices with a scale for each row on GPUs only")
@@ -50,7 +54,9 @@ def cpu_multiplies_float8_rows() -> bool:
 
 
 def quantise(model: nn.Module, law: Law, which: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Every linear layer of which the name passes ``which`` and the shape suits the matrix products."""
+    """Every linear layer of which the name passes ``which`` and the shape suits the matrix
+    products.
+    """
     multiple = 16 if next(model.parameters()).is_cuda else 8
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and which(name) and not (linear.in_features % multiple or linear.out_features % multiple):

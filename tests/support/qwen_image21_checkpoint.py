@@ -1,4 +1,6 @@
-"""A tiny checkpoint of Qwen-Image 2.1 with every component of its pipeline. A module, because diffusers loads ``Processor`` by name."""
+"""A tiny checkpoint of Qwen-Image 2.1 with every component of its pipeline. A module, because
+diffusers loads ``Processor`` by name.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,6 @@
-"""The real models of ``scripts/bench/models``, shrunk until they run on a CPU in a second; every path of theirs stays."""
+"""The real models of ``scripts/bench/models``, shrunk until they run on a CPU in a second; every
+path of theirs stays.
+"""
 
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,6 @@
-// The kernel of QK normalisation and rotary embedding for everything that the fast ones don't serve: any width, alignment, tables and
-// dtype of the weights. One warp a head, or a row where the norm goes across heads; element by element.
+// The kernel of QK normalisation and rotary embedding for everything that the fast ones don't
+// serve: any width, alignment, tables and dtype of the weights. One warp a head, or a row where the
+// norm goes across heads; element by element.
 #pragma once
 #include "lanes.h"
 #include "launch.h"
@@ -8,7 +9,8 @@
 
 namespace ditnorm {
 
-// A row's sum of squares as torch's RMSNorm takes it (statistics.cuh), by one warp in place of its four.
+// A row's sum of squares as torch's RMSNorm takes it (statistics.cuh), by one warp in place of its
+// four.
 template <class V>
 __device__ __forceinline__ float lanes_sum_of_squares(int64_t width, const V& v) {
   float of_warp[kLanes / 32] = {};

@@ -1,10 +1,13 @@
-// Runs the CUDA kernels on the host, for tests without a GPU:  g++ -x c++ -include cpu_sim.h -ffp-contract=off kernels.cu
+// Runs the CUDA kernels on the host, for tests without a GPU:
+//   g++ -x c++ -include cpu_sim.h -ffp-contract=off kernels.cu
 //
-// One block runs at a time. Its threads are fibers of one OS thread, so __syncthreads and the warp shuffles are real rendezvous points.
-// That finds wrong indices, masks and tails, missing barriers (CPU_SIM_ORDER below) and, under -fsanitize=address,undefined, accesses out
-// of bounds and misaligned ones. It says nothing of speed or of memory order, and doesn't know inline PTX.
+// One block runs at a time. Its threads are fibers of one OS thread, so __syncthreads and the warp
+// shuffles are real rendezvous points. That finds wrong indices, masks and tails, missing barriers
+// (CPU_SIM_ORDER below) and, under -fsanitize=address,undefined, accesses out of bounds and
+// misaligned ones. It says nothing of speed or of memory order, and doesn't know inline PTX.
 //
-// CPU_SIM_ORDER=0 (default): threads take turns in order; 1: in reverse; n > 1: in an order drawn from seed n, with warps held back.
+// CPU_SIM_ORDER=0 (default): threads take turns in order; 1: in reverse; n > 1: in an order drawn
+// from seed n, with warps held back.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -264,7 +267,8 @@ T exchange(unsigned mask, T value, int source_lane) {
 
 }  // namespace cpu_sim
 
-// Runs every block of `grid`, one after the other. Callable from any OS thread. Returns cudaSuccess.
+// Runs every block of `grid`, one after the other. Callable from any OS thread. Returns
+// cudaSuccess.
 template <class... Params, class... Args>
 int sim_launch(void (*kernel)(Params...), dim3 grid, dim3 block, Args... args) {
   const std::lock_guard<std::mutex> lock(cpu_sim::launch_mutex);

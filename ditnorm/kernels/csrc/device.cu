@@ -10,7 +10,8 @@ __global__ void probe_kernel() {}
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// Finding a kernel's code fails for a driver older than the toolkit, and for a GPU that none of the embedded code fits.
+// Finding a kernel's code fails for a driver older than the toolkit, and for a GPU that none of the
+// embedded code fits.
 const char* unusable(int device) {
   int current = -1;
   cudaError_t error = cudaGetDevice(&current);

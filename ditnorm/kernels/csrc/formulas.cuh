@@ -1,14 +1,16 @@
-// The formulas of the ops for one element, in every law. ROUND: each intermediate is rounded to T ("eager" with a half-precision law);
-// otherwise float32 throughout.
+// The formulas of the ops for one element, in every law. ROUND: each intermediate is rounded to T
+// ("eager" with a half-precision law); otherwise float32 throughout.
 #pragma once
 #include "numerics.cuh"
 
 namespace ditnorm {
 
-// What stands for an operand that isn't given: it changes no bit (x + -0 is x even for x = -0), and formulas need no branches.
+// What stands for an operand that isn't given: it changes no bit (x + -0 is x even for x = -0), and
+// formulas need no branches.
 constexpr float kNoWeight = 1.0f, kNoBias = -0.0f, kNoGate = 1.0f, kNoScale = 0.0f, kNoShift = -0.0f;
 
-// Half-precision modulations in float32 arithmetic: without tables that is rounding="single", and multiplications and additions may fuse.
+// Half-precision modulations in float32 arithmetic: without tables that is rounding="single", and
+// multiplications and additions may fuse.
 template <class T, class M, bool ROUND>
 constexpr bool kContracts = !ROUND && std::is_same_v<T, M> && !std::is_same_v<T, float>;
 
@@ -18,21 +20,24 @@ __device__ __forceinline__ float add_gated(float residual, float x, float gate) 
   return __fadd_rn(residual, round_to<T, ROUND>(__fmul_rn(gate, x)));
 }
 
-// (v - mean) * rstd, and the norm's affine as ATen contracts it. RMSNorm: mean is 0, and bias kNoBias (see normalize_rms).
+// (v - mean) * rstd, and the norm's affine as ATen contracts it. RMSNorm: mean is 0, and bias
+// kNoBias (see normalize_rms).
 template <class T, bool ROUND>
 __device__ __forceinline__ float normalize(float v, float mean, float rstd, float weight, float bias) {
   return round_to<T, ROUND>(__fmaf_rn(weight, __fmul_rn(rstd, __fsub_rn(v, mean)), bias));
 }
 
-// A LayerNorm with a bias but no weight, which no module has. ATen contracts the bias with the normalisation; seen on an H200, 7 % of its
-// float32 results differ from this all the same, so "eager" promises no exactness here.
+// A LayerNorm with a bias but no weight, which no module has. ATen contracts the bias with the
+// normalisation; seen on an H200, 7 % of its float32 results differ from this all the same, so
+// "eager" promises no exactness here.
 template <class T, bool ROUND>
 __device__ __forceinline__ float normalize_bias_only(float v, float mean, float rstd, float bias) {
   return round_to<T, ROUND>(__fmaf_rn(rstd, __fsub_rn(v, mean), bias));
 }
 
-// An RMSNorm with a bias. torch's rms_norm has none: it is an addition of its own, after a rounding of its own. `wide`: weight or bias is
-// of another dtype than x; then the norm computes in float32 and rounds once, as FP32LayerNorm does.
+// An RMSNorm with a bias. torch's rms_norm has none: it is an addition of its own, after a rounding
+// of its own. `wide`: weight or bias is of another dtype than x; then the norm computes in float32
+// and rounds once, as FP32LayerNorm does.
 template <class T, bool ROUND>
 __device__ __forceinline__ float normalize_rms(float v, float rstd, float weight, float bias, bool wide) {
   const float n = __fmul_rn(weight, __fmul_rn(rstd, v));
@@ -45,7 +50,8 @@ __device__ __forceinline__ float modulate(float n, float scale, float shift) {
   return __fadd_rn(round_to<T, ROUND>(__fmul_rn(n, round_to<T, ROUND>(__fadd_rn(1.0f, scale)))), shift);
 }
 
-// The same with "single" rounding, where contraction only makes it more accurate; `delta`: v - mean.
+// The same with "single" rounding, where contraction only makes it more accurate; `delta`: v -
+// mean.
 __device__ __forceinline__ float modulate_contracted(float delta, float rstd, float scale, float shift) {
   return __fmaf_rn(delta, __fmaf_rn(scale, rstd, rstd), shift);
 }
@@ -72,9 +78,10 @@ __device__ __forceinline__ Pack<T, N> add(const Pack<T, N>& residual, const Pack
   return from_floats<T, N>(r);
 }
 
-// N elements in packed arithmetic, every intermediate rounded to T. What eager PyTorch does, an operation in float32 and then a rounding
-// to a half-precision type, gives what the operation in that type gives, since float32 has more than twice its digits (Figueroa, 1995);
-// bfloat16 results below 2**-126 are the one exception.
+// N elements in packed arithmetic, every intermediate rounded to T. What eager PyTorch does, an
+// operation in float32 and then a rounding to a half-precision type, gives what the operation in
+// that type gives, since float32 has more than twice its digits (Figueroa, 1995); bfloat16 results
+// below 2**-126 are the one exception.
 
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> add_gated_rounded(const Pack<T, N>& residual, const Pack<T, N>& x, const Pack<T, N>& gate) {

@@ -1,5 +1,6 @@
-// The kernel for everything that the fast ones don't serve: any width, alignment, and mix of dtypes. One block of 128 threads a row,
-// element by element; a row is read twice. The statistics take the same order as in statistics.cuh (a last group may be short).
+// The kernel for everything that the fast ones don't serve: any width, alignment, and mix of
+// dtypes. One block of 128 threads a row, element by element; a row is read twice. The statistics
+// take the same order as in statistics.cuh (a last group may be short).
 #pragma once
 #include "formulas.cuh"
 #include "launch.h"
@@ -28,7 +29,8 @@ __device__ __forceinline__ void load_group(float (&out)[kGroup], const Modulatio
   for (int j = 0; j < kGroup; ++j) out[j] = __fadd_rn(out[j], addends[j]);
 }
 
-// T: what the law rounds each intermediate to, if ROUND; the dtypes of the tensors are known at run time only.
+// T: what the law rounds each intermediate to, if ROUND; the dtypes of the tensors are known at run
+// time only.
 template <Op OP, Norm NORM, class T, bool ROUND>
 __global__ void __launch_bounds__(kLanes, 4) generic_kernel(const Problem p) {
   constexpr bool kResidual = OP != Op::norm_scale_shift;

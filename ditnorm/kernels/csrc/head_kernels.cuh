@@ -1,10 +1,13 @@
-// The fast kernels of QK normalisation and rotary embedding. They serve what models use: one dtype T of rows and weights, everything
-// aligned. A row of one token (of query, key or value) stays in registers from its one load to its one store. Three of them differ in
-// the statistics:
+// The fast kernels of QK normalisation and rotary embedding. They serve what models use: one dtype
+// T of rows and weights, everything aligned. A row of one token (of query, key or value) stays in
+// registers from its one load to its one store. Three of them differ in the statistics:
 //
-//   head_kernel         norm per head of 64, 128 or 256, diffusers' RMSNorm: a head is a part of a warp, nothing leaves it
-//   any_head_kernel     norm per head of any multiple of 8 from 32 on: statistics through shared memory, in ATen's order
-//   across_kernel       norm across all heads, torch's RMSNorm: the block's reduction of statistics.cuh
+//   head_kernel       norm per head of 64, 128 or 256, diffusers' RMSNorm: a head is a part of a
+//                     warp, nothing leaves it
+//   any_head_kernel   norm per head of any multiple of 8 from 32 on: statistics through shared
+//                     memory, in ATen's order
+//   across_kernel     norm across all heads, torch's RMSNorm: the block's reduction of
+//                     statistics.cuh
 #pragma once
 #include "lanes.h"
 #include "launch.h"
@@ -15,8 +18,8 @@
 
 namespace ditnorm {
 
-// Which row a block works on: blockIdx.x counts tokens of the first stream and then of the second, query, key and value of a token in a
-// row, since they share its angles.
+// Which row a block works on: blockIdx.x counts tokens of the first stream and then of the second,
+// query, key and value of a token in a row, since they share its angles.
 struct HeadPlace {
   const HeadStream& stream;
   const HeadRows& rows;
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p)
 
 constexpr int kLeastHead = 32;
 
-// A thread has the same columns of a head in each of its accesses: the threads are as many as some whole heads take, a few more idle.
+// A thread has the same columns of a head in each of its accesses: the threads are as many as some
+// whole heads take, a few more idle.
 template <class T, bool ROUND, int ITEMS>
 __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kHeads = kHeadThreads * N * ITEMS / kLeastHead;
@@ -163,8 +167,8 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
   });
 }
 
-// LANES: how many of ATen's lanes one thread stands in for. head_dim divides kTile, so a thread's columns have the same angles in every
-// tile.
+// LANES: how many of ATen's lanes one thread stands in for. head_dim divides kTile, so a thread's
+// columns have the same angles in every tile.
 template <class T, bool ROUND, class TILES, int LANES>
 __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProblem p) {
   constexpr int N = LANES * kGroup;

@@ -4,13 +4,15 @@
 
 namespace ditnorm {
 
-// ATen's norms, whose order of sums the kernels replay (statistics.cuh), have 128 lanes, which take groups of 4 elements in turn.
+// ATen's norms, whose order of sums the kernels replay (statistics.cuh), have 128 lanes, which take
+// groups of 4 elements in turn.
 constexpr int kLanes = 128;
 constexpr int kGroup = 4;
 constexpr int kTile = kLanes * kGroup;  // the elements that all lanes together take at a time
 
 // LANES: how many of ATen's lanes one thread stands in for.
-// AHEAD: how many accesses ahead of its use a modulation is asked for, or one of the two constants below.
+// AHEAD: how many accesses ahead of its use a modulation is asked for, or one of the two constants
+// below.
 template <int LANES, int AHEAD>
 struct Shape {
   static constexpr int kLanesPerThread = LANES;
@@ -20,12 +22,14 @@ struct Shape {
   static constexpr int kElements = LANES * kGroup * sizeof(T) < 16 ? LANES * kGroup : 16 / sizeof(T);  // of one access
 };
 
-// All of a row's modulations are asked for together with x, or as soon as x has arrived. That saves a wait for memory, but they take
-// registers, and so fewer rows are under way. (The gate, which is needed first, comes with x in both.)
+// All of a row's modulations are asked for together with x, or as soon as x has arrived. That saves
+// a wait for memory, but they take registers, and so fewer rows are under way. (The gate, which is
+// needed first, comes with x in both.)
 constexpr int kWithRow = 1 << 20, kAfterRow = kWithRow + 1;
 
-// The rows that a kernel serves: those of at most TILES tiles, of which the first FULL are full for certain.
-// BLOCKS: how many blocks a multiprocessor shall hold at least (__launch_bounds__); 0 leaves that to ptxas.
+// The rows that a kernel serves: those of at most TILES tiles, of which the first FULL are full for
+// certain. BLOCKS: how many blocks a multiprocessor shall hold at least (__launch_bounds__); 0
+// leaves that to ptxas.
 template <int TILES, int FULL, int BLOCKS = 0>
 struct Tiles {
   static constexpr int kCount = TILES;

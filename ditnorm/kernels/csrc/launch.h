@@ -1,8 +1,9 @@
 // Launching a kernel, on a GPU or in the simulator (cpu_sim.h).
 //
-// On Hopper and later a kernel is launched early: its blocks start while the kernel before it in the stream is still finishing, and wait
-// in wait_for_previous_kernel, which each kernel here calls before it touches memory (CUDA's programmatic dependent launch). That hides
-// most of a launch's latency. A kernel here lets the next one start as soon as the last of its own blocks has.
+// On Hopper and later a kernel is launched early: its blocks start while the kernel before it in
+// the stream is still finishing, and wait in wait_for_previous_kernel, which each kernel here calls
+// before it touches memory (CUDA's programmatic dependent launch). That hides most of a launch's
+// latency. A kernel here lets the next one start as soon as the last of its own blocks has.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -23,8 +24,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 inline dim3 blocks(int64_t rows) { return dim3(static_cast<unsigned>(std::min<int64_t>(rows, 0x7fffffff))); }
 
 #ifdef __CUDACC__
-// Whether the code of the kernels that the current GPU runs has the wait in it: it is compiled in for compute capability 9.0 and later, and
-// such a GPU may run the PTX of a lower one.
+// Whether the code of the kernels that the current GPU runs has the wait in it: it is compiled in
+// for compute capability 9.0 and later, and such a GPU may run the PTX of a lower one.
 template <class Kernel>
 bool waits_for_previous_kernel(Kernel kernel) {
   constexpr int kDevices = 64;

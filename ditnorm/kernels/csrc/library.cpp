@@ -72,7 +72,8 @@ DITNORM_EXPORT int64_t ditnorm_calls(const char* name) {
   return -1;
 }
 
-// The number that stands for a name of an option (norm, qk_norm, rounding, half, law); -1 for one that the library doesn't know.
+// The number that stands for a name of an option (norm, qk_norm, rounding, half, law); -1 for one
+// that the library doesn't know.
 DITNORM_EXPORT int64_t ditnorm_code(const char* option, const char* name) {
   for (const Code& code : kCodes) {
     if (equal(code.option, option) && equal(code.name, name)) return code.code;

@@ -1,9 +1,12 @@
-// Sums of squares in the order of ATen's `x.float().pow(2).mean(-1)` (Reduce.cuh), which diffusers' RMSNorm calls for the heads of query
-// and key: one warp a row.
+// Sums of squares in the order of ATen's `x.float().pow(2).mean(-1)` (Reduce.cuh), which diffusers'
+// RMSNorm calls for the heads of query and key: one warp a row.
 //
-//   rows of 128 and more, a multiple of 4: lane l takes the groups of 4 consecutive elements l, l + 32, ..., with a sum for each place in
-//   the group; shorter rows: it takes the elements l, l + L, l + 2 L, ..., L being the largest power of 2 up to the width, at most 32;
-//   each lane adds its sums from left to right; lane l combines with l + L / 2, then l + L / 4, ... l + 1.
+//   rows of 128 and more, a multiple of 4: lane l takes the groups of 4 consecutive elements
+//   l, l + 32, ..., with a sum for each place in the group;
+//   shorter rows: it takes the elements l, l + L, l + 2 L, ..., L being the largest power of 2 up
+//   to the width, at most 32;
+//   each lane adds its sums from left to right; lane l combines with l + L / 2, then l + L / 4,
+//   ... l + 1.
 #pragma once
 #include "numerics.cuh"
 
@@ -11,15 +14,17 @@ namespace ditnorm {
 
 constexpr int kGrouped = 128;  // rows from this width on are taken in groups
 
-// The squares of half-precision values are exact in float32, so that fusing changes no bit of theirs; of float32 values each is rounded.
+// The squares of half-precision values are exact in float32, so that fusing changes no bit of
+// theirs; of float32 values each is rounded.
 __device__ __forceinline__ float add_square(float sum, float v) { return __fadd_rn(sum, __fmul_rn(v, v)); }
 
 __device__ __forceinline__ float add_along(int thread_bit, float sum) {
   return __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, thread_bit));
 }
 
-// Adds the values of the thread whose number differs in one bit. Of the N sums a thread keeps the half that the bit of its number says,
-// its partner the other: from then on that bit says what the upper half's bit of a sum's number said.
+// Adds the values of the thread whose number differs in one bit. Of the N sums a thread keeps the
+// half that the bit of its number says, its partner the other: from then on that bit says what the
+// upper half's bit of a sum's number said.
 template <int N>
 __device__ __forceinline__ void halve_along(int thread_bit, float* sums) {
   const bool upper = threadIdx.x & thread_bit;
@@ -35,8 +40,9 @@ __device__ __forceinline__ float sum_of_group(const float* sums) {
   return __fadd_rn(__fadd_rn(__fadd_rn(sums[0], sums[1]), sums[2]), sums[3]);
 }
 
-// A head of HEAD elements by its neighbouring threads of N elements, all of which get the result. The order in which thread bits are
-// combined is that of the lanes' bits, and which stands where follows from which elements a thread has.
+// A head of HEAD elements by its neighbouring threads of N elements, all of which get the result.
+// The order in which thread bits are combined is that of the lanes' bits, and which stands where
+// follows from which elements a thread has.
 template <int HEAD, int N>
 __device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
   float sums[N];
@@ -106,7 +112,8 @@ __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v
   return __shfl_sync(0xffffffffu, sum, 0);
 }
 
-// The squares of N elements of a row in shared memory (of which load_pack doesn't read), added to sums.
+// The squares of N elements of a row in shared memory (of which load_pack doesn't read), added to
+// sums.
 template <class T, int N>
 __device__ __forceinline__ void add_squares(float (&sums)[N], const T* elements) {
   float v[N];
@@ -115,7 +122,8 @@ __device__ __forceinline__ void add_squares(float (&sums)[N], const T* elements)
   for (int j = 0; j < N; ++j) sums[j] = add_square(sums[j], v[j]);
 }
 
-// The same for a row in shared memory by one thread: widths that are multiples of 8, from 32 up to kGrouped.
+// The same for a row in shared memory by one thread: widths that are multiples of 8, from 32 up to
+// kGrouped.
 template <class T>
 __device__ __forceinline__ float own_sum_of_squares(int width, const T* row) {
   constexpr int N = 8;
@@ -138,7 +146,8 @@ __device__ __forceinline__ float own_sum_of_squares(int width, const T* row) {
 
 constexpr int kTeam = 4;
 
-// The same by kTeam neighbouring threads, each being 8 neighbouring lanes: multiples of 8 from kGrouped on.
+// The same by kTeam neighbouring threads, each being 8 neighbouring lanes: multiples of 8 from
+// kGrouped on.
 template <class T>
 __device__ __forceinline__ float team_sum_of_squares(int width, const T* row) {
   constexpr int kOwn = 32 / kTeam;

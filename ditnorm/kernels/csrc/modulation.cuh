@@ -1,10 +1,12 @@
-// The modulations of one token in the fast kernels: scale, shift and gate, each perhaps with a table.
+// The modulations of one token in the fast kernels: scale, shift and gate, each perhaps with a
+// table.
 #pragma once
 #include "token.cuh"
 
 namespace ditnorm {
 
-// The row of a modulation that one token reads, and its table, from a thread's first column on. Where one is missing nobody loads.
+// The row of a modulation that one token reads, and its table, from a thread's first column on.
+// Where one is missing nobody loads.
 template <class M, int N>
 struct ModulationRow {
   const M* row;
@@ -24,8 +26,8 @@ __device__ __forceinline__ void add_table(float (&sums)[N], const Pack<M, N>& mo
   for (int j = 0; j < N; ++j) sums[j] = __fadd_rn(sums[j], table.v[j]);
 }
 
-// A modulation on its way: what has been asked for and not been used yet waits in one of SLOTS slots, in arrays of the kernel.
-// TABLES: there is a table for certain, and it is asked for too.
+// A modulation on its way: what has been asked for and not been used yet waits in one of SLOTS
+// slots, in arrays of the kernel. TABLES: there is a table for certain, and it is asked for too.
 template <class M, int N, int SLOTS, bool TABLES>
 struct AskedModulation {
   static constexpr int kTableSlots = TABLES ? SLOTS : 1;

@@ -1,5 +1,6 @@
-// Loads, stores, conversions and roundings. All arithmetic of the ops is written in intrinsics, so that no compiler contracts or
-// reorders it: the GPU, and a host build of the same source, then agree bit for bit.
+// Loads, stores, conversions and roundings. All arithmetic of the ops is written in intrinsics, so
+// that no compiler contracts or reorders it: the GPU, and a host build of the same source, then
+// agree bit for bit.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -93,7 +94,8 @@ __device__ __forceinline__ const T* advance(const void* data, int64_t elements) 
   return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(data) + elements * sizeof(T));
 }
 
-// How rows pass the caches: as anything else, or first to leave. which is faster was measured for each op: docs/kernels-log.md.
+// How rows pass the caches: as anything else, or first to leave. which is faster was measured for
+// each op: docs/kernels-log.md.
 enum class Cache { normal, streaming };
 
 template <Cache CACHE, class T, int N>

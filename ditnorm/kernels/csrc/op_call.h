@@ -1,4 +1,5 @@
-// What the ops' bindings share: dtypes, the codes of options, and the call of a kernel on the current stream of a device.
+// What the ops' bindings share: dtypes, the codes of options, and the call of a kernel on the
+// current stream of a device.
 #pragma once
 #include <string>
 
@@ -12,8 +13,9 @@ using abi::check;
 using abi::Tensor;
 using Optional = std::optional<Tensor>;
 
-// The codes that Python passes for the names of options: their places in NORMS, QK_NORMS, ROUNDINGS and HALVES of ditnorm/ops/calls.py.
-// (LAWS: quantize.h.) The library is refused where the two sides differ (ditnorm_code).
+// The codes that Python passes for the names of options: their places in NORMS, QK_NORMS, ROUNDINGS
+// and HALVES of ditnorm/ops/calls.py. (LAWS: quantize.h.) The library is refused where the two
+// sides differ (ditnorm_code).
 namespace norms {
 enum Code : int64_t { layer, rms, fp32_layer };
 }

@@ -35,8 +35,8 @@ inline bool runs_on(int32_t device) {
   return answer == 2;
 }
 
-// An op with its counter. On a device that the kernels don't run on a call goes to the op's overload "reference", which is PyTorch's
-// operations (ditnorm/kernels/__init__.py).
+// An op with its counter. On a device that the kernels don't run on a call goes to the op's
+// overload "reference", which is PyTorch's operations (ditnorm/kernels/__init__.py).
 template <auto Function>
 struct BoundOp {
   static inline const char* name;

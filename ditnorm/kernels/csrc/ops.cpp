@@ -1,5 +1,5 @@
-// The ops of the norm sites: read the tensors, check them tersely, allocate the outputs, launch. Schemas, fakes and the errors that users
-// see are Python's: ditnorm/ops/.
+// The ops of the norm sites: read the tensors, check them tersely, allocate the outputs, launch.
+// Schemas, fakes and the errors that users see are Python's: ditnorm/ops/.
 #include <algorithm>
 #include <iterator>
 
@@ -20,7 +20,8 @@ DType index_dtype(const Tensor& t) {
   return DType::u8;
 }
 
-// Fills a Problem. Keeps the dense copies of operands whose last dim is not dense alive until the launch.
+// Fills a Problem. Keeps the dense copies of operands whose last dim is not dense alive until the
+// launch.
 class Call {
  public:
   explicit Call(const Tensor& x) : device_type_(x.device_type()), device_index_(x.device_index()) {

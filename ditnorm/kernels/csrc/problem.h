@@ -1,4 +1,5 @@
-// What one call of an op asks for, in plain C++: filled by ops.cpp and qk_ops.cpp, passed by value to the kernels. Strides count elements.
+// What one call of an op asks for, in plain C++: filled by ops.cpp and qk_ops.cpp, passed by value
+// to the kernels. Strides count elements.
 #pragma once
 #include <cstdint>
 
@@ -36,7 +37,8 @@ struct Index {  // [batch, tokens]; token s reads row index[s] of each modulatio
 
 constexpr int kNotServed = -1;  // in place of a cudaError_t: no fast kernel serves the problem
 
-// How a linear layer with quantised weights is handed what it reads. In the order of LAWS in ditnorm/ops/quantization.py.
+// How a linear layer with quantised weights is handed what it reads. In the order of LAWS in
+// ditnorm/ops/quantization.py.
 enum class Law : int32_t { float8_row, float8_tensor, int8_row, float8_row_bfl };
 constexpr int64_t kLaws = 4;
 
@@ -56,12 +58,14 @@ struct Problem {
   void* r;  // the same, dtype of residual
   Norm norm;
   float eps;
-  // rounding="eager" with a half-precision law: every intermediate is rounded to the dtype of x. False: float32 throughout.
+  // rounding="eager" with a half-precision law: every intermediate is rounded to the dtype of x.
+  // False: float32 throughout.
   bool round_each;
   Quantized quantized;  // y in its place
 };
 
-// Where the tokens of one head are rotated by position. The tables are float32 and shared over heads.
+// Where the tokens of one head are rotated by position. The tables are float32 and shared over
+// heads.
 struct Rotary {
   const float *cos, *sin;  // null where nothing is rotated
   int64_t batch_stride, token_stride, step;
@@ -70,7 +74,8 @@ struct Rotary {
   bool contracted;   // products and sums fuse: as ATen multiplies complex numbers, and always in rounding="single"
 };
 
-// One of query, key and value: [batch, tokens, width], last dim dense -> out, [batch, tokens, width] with dense tokens.
+// One of query, key and value: [batch, tokens, width], last dim dense -> out, [batch, tokens,
+// width] with dense tokens.
 struct HeadRows {
   const void* data;
   int64_t batch_stride, token_stride, width;

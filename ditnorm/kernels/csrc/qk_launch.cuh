@@ -1,5 +1,5 @@
-// Choosing among the kernels of QK normalisation and rotary embedding, for one dtype. Each has a file of its own (qk_norm_rope_bf16.cu,
-// ...), so that they compile side by side.
+// Choosing among the kernels of QK normalisation and rotary embedding, for one dtype. Each has a
+// file of its own (qk_norm_rope_bf16.cu, ...), so that they compile side by side.
 #pragma once
 #include <algorithm>
 #include <iterator>
@@ -53,7 +53,8 @@ inline Split split_heads(int64_t heads, int64_t threads_of_head, int64_t items) 
   return {items, chunks, static_cast<unsigned>(parts(threads, 32) * 32)};
 }
 
-// Goes through kAcrossHeads. Returns kNotServed where none of its kernels serves rows of this width.
+// Goes through kAcrossHeads. Returns kNotServed where none of its kernels serves rows of this
+// width.
 template <class T, bool ROUND>
 class AcrossLaunch {
  public:

@@ -8,7 +8,8 @@
 namespace ditnorm {
 namespace {
 
-// Fills a HeadProblem. Keeps the dense copies of operands whose last dim is not dense alive until the launch.
+// Fills a HeadProblem. Keeps the dense copies of operands whose last dim is not dense alive until
+// the launch.
 class HeadCall {
  public:
   HeadCall(const Tensor& query, int64_t head_dim, int64_t norm, double eps, int64_t rounding)
@@ -49,7 +50,8 @@ class HeadCall {
     check(!normed_ || across == problem_.across, "ditnorm: norms per head and across heads in one call");
     problem_.across = across;
     normed_ = true;
-    // As ATen's mean computes it: the number of results over that of elements, both rounded to float32.
+    // As ATen's mean computes it: the number of results over that of elements, both rounded to
+    // float32.
     const int64_t results = problem_.batch * stream.tokens * (rows.width / span);
     rows.mean_factor = static_cast<float>(results) / static_cast<float>(results * span);
   }

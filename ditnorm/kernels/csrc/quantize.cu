@@ -1,4 +1,5 @@
-// Quantising what a linear layer reads, alone or behind GELU, and the way back from an int8 matrix product.
+// Quantising what a linear layer reads, alone or behind GELU, and the way back from an int8 matrix
+// product.
 #include <cmath>
 
 #include "dispatch.cuh"
@@ -7,7 +8,8 @@
 
 namespace ditnorm {
 
-// GELU in its tanh approximation as ATen computes it, its multiply-adds contracted as nvcc contracts them there.
+// GELU in its tanh approximation as ATen computes it, its multiply-adds contracted as nvcc
+// contracts them there.
 __device__ __forceinline__ float gelu(float x) {
   constexpr float kBeta = static_cast<float>(M_SQRT2 * M_2_SQRTPI * 0.5), kKappa = 0.044715f;
   const float cube = __fmul_rn(__fmul_rn(x, x), x);
@@ -34,7 +36,8 @@ __device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
   return bits;
 }
 
-// One block a row, which stays in registers. Left alone, ptxas spills one of the widest rows' for an occupancy that it likes.
+// One block a row, which stays in registers. Left alone, ptxas spills one of the widest rows' for
+// an occupancy that it likes.
 template <class T, bool GELU, int ITEMS>
 __global__ void __launch_bounds__(kMaxQuantizeThreads, ITEMS == 8 ? 1 : 0) quantize_kernel(const QuantizeProblem p) {
   constexpr int N = 16 / sizeof(T);
@@ -96,7 +99,8 @@ __device__ __forceinline__ float scale_of(float amax, Law law, DType dtype) {
   }
 }
 
-// `find`: whether this is the pass that finds the largest |x| of all rows, for a law that isn't per row.
+// `find`: whether this is the pass that finds the largest |x| of all rows, for a law that isn't per
+// row.
 template <bool GELU>
 __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const QuantizeProblem p, const bool find) {
   __shared__ uint32_t exchange[2][kMaxWarps];

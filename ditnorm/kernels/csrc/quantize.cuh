@@ -1,5 +1,5 @@
-// Quantising a row that lies in the registers of a block: the laws of ditnorm/ops/quantization.py, rounding for rounding as ATen computes
-// them on CUDA.
+// Quantising a row that lies in the registers of a block: the laws of ditnorm/ops/quantization.py,
+// rounding for rounding as ATen computes them on CUDA.
 #pragma once
 #include "numerics.cuh"
 #include "quantize.h"
@@ -24,7 +24,8 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
   return v;
 }
 
-// The largest |v| so far, as bits: those of positive numbers grow with them, and those of NaN stand above all.
+// The largest |v| so far, as bits: those of positive numbers grow with them, and those of NaN stand
+// above all.
 template <class T>
 class Amax {
  public:
@@ -65,8 +66,8 @@ class Amax {
   uint32_t bits_ = 0;
 };
 
-// The largest of all threads' bits, in all of them. `exchange` has a place for each warp; of a block that calls this twice, two of them.
-// THREADS: of the block, 0 where that isn't known before.
+// The largest of all threads' bits, in all of them. `exchange` has a place for each warp; of a
+// block that calls this twice, two of them. THREADS: of the block, 0 where that isn't known before.
 template <unsigned THREADS = 0>
 __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchange)[kMaxWarps]) {
 #ifdef __CUDA_ARCH__
@@ -92,8 +93,9 @@ __device__ __forceinline__ float scale_of(float amax, Law law) {
   }
 }
 
-// What the elements of a row are divided by. Where nothing underflows, and scale and x have few digits, two fused multiply-adds make the
-// correctly rounded quotient out of the reciprocal (Markstein, 1990).
+// What the elements of a row are divided by. Where nothing underflows, and scale and x have few
+// digits, two fused multiply-adds make the correctly rounded quotient out of the reciprocal
+// (Markstein, 1990).
 struct Divisor {
   float scale, reciprocal;
   bool refines;
@@ -179,8 +181,9 @@ __device__ __forceinline__ void store_bytes(uint8_t* target, const Bytes<N>& byt
   }
 }
 
-// Writes the values of a row that the block's threads hold. `inside(i)`: whether access i of this thread lies in the row; it begins at
-// element i * step of `target`, which is the thread's own first.
+// Writes the values of a row that the block's threads hold. `inside(i)`: whether access i of this
+// thread lies in the row; it begins at element i * step of `target`, which is the thread's own
+// first.
 template <class T, int N, int ACCESSES, class INSIDE>
 __device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES], const Divisor& by, Law law, uint8_t* target, int step,
                                                 INSIDE inside) {

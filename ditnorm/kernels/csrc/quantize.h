@@ -1,4 +1,5 @@
-// What the quantising ops ask for, in plain C++: filled by quantize_ops.cpp, passed by value to the kernels. Strides count elements.
+// What the quantising ops ask for, in plain C++: filled by quantize_ops.cpp, passed by value to the
+// kernels. Strides count elements.
 #pragma once
 #include <cstdint>
 
@@ -28,10 +29,12 @@ struct ProductProblem {
   void* y;
 };
 
-// Whether the current GPU multiplies float8 matrices, which PyTorch asks compute capability 8.9 for.
+// Whether the current GPU multiplies float8 matrices, which PyTorch asks compute capability 8.9
+// for.
 bool has_float8();
 
-// As those of problem.h. A GPU before compute capability 8.9, which multiplies no float8 matrices, quantises to int8 only.
+// As those of problem.h. A GPU before compute capability 8.9, which multiplies no float8 matrices,
+// quantises to int8 only.
 int quantize(const QuantizeProblem& problem, void* stream);
 int dequantize_product(const ProductProblem& problem, void* stream);
 

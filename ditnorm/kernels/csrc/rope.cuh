@@ -15,8 +15,9 @@ struct Angles {
   __device__ __forceinline__ float sin_of(int j) const { return sin[PER_ELEMENT ? j : j / 2]; }
 };
 
-// One table's row of one token as it lies in memory, in any layout that fast_rotary accepts: a value for each element, for each pair (in
-// the lower half), or for each pair with something else beside it. `column`: the first element, of its head.
+// One table's row of one token as it lies in memory, in any layout that fast_rotary accepts: a
+// value for each element, for each pair (in the lower half), or for each pair with something else
+// beside it. `column`: the first element, of its head.
 template <int N>
 __device__ __forceinline__ Pack<float, N> load_table(const Rotary& r, const float* row, int column) {
   if (r.per_element || r.step == 2) {  // an aligned access that starts inside an allocation doesn't leave it

@@ -1,6 +1,8 @@
-// The fast kernel: a row stays in registers from its one load to its one store. It serves what models use: x and residual of one dtype
-// T, modulations all in M (T or float32), affine in T (or float32 where nothing is rounded to T), tables in float32, everything aligned;
-// scale and shift both given or both missing; of the modulations given, all have a table or none has. variants.h lists its forms.
+// The fast kernel: a row stays in registers from its one load to its one store. It serves what
+// models use: x and residual of one dtype T, modulations all in M (T or float32), affine in T (or
+// float32 where nothing is rounded to T), tables in float32, everything aligned; scale and shift
+// both given or both missing; of the modulations given, all have a table or none has. variants.h
+// lists its forms.
 //
 // docs/kernels-log.md tells what was measured on the way here.
 #pragma once
@@ -39,8 +41,8 @@ struct Columns {
   }
 };
 
-// What one thread does with its columns of one row, phase by phase. What the phases hand on lies in the kernel: nvcc keeps members of a
-// class in registers too, but with a few more instructions.
+// What one thread does with its columns of one row, phase by phase. What the phases hand on lies in
+// the kernel: nvcc keeps members of a class in registers too, but with a few more instructions.
 // RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
 template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
 class Row {
@@ -49,7 +51,8 @@ class Row {
   static constexpr int N = Place::N, kAccesses = Place::kAccesses;
   static constexpr bool kAffine = EXTRAS == Extras::affine, kTables = EXTRAS == Extras::tables, kAny = EXTRAS == Extras::any;
 
-  // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is worked on.
+  // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is
+  // worked on.
   static constexpr int kAhead = SHAPE::kAhead < kAccesses ? SHAPE::kAhead : kAccesses;
   static constexpr int kSlots = kAhead < kAccesses ? kAhead + 1 : kAhead;
 
@@ -95,7 +98,8 @@ class Row {
     });
   }
 
-  // Asks for the affine: the statistics hide the wait, and the registers of the two rows and of the gate are free again.
+  // Asks for the affine: the statistics hide the wait, and the registers of the two rows and of the
+  // gate are free again.
   __device__ __forceinline__ void load_affine(Affine& weights, Affine& biases) const {
     place_.each([&](auto i) {
       weights[i] = load_pack<T, N>(static_cast<const T*>(p_.weight.data) + place_.first + i * kStep);
@@ -104,7 +108,8 @@ class Row {
     });
   }
 
-  // Mean and reciprocal deviation in ATen's order. Asks for scale and shift before the threads exchange what they have.
+  // Mean and reciprocal deviation in ATen's order. Asks for scale and shift before the threads
+  // exchange what they have.
   __device__ __forceinline__ Statistics statistics(const Elements& v, const Modulations& m, Exchange& exchange) const {
     Welford lanes[SHAPE::kLanesPerThread] = {}, row;
     if (unlikely(p_.norm == Norm::rms)) {
@@ -137,7 +142,8 @@ class Row {
     });
   }
 
-  // The same, quantised: the row is y then, and stays in registers until its largest element is known.
+  // The same, quantised: the row is y then, and stays in registers until its largest element is
+  // known.
   __device__ __forceinline__ void store_quantized(Elements& v, const Statistics& statistics, const Modulations& m, const Affine& weights,
                                                   const Affine& biases, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
     Amax<T> amax;
@@ -170,8 +176,8 @@ class Row {
     }
   }
 
-  // The loads of an affine and of tables stand behind branches, each of which waits for memory, and with few rows nothing hides that. With
-  // many a prefetch only costs.
+  // The loads of an affine and of tables stand behind branches, each of which waits for memory, and
+  // with few rows nothing hides that. With many a prefetch only costs.
   __device__ __forceinline__ void prefetch_extras() const {
     if (unlikely(affine_ || tabled_) && gridDim.x * gridDim.y <= kFewRows) {
       place_.each([&](auto i) {
@@ -217,8 +223,8 @@ class Row {
     });
   }
 
-  // Access i of norm(row) * (1 + scale) + shift. ALSO_PLAIN: an Extras::any kernel is given rows with neither affine nor tables, whose
-  // bits are to be those of Extras::none.
+  // Access i of norm(row) * (1 + scale) + shift. ALSO_PLAIN: an Extras::any kernel is given rows
+  // with neither affine nor tables, whose bits are to be those of Extras::none.
   template <bool ALSO_PLAIN = false>
   __device__ __forceinline__ Pack<T, N> modulated(const Pack<T, N>& v, const Statistics& statistics, const Modulations& m,
                                                   const Affine& weights, const Affine& biases, int i) const {

@@ -1,5 +1,5 @@
-// Choosing among the fast kernels of one op and one dtype. Each pair has a file of its own (norm_scale_shift_bf16.cu, ...), so that they
-// compile side by side.
+// Choosing among the fast kernels of one op and one dtype. Each pair has a file of its own
+// (norm_scale_shift_bf16.cu, ...), so that they compile side by side.
 #pragma once
 #include <iterator>
 #include <utility>
@@ -22,8 +22,8 @@ inline bool shared_modulations(const Problem& p) {
   return p.index.data == nullptr && p.scale.row_stride == 0 && p.shift.row_stride == 0 && p.batch * p.tokens > kManyRows;
 }
 
-// Goes through kNormSites, or where y is quantised through kQuantizedNormSites. (Templates of functions: generic lambdas that pass
-// constants on to each other crash compilers.)
+// Goes through kNormSites, or where y is quantised through kQuantizedNormSites. (Templates of
+// functions: generic lambdas that pass constants on to each other crash compilers.)
 template <class T, class M, bool RESIDUAL, bool ROUND, bool QUANTIZES>
 class RowLaunch {
  public:

@@ -1,14 +1,16 @@
-// The statistics of a row in the order of ATen's vectorised LayerNorm and RMSNorm (layer_norm_kernel.cu), so that the
-// results equal eager PyTorch's bit for bit on CUDA. ATen has 128 lanes in 4 warps:
+// The statistics of a row in the order of ATen's vectorised LayerNorm and RMSNorm
+// (layer_norm_kernel.cu), so that the results equal eager PyTorch's bit for bit on CUDA. ATen has
+// 128 lanes in 4 warps:
 //
-//   elements    0..3   4..7  ...  508..511 | 512..515 ...        groups of 4, to the lanes in turn;
-//   lane          0      1   ...     127   |    0     ...        Welford over a lane's elements in their order
+//   elements    0..3   4..7  ...  508..511 | 512..515 ...   groups of 4, to the lanes in turn;
+//   lane          0      1   ...     127   |    0     ...   Welford over a lane's elements in order
 //
-//   in a warp   lane l with l + 16, then l + 8, l + 4, l + 2, l + 1     bits 4, 3, 2, 1, 0 of the lane's number
-//   the warps   0 with 2 and 1 with 3, then 0 with 1                    bits 6, 5
+//   in a warp   lane l with l + 16, then l + 8, l + 4,      bits 4, 3, 2, 1, 0 of the lane's number
+//               l + 2, l + 1
+//   the warps   0 with 2 and 1 with 3, then 0 with 1        bits 6, 5
 //
-// A thread stands in for one lane, or for two neighbours. Both sides of a pair compute the result, and no thread has to be
-// told. The fused multiply-adds are those that nvcc contracts in ATen.
+// A thread stands in for one lane, or for two neighbours. Both sides of a pair compute the result,
+// and no thread has to be told. The fused multiply-adds are those that nvcc contracts in ATen.
 #pragma once
 #include "lanes.h"
 #include "numerics.cuh"
@@ -36,7 +38,8 @@ __device__ __forceinline__ void add(Welford& lane, float v, float reciprocal) {
   }
 }
 
-// `lower` has the lower lane numbers. EQUAL: both have seen n elements, and n * (1 / 2n) is 0.5 (for n = 4, 8, ..., 160 it is, in float32).
+// `lower` has the lower lane numbers. EQUAL: both have seen n elements, and n * (1 / 2n) is 0.5
+// (for n = 4, 8, ..., 160 it is, in float32).
 template <Norm NORM, bool EQUAL>
 __device__ __forceinline__ Welford combine(const Welford& lower, const Welford& higher) {
   if constexpr (NORM == Norm::rms) return {0.0f, __fadd_rn(lower.m2, higher.m2), 0.0f};
@@ -77,8 +80,8 @@ __device__ __forceinline__ void combine_along(int thread_bit, Welford& state) {
   state = combine_ordered<NORM, EQUAL>(threadIdx.x & thread_bit, state, partner<NORM, EQUAL>(state, thread_bit));
 }
 
-// The same for a thread with two states: it keeps one, its partner the other, which is half the work. From then on the bit of the thread's
-// number says what the state's number said.
+// The same for a thread with two states: it keeps one, its partner the other, which is half the
+// work. From then on the bit of the thread's number says what the state's number said.
 template <Norm NORM, bool EQUAL>
 __device__ __forceinline__ void split_along(int thread_bit, Welford (&states)[2]) {
   const bool upper = threadIdx.x & thread_bit;
@@ -105,8 +108,8 @@ struct Exchange {
   }
 };
 
-// Whether all lanes have seen the same number of elements (widths that are multiples of 512), those of each of ATen's warps (of 128), or
-// neither.
+// Whether all lanes have seen the same number of elements (widths that are multiples of 512), those
+// of each of ATen's warps (of 128), or neither.
 enum class Counts { equal, equal_in_warps, any };
 
 // States of a thread's lanes -> the row's, in all kLanes / LANES threads of the block.

@@ -1,6 +1,8 @@
-// The part of PyTorch's stable C ABI that ditnorm uses, declared by hand: building needs no PyTorch, and one binary runs with every
-// PyTorch >= 2.10. Upstream's declarations are in torch/csrc/inductor/aoti_torch/c/shim.h, which PyTorch keeps compatible for at least
-// two years ("LibTorch Stable ABI"). tests/test_build.py compiles this file after that header, so a mismatch is a compile error.
+// The part of PyTorch's stable C ABI that ditnorm uses, declared by hand: building needs no
+// PyTorch, and one binary runs with every PyTorch >= 2.10. Upstream's declarations are in
+// torch/csrc/inductor/aoti_torch/c/shim.h, which PyTorch keeps compatible for at least two years
+// ("LibTorch Stable ABI"). tests/test_build.py compiles this file after that header, so a mismatch
+// is a compile error.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -102,7 +104,8 @@ class Tensor {
   AtenTensorHandle handle_ = nullptr;
 };
 
-// An uninitialised contiguous tensor of shape sizes[0..dim), with the device of `like`. At most 8 dimensions.
+// An uninitialised contiguous tensor of shape sizes[0..dim), with the device of `like`. At most 8
+// dimensions.
 inline Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype, const Tensor& like) {
   int64_t strides[8];
   check(dim <= 8, "ditnorm: too many dimensions");
@@ -160,7 +163,8 @@ inline void call_op(const char* ns, const char* name, const char* overload, Stab
   DITNORM_ABI(aoti_torch_call_dispatcher(qualified.c_str(), overload, stack));
 }
 
-// Unboxing. The callee owns what lies on PyTorch's argument stack: tensor references, and the heap cell of a present optional argument.
+// Unboxing. The callee owns what lies on PyTorch's argument stack: tensor references, and the heap
+// cell of a present optional argument.
 template <class T>
 struct Unbox;
 template <>
@@ -190,7 +194,8 @@ struct Unbox<std::optional<Tensor>> {
   }
 };
 
-// The boxed form of an op implementation, `Tensor f(args...)` or `std::tuple<Tensor, ...> f(args...)`.
+// The boxed form of an op implementation, `Tensor f(args...)` or `std::tuple<Tensor, ...>
+// f(args...)`.
 template <auto Function>
 struct Boxed;
 template <class Result, class... Args, Result (*Function)(Args...)>

@@ -1,16 +1,18 @@
-// Which kernels there are that hold a whole row, and which problems each serves, in two tables: the norm sites (norm_scale_shift and
-// scale_residual_norm_scale_shift) and the norm across heads of query and key.
+// Which kernels there are that hold a whole row, and which problems each serves, in two tables: the
+// norm sites (norm_scale_shift and scale_residual_norm_scale_shift) and the norm across heads of
+// query and key.
 //
-// The first row of a table that serves a problem runs it; where none does, the generic kernel runs. All rows give the same bits. They are
-// there for speed, as measured: docs/kernels-log.md. A new kernel is a new row, above those that it is to take problems from.
+// The first row of a table that serves a problem runs it; where none does, the generic kernel runs.
+// All rows give the same bits. They are there for speed, as measured: docs/kernels-log.md. A new
+// kernel is a new row, above those that it is to take problems from.
 #pragma once
 #include "lanes.h"
 #include "problem.h"
 
 namespace ditnorm {
 
-// What a kernel serves beside modulations: nothing; the norm's affine in the dtype of x; tables for all modulations; or any of these, and
-// an affine in float32, which it finds out at run time.
+// What a kernel serves beside modulations: nothing; the norm's affine in the dtype of x; tables for
+// all modulations; or any of these, and an affine in float32, which it finds out at run time.
 enum class Extras { none, affine, tables, any };
 
 enum class ModulationDType { of_x, f32 };           // a kernel for modulations in the dtype of x, or in float32
@@ -24,7 +26,8 @@ struct Width {
   constexpr Width(int tiles = 0, int blocks = 0) : tiles(tiles), blocks(blocks) {}
 };
 
-// A kernel for each width, narrowest first. A row of more than `above` tiles goes to the first that it fits into.
+// A kernel for each width, narrowest first. A row of more than `above` tiles goes to the first that
+// it fits into.
 struct Widths {
   int above;
   Width list[7];
@@ -72,11 +75,13 @@ constexpr auto exact = Intermediates::exact, rounded = Intermediates::rounded, b
 constexpr auto none = Extras::none, affine = Extras::affine, tables = Extras::tables, any = Extras::any;
 constexpr auto all = Sharing::any, shared = Sharing::shared;
 
-// bfloat16 is what models run in: kernels for every width. float16 and float32 have fewer, and a row there may take a wider kernel than it
-// needs. Narrow rows are mostly reduction and bookkeeping, of which a thread with two lanes has less; wide ones wait for memory, which more
-// threads hide. Half-precision modulations stay behind the row in the memory's queues, and the reduction hides the wait for them; float16
-// with "single" rounding, most of which is conversions, was slower with that. `blocks` stands where ptxas, left alone, spills a register
-// or two to reach an occupancy that it likes.
+// bfloat16 is what models run in: kernels for every width. float16 and float32 have fewer, and a
+// row there may take a wider kernel than it needs. Narrow rows are mostly reduction and
+// bookkeeping, of which a thread with two lanes has less; wide ones wait for memory, which more
+// threads hide. Half-precision modulations stay behind the row in the memory's queues, and the
+// reduction hides the wait for them; float16 with "single" rounding, most of which is conversions,
+// was slower with that. `blocks` stands where ptxas, left alone, spills a register or two to reach
+// an occupancy that it likes.
 //
 // clang-format off
 constexpr NormSite kNormSites[] = {
@@ -123,7 +128,8 @@ constexpr NormSite kNormSites[] = {
   {kResidualNorm, f32,  of_x,      exact,        any,    all,    1, 1,         0, {4, 6, 12}},
 };
 
-// With y quantised: what models with quantised weights run in. What no row serves is quantised by a kernel of its own.
+// With y quantised: what models with quantised weights run in. What no row serves is quantised by a
+// kernel of its own.
 constexpr NormSite kQuantizedNormSites[] = {
   // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks}
   {kNorm,         bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},

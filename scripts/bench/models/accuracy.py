@@ -1,4 +1,5 @@
-"""How far one denoising step of a real model is from float32: upstream's, patched with either rounding, and compiled.
+"""How far one denoising step of a real model is from float32: upstream's, patched with either
+rounding, and compiled.
 
 float32 is upstream's own forward with the same bf16 weights and inputs, upcast, and without TF32.
 """
@@ -31,11 +32,15 @@ class Error:
     psnr: float
     """dB; the peak is the largest magnitude of float32."""
     chance: float
-    """Standard error of ``relative`` divided by that of eager, near which two ways that are equally far come out by chance."""
+    """Standard error of ``relative`` divided by that of eager, near which two ways that are equally
+    far come out by chance.
+    """
 
 
 def error(output: Tensor, eager: Tensor, exact: Tensor) -> Error:
-    """``output`` measured against ``exact``, in float64. ``chance`` takes the values' errors for independent."""
+    """``output`` measured against ``exact``, in float64. ``chance`` takes the values' errors for
+    independent.
+    """
     exact = exact.double()
     squares, squares_eager = ((t.double() - exact).square() for t in (output, eager))
     psnr = 10 * (exact.square().max() / squares.mean()).log10()
@@ -45,7 +50,9 @@ def error(output: Tensor, eager: Tensor, exact: Tensor) -> Error:
 
 
 def forward(model: nn.Module, real: RealModel, device: torch.device, *, upcast: bool = False) -> Tensor:
-    """The model's velocity at the first step, on the CPU. ``upcast``: from inputs in float32, with the values of those in bf16."""
+    """The model's velocity at the first step, on the CPU. ``upcast``: from inputs in float32, with
+    the values of those in bf16.
+    """
     arguments = real.arguments(real, real.noise(device), torch.tensor(1000.0, device=device))
     if upcast:
         arguments = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
@@ -56,8 +63,8 @@ def forward(model: nn.Module, real: RealModel, device: torch.device, *, upcast: 
 def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, variants: Sequence[Variant]) -> dict[str, Any]:
     """Runs one model in every variant, eager first, with at most :data:`BLOCKS` of its ``layers``.
 
-    Returns, for a JSON: ``layers`` that were run, ``errors`` of each variant, and ``identical``, whether those that must have the bits
-    of eager do.
+    Returns, for a JSON: ``layers`` that were run, ``errors`` of each variant, and ``identical``,
+    whether those that must have the bits of eager do.
     """
     layers = {kind: min(n, BLOCKS // len(layers)) for kind, n in layers.items()}
     model = real.build(layers, device)
@@ -76,9 +83,11 @@ def measure(real: RealModel, layers: Mapping[str, int], device: torch.device, va
 
 
 def holds(found: Mapping[str, Any]) -> bool:
-    """Whether, of what :func:`measure` found, patched has the bits of eager, and single rounding is no further from float32 than eager.
+    """Whether, of what :func:`measure` found, patched has the bits of eager, and single rounding is
+    no further from float32 than eager.
 
-    Wan rounds once with either, so that chance decides which is nearer: three standard errors are allowed.
+    Wan rounds once with either, so that chance decides which is nearer: three standard errors are
+    allowed.
     """
     eager, single = found["errors"][EAGER.name], found["errors"][SINGLE.name]
     # Not if any is NaN.

@@ -1,4 +1,6 @@
-"""Every model that ``bench_transformers.py`` measures, by the name that ``--models`` takes. A new family is a file and a line here."""
+"""Every model that ``bench_transformers.py`` measures, by the name that ``--models`` takes. A new
+family is a file and a line here.
+"""
 
 from .families import hunyuan_video, qwen_image, wan
 from .real_model import RealModel

@@ -1,4 +1,6 @@
-"""What a step of a model spends its time on: matrix products, attention, and the rest, which is what fusing can win."""
+"""What a step of a model spends its time on: matrix products, attention, and the rest, which is
+what fusing can win.
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -50,14 +52,18 @@ class Shares:
 
 
 def kind(kernel: str) -> str:
-    """``"attention"``, ``"matmul"`` or ``"other"``, from the name of a kernel or of a CPU operator."""
+    """``"attention"``, ``"matmul"`` or ``"other"``, from the name of a kernel or of a CPU
+    operator.
+    """
     if ATTENTION.search(kernel):
         return "attention"
     return "matmul" if MATMUL.search(kernel) else "other"
 
 
 def readable(kernel: str) -> str:
-    """A short name: of PyTorch's elementwise kernels what they compute, of others the function without types."""
+    """A short name: of PyTorch's elementwise kernels what they compute, of others the function
+    without types.
+    """
     if kernel.startswith("Mem"):
         return kernel.split(" (")[0]
     if kernel.startswith("triton_"):

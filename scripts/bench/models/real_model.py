@@ -1,4 +1,6 @@
-"""One published model at one size: its configuration as data, random weights, and random inputs like those that its pipeline makes."""
+"""One published model at one size: its configuration as data, random weights, and random inputs
+like those that its pipeline makes.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,7 +28,9 @@ class RealModel:
     measured: Mapping[str, int]
     """Layers to measure: all, or so many that a step takes a few seconds on an H200."""
     latents: tuple[int, ...]
-    """Shape of what the model denoises: [1, tokens, channels] or [1, channels, frames, height, width]."""
+    """Shape of what the model denoises: [1, tokens, channels] or [1, channels, frames, height,
+    width].
+    """
     arguments: Arguments
     """The forward's arguments for latents and a timestep (0 to 1000, 0-d)."""
     patch: int = 2
@@ -50,12 +54,16 @@ class RealModel:
         return torch.randn(self.latents, generator=generator, device=device).to(DTYPE)
 
     def velocity(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-        """What ``model`` makes of the latents. Qwen-Image 2.1 returns those of the text before them."""
+        """What ``model`` makes of the latents. Qwen-Image 2.1 returns those of the text before
+        them.
+        """
         output: Tensor = model(**arguments, return_dict=False)[0]
         return output[:, -self.tokens :] if len(self.latents) == 3 else output
 
     def build(self, layers: Mapping[str, int], device: torch.device) -> nn.Module:
-        """The model with random weights, in the dtypes that ``from_pretrained(torch_dtype=torch.bfloat16)`` gives its parameters."""
+        """The model with random weights, in the dtypes that
+        ``from_pretrained(torch_dtype=torch.bfloat16)`` gives its parameters.
+        """
         cls = getattr(diffusers, self.cls)
         default = torch.get_default_dtype()
         torch.manual_seed(0)

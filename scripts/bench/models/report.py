@@ -1,4 +1,6 @@
-"""What ``bench_transformers.py`` found, as tables and as a chart. An entry is one model's part of its JSON."""
+"""What ``bench_transformers.py`` found, as tables and as a chart. An entry is one model's part of
+its JSON.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +73,9 @@ def layer_counts(entry: Mapping[str, Any]) -> str:
 
 
 def bits(entry: Mapping[str, Any], name: str) -> str:
-    """What the comparison of a variant with eager found; nothing for one that promises no equal bits."""
+    """What the comparison of a variant with eager found; nothing for one that promises no equal
+    bits.
+    """
     identical = entry["columns"][name].get("steps_identical")
     if identical is None:
         return ""
@@ -80,7 +84,9 @@ def bits(entry: Mapping[str, Any], name: str) -> str:
 
 
 def profile_table(entry: Mapping[str, Any]) -> str:
-    """What costs more than a hundredth of a step's GPU time outside matmul and attention, side by side."""
+    """What costs more than a hundredth of a step's GPU time outside matmul and attention, side by
+    side.
+    """
     names = list(entry["costs"])
     busy = {name: entry["columns"][name]["shares"]["busy_ms"] for name in names}
     found = {name: dict(entry["costs"][name]) for name in names}

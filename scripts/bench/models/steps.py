@@ -1,4 +1,6 @@
-"""Times the denoising steps of a model in every variant, and compares their latents with those of eager."""
+"""Times the denoising steps of a model in every variant, and compares their latents with those of
+eager.
+"""
 
 import statistics
 import time
@@ -37,10 +39,14 @@ class Column:
     peak_gb: float | None
     """Largest memory allocated on the GPU, weights included, 1e9 bytes; None on the CPU."""
     table_s: float | None
-    """What making the table of precomputed modulations took, inside the first step; None where there is none."""
+    """What making the table of precomputed modulations took, inside the first step; None where
+    there is none.
+    """
     shares: Shares
     costs: Mapping[str, tuple[int, float]]
-    """Launches and milliseconds of a step outside matmul and attention, by the name of the kernel."""
+    """Launches and milliseconds of a step outside matmul and attention, by the name of the
+    kernel.
+    """
     latents: Sequence[Tensor]
     """After each of the compared steps, on the CPU."""
 
@@ -62,7 +68,9 @@ class Measured:
 
     columns: Mapping[str, Column]
     identical: Mapping[str, int]
-    """Of the variants that must have the bits of eager: compared steps after which the latents do."""
+    """Of the variants that must have the bits of eager: compared steps after which the
+    latents do.
+    """
     reproducible: bool
     """Whether eager itself gives the same bits again; looked at only where a variant differs."""
 
@@ -76,7 +84,9 @@ class Measured:
 def measure(
     real: RealModel, layers: Mapping[str, int], device: torch.device, variants: Sequence[Variant], quantization: str | None = None
 ) -> Measured:
-    """Builds one model and measures its variants, eager first; quantised, if it is to be, and patched before that, too."""
+    """Builds one model and measures its variants, eager first; quantised, if it is to be, and
+    patched before that, too.
+    """
     model = real.build(layers, device)
     columns: dict[str, Column] = {}
     with tqdm(desc=real.title, unit="step", leave=False) as progress:
@@ -130,7 +140,9 @@ def _column(model: nn.Module, real: RealModel, device: torch.device, on_step: Ca
 
 
 def _denoise(model: nn.Module, real: RealModel, device: torch.device) -> Iterator[Tensor]:
-    """Euler steps from noise, without end; yields the latents after each. The velocity is scaled down so that latents stay finite."""
+    """Euler steps from noise, without end; yields the latents after each. The velocity is scaled
+    down so that latents stay finite.
+    """
     latents = real.noise(device)
     for index in range(1000):
         timestep = torch.tensor(1000.0 - index, device=device)

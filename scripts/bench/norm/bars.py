@@ -1,4 +1,6 @@
-"""The bars that the ops are held to, judged on a run's results: how many cells hold each, and which don't."""
+"""The bars that the ops are held to, judged on a run's results: how many cells hold each, and which
+don't.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -110,7 +112,9 @@ def _against_peers(results: Iterable[Result], name: str, factor: Callable[[Resul
 
 
 def geometric_mean(results: Iterable[Result], peer: str, time: Callable[[Result], float | None]) -> tuple[float, int]:
-    """How many times faster ``time`` is than a peer over the anchors' cells with modulations per sample; and of how many cells."""
+    """How many times faster ``time`` is than a peer over the anchors' cells with modulations per
+    sample; and of how many cells.
+    """
     logs = []
     for r in results:
         ours, theirs = time(r), r.us(peer)

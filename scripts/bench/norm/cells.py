@@ -28,7 +28,9 @@ class Cell:
     rows: int
     width: int
     layout: str = "sample"
-    """Of the modulations: sample [1, D], token [1, S, D], frame [1, F, 1, D], index (rows [2, D] and an index [S])."""
+    """Of the modulations: sample [1, D], token [1, S, D], frame [1, F, 1, D], index (rows [2, D]
+    and an index [S]).
+    """
     gate_layout: str | None = None
     """Of the gate, where it differs."""
     dtype: str = "bf16"
@@ -42,7 +44,9 @@ class Cell:
     """Modulations are chunk views of one tensor [..., 6, D]."""
     frames: int = 0
     group: str = "variants"
-    """anchors (the sizes of real models), pr14717 (the tables of sglang's pull request) or variants."""
+    """anchors (the sizes of real models), pr14717 (the tables of sglang's pull request) or
+    variants.
+    """
     autotune: bool = False
     """Whether torch.compile's max-autotune takes part."""
 
@@ -75,9 +79,11 @@ class Cell:
 
     @property
     def streams(self) -> tuple[int, int, int]:
-        """Reads, writes and bytes of a stream: the plain copy that moves the same bytes in the same mix.
+        """Reads, writes and bytes of a stream: the plain copy that moves the same bytes in the same
+        mix.
 
-        A stream is as large as the smallest tensor [S, D]; one of twice its element size counts as two.
+        A stream is as large as the smallest tensor [S, D]; one of twice its element size counts as
+        two.
         """
         sizes = dict.fromkeys(self._activations(), DTYPES[self.dtype].itemsize)
         per_token = [name for name in MODULATIONS[self.op] if self._layout(name) == "token"]
@@ -213,7 +219,9 @@ def all_cells() -> list[Cell]:
 
 
 def quick_cells() -> list[Cell]:
-    """A minute's worth: each op and kind of modulation at a latency-bound, a middle and a large size."""
+    """A minute's worth: each op and kind of modulation at a latency-bound, a middle and a large
+    size.
+    """
     sizes = [(128, 3072), (4096, 3072), (27030, 3072)]
     anchors = [c for c in all_cells() if c.group == "anchors" and (c.rows, c.width) in sizes and c.gate_layout is None]
     variants = [c for c in all_cells() if c.group == "variants" and c.op == NSS and (c.layout in ("index", "frame") or not c.aligned)]

@@ -1,4 +1,6 @@
-"""Who computes the ops of norm and residual: ditnorm under both rounding laws, the unfused expression eager and compiled, and peers."""
+"""Who computes the ops of norm and residual: ditnorm under both rounding laws, the unfused
+expression eager and compiled, and peers.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,6 @@
-"""The picture of a run: how much of the speed of light each contestant reaches, by megabytes moved."""
+"""The picture of a run: how much of the speed of light each contestant reaches, by megabytes
+moved.
+"""
 
 from pathlib import Path
 

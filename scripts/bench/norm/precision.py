@@ -1,4 +1,6 @@
-"""Errors against the exact result in float64, a few thousand rows at a time so that large cells fit."""
+"""Errors against the exact result in float64, a few thousand rows at a time so that large cells
+fit.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -53,7 +55,9 @@ class _Distance:
 
 
 def errors(cell: Cell, inputs: Inputs, y: Tensor | None, r: Tensor | None) -> Verdict:
-    """Compares the results of one call, [1, S, D], with the formulas of ``ditnorm.functional`` in float64."""
+    """Compares the results of one call, [1, S, D], with the formulas of ``ditnorm.functional`` in
+    float64.
+    """
     total, given_r, once = _Distance(), _Distance(), _Distance()
     for rows in _chunks(cell):
         v = inputs["x"][0, rows].double()

@@ -1,4 +1,6 @@
-"""What bench_qk.py measures: query and key of an attention, normed and rotated, at the sizes of real models and around them."""
+"""What bench_qk.py measures: query and key of an attention, normed and rotated, at the sizes of
+real models and around them.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,13 @@ class QKCell:
     heads: int
     head_dim: int = 128
     encoder: int = 0
-    """Tokens of a second stream, with which query, key and value are joined; 0: query and key alone."""
+    """Tokens of a second stream, with which query, key and value are joined; 0: query and key
+    alone.
+    """
     rotary: str | None = "complex"
-    """The form of the rotary tables: complex, per_element (each value twice), per_pair (every second value of such a table)."""
+    """The form of the rotary tables: complex, per_element (each value twice), per_pair (every
+    second value of such a table).
+    """
     rotated: int | None = None
     """How many tokens are rotated, where not all are."""
     across: bool = False
@@ -50,7 +56,9 @@ class QKCell:
 
     @property
     def streams(self) -> tuple[int, int, int]:
-        """Reads, writes and bytes of a stream: the rows without the rotary tables, which a call reads besides."""
+        """Reads, writes and bytes of a stream: the rows without the rotary tables, which a call
+        reads besides.
+        """
         return 2, 2, self.row_bytes // 2 // 16 * 16
 
     @property

@@ -1,4 +1,6 @@
-"""Who computes the ops of query and key: ditnorm under both rounding laws, the unfused expression eager and compiled, and peers."""
+"""Who computes the ops of query and key: ditnorm under both rounding laws, the unfused expression
+eager and compiled, and peers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +23,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "joint_qk_norm_rope": functional.joint_qk_norm_rope,
 }
 MOST_ULPS, MOST_ULPS_FP32 = 4, 16
-"""Honest half-precision contestants round four times, half a unit each; float32 ones differ in how they sum and take the root."""
+"""Honest half-precision contestants round four times, half a unit each; float32 ones differ in how
+they sum and take the root.
+"""
 
 
 def interpreted() -> list[Contestant]:
@@ -58,7 +62,8 @@ def _compiled(name: str, cell: QKCell) -> Maker:
 
 
 def check(cell: QKCell, inputs: Inputs) -> Callable[[Sequence[Tensor]], Verdict]:
-    """What raises unless each result is within a few units in the last place of the expression rounded once.
+    """What raises unless each result is within a few units in the last place of the expression
+    rounded once.
 
     Units at the length of the rotated pair: what a rotation adds up may cancel.
     """

@@ -1,15 +1,18 @@
 """How other libraries' kernels norm and rotate query and key.
 
-sglang           its fused CUDA kernels, into new tensors: one for both streams and the values (Qwen-Image's), one for query and key
-sglang in place  the latter over its own inputs, as its models call it
-sglang CuTe      across heads, in place, query and key one after the other: Wan's; it writes this layout in no other way
-sglang triton    its fused kernel that rounds where eager PyTorch does, query and key one after the other
-comfy-kitchen    its fused kernel, stream by stream, then the concatenations that joint attention needs; across heads, where it has no
+sglang           its fused CUDA kernels, into new tensors: one for both streams and the values
+(Qwen-Image's), one for query and key sglang in place  the latter over its own inputs, as its models
+call it
+sglang CuTe      across heads, in place, query and key one after the other: Wan's; it writes this
+layout in no other way sglang triton    its fused kernel that rounds where eager PyTorch does, query
+and key one after the other comfy-kitchen    its fused kernel, stream by stream, then the
+concatenations that joint attention needs; across heads, where it has no
                  norm, PyTorch's rms_norm and then its rotation
 
-Each takes the rotary tables in its own form, made before the measurement, as models make them once a forward. No peer can leave tokens
-unrotated: those have tables of no rotation, which are read besides. What works in place has copies of the inputs and norms them again
-and again: the traffic is the same, and the norm keeps the values bounded. No peer serves the norm alone.
+Each takes the rotary tables in its own form, made before the measurement, as models make them once
+a forward. No peer can leave tokens unrotated: those have tables of no rotation, which are read
+besides. What works in place has copies of the inputs and norms them again and again: the traffic is
+the same, and the norm keeps the values bounded. No peer serves the norm alone.
 """
 
 from functools import cache, partial
@@ -45,7 +48,9 @@ def _heads(cell: QKCell, inputs: Inputs, *names: str) -> list[Tensor]:
 
 
 def halves(rotary: Any, tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)`` of each pair, [S, d / 2] float32; of no rotation for the tokens that ``rotary`` leaves out."""
+    """``(cos, sin)`` of each pair, [S, d / 2] float32; of no rotation for the tokens that
+    ``rotary`` leaves out.
+    """
     half = head_dim // 2
     if rotary is None:
         cos, sin = torch.empty(2, 0, half, device=device)

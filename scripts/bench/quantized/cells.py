@@ -1,4 +1,6 @@
-"""Activations quantised at the sizes of real models: alone, behind GELU, and behind the norm sites."""
+"""Activations quantised at the sizes of real models: alone, behind GELU, and behind the norm
+sites.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +54,9 @@ class QuantizedCell:
 
     @property
     def streams(self) -> tuple[int, int, int]:
-        """Reads, writes and bytes of a stream: one of the quantised rows, two of the others. A law with one scale reads twice."""
+        """Reads, writes and bytes of a stream: one of the quantised rows, two of the others. A law
+        with one scale reads twice.
+        """
         width = DTYPES[self.dtype].itemsize
         passes = 1 if self.quantiser.per_row else 2
         return passes * width * _READS[self.op], 1 + width * _WRITES[self.op], self.rows * self.width // 16 * 16

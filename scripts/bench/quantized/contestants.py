@@ -1,4 +1,6 @@
-"""Who quantises: ditnorm, and the unfused expression with torchao's quantiser, eager and compiled."""
+"""Who quantises: ditnorm, and the unfused expression with torchao's quantiser, eager and
+compiled.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +20,9 @@ from ..contestants import COMPILED, EAGER, UNFUSED, Contestant, Maker
 from .cells import GELU, NSS, SRNSS, QuantizedCell
 
 LARGEST_ERROR = 2.0**-4
-"""Relative, in the L2 norm: half a unit in the last place of e4m3, which has three digits behind the first."""
+"""Relative, in the L2 norm: half a unit in the last place of e4m3, which has three digits behind
+the first.
+"""
 TWO_KERNELS = "ditnorm, two kernels"
 
 
@@ -56,7 +60,9 @@ def _two_kernels(cell: QuantizedCell) -> Maker:
 
 
 def expression(cell: QuantizedCell, inputs: Inputs) -> Any:
-    """What diffusers and torchao compute without ditnorm: values, scale, and the residual where there is one."""
+    """What diffusers and torchao compute without ditnorm: values, scale, and the residual where
+    there is one.
+    """
     x = inputs["x"]
     if cell.op == GELU:
         x = F.gelu(x, approximate="tanh")

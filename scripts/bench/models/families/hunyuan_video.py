@@ -1,7 +1,8 @@
-"""HunyuanVideo, with the defaults of diffusers' class, and HunyuanVideo-1.5, with the configuration of diffusers'
-``scripts/convert_hunyuan_video1_5_to_diffusers.py``.
+"""HunyuanVideo, with the defaults of diffusers' class, and HunyuanVideo-1.5, with the configuration
+of diffusers' ``scripts/convert_hunyuan_video1_5_to_diffusers.py``.
 
-Tokens: a latent frame every 4 frames (the first alone), 2 x 2 latent pixels of 8 x 8; for HunyuanVideo-1.5 one of 16 x 16.
+Tokens: a latent frame every 4 frames (the first alone), 2 x 2 latent pixels of 8 x 8; for
+HunyuanVideo-1.5 one of 16 x 16.
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
-"""Wan: of the 1.3B and A14B models, the configurations of diffusers' ``scripts/convert_wan_to_diffusers.py``; of TI2V-5B, that of
-``wan/configs/wan_ti2v_5B.py`` in Wan's own repository.
+"""Wan: of the 1.3B and A14B models, the configurations of diffusers'
+``scripts/convert_wan_to_diffusers.py``; of TI2V-5B, that of ``wan/configs/wan_ti2v_5B.py`` in Wan's
+own repository.
 
-Tokens: a latent frame every 4 frames (the first alone), 2 x 2 latent pixels of 8 x 8 (16 x 16 for TI2V-5B).
+Tokens: a latent frame every 4 frames (the first alone), 2 x 2 latent pixels of 8 x 8 (16 x 16 for
+TI2V-5B).
 """
 
 from typing import Any
