@@ -110,7 +110,7 @@ class _NormScaleShift(_Norm):
         """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype,
         or that quantised by ``law``.
         """
-        if scale is None and shift is None and not self.upstream_known():
+        if scale is None and shift is None and not self.as_made():
             return super().forward(x)
         op: Any = norm_scale_shift if law is None else partial(norm_scale_shift_quantize, law=law)
         return op(
@@ -241,7 +241,7 @@ class ScaleResidualNormScaleShift(_Norm):
         """
         if x is None:
             _nothing_modulated(gate, scale, shift, gate_table, scale_table, shift_table, index, law)
-            if not self.upstream_known():
+            if not self.as_made():
                 return super().forward(residual)
             return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps, rounding=self.rounding)
         op: Any = scale_residual_norm_scale_shift if law is None else partial(scale_residual_norm_scale_shift_quantize, law=law)

@@ -7,13 +7,9 @@ from typing import Any
 from torch import nn
 
 from .fingerprint import fingerprint
-from .originals import replaced, replaced_functional
+from .originals import function_of, replaced, replaced_functional
 
-_OF_TORCH: dict[type, tuple[str, str | None]] = {  # -> its kind, and the function that its forward calls
-    nn.LayerNorm: ("layer", "layer_norm"),
-    nn.RMSNorm: ("rms", "rms_norm"),
-    nn.Identity: ("identity", None),
-}
+_OF_TORCH: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "identity"}
 _FP32_LAYER_NORM = frozenset({"918561380066"})  # FP32LayerNorm.forward of diffusers 0.37.0 to 0.42.1
 _DIFFUSERS_RMS_NORM = frozenset({"fd0f231860cf", "ad030096bd29"})  # RMSNorm.forward of diffusers 0.37.0 to 0.40.0, and to 0.42.1
 
@@ -39,9 +35,9 @@ def _look(cls: type) -> tuple[str | None, str | None]:
     if cls.__call__ is not nn.Module.__call__:
         return None, f"{name}.__call__ was replaced"
     if cls in _OF_TORCH:
-        kind, function = _OF_TORCH[cls]
+        function = function_of(cls)
         reason = replaced(cls, "forward") or (None if function is None else replaced_functional(function))
-        return (kind, None) if reason is None else (None, reason)
+        return (_OF_TORCH[cls], None) if reason is None else (None, reason)
     forward: Any = vars(cls).get("forward")
     digest = fingerprint(forward)
     if issubclass(cls, nn.LayerNorm) and digest in _FP32_LAYER_NORM and forward.__globals__.get("F") is nn.functional:

@@ -9,6 +9,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch.nn.functional as F
+from torch import nn
 
 
 def replaced(cls: type, method: str) -> str | None:
@@ -16,6 +17,15 @@ def replaced(cls: type, method: str) -> str | None:
     is torch's own.
     """
     return _replaced(f"{cls.__module__}.{cls.__qualname__}.{method}", vars(cls).get(method), f"{cls.__qualname__}.{method}", cls.__module__)
+
+
+def function_of(norm: type) -> str | None:
+    """The function of ``torch.nn.functional`` that computes a norm of torch's kinds; None for other
+    classes.
+    """
+    if issubclass(norm, nn.LayerNorm):
+        return "layer_norm"
+    return "rms_norm" if issubclass(norm, nn.RMSNorm) else None
 
 
 def replaced_functional(name: str) -> str | None:

@@ -8,9 +8,11 @@ hooks, is left to where a comparison fails.
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch.nn import Module
 
 from .hook_chains import only_moves_weights
+from .originals import function_of
 from .torch_private import hooks_for_all_modules, module_call, only_traced
 
 _forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks = hooks_for_all_modules
@@ -25,6 +27,10 @@ class Swapped:
     """
     known_forward: ClassVar[Any] = None
     """Its forward when it was last looked at, if that was one to stand in for."""
+    function: ClassVar[Any] = None
+    """The function of ``torch.nn.functional`` that this forward calls, where it is a norm's,"""
+    known_function: ClassVar[Any] = None
+    """and what stood there."""
     own_forward: ClassVar[Any]
     """The forward that goes in front, as it was defined."""
 
@@ -43,24 +49,21 @@ class Swapped:
 
     @classmethod
     def as_made(cls) -> bool:
-        """Whether the class and the upstream class run what they ran when this one was made."""
-        origin = cls.origin
-        return cls.forward is cls.own_forward and (  # type: ignore[attr-defined]
-            origin is None or origin.forward is cls.known_forward or cls._look()
-        )
-
-    @classmethod
-    def upstream_known(cls) -> bool:
-        """Whether the upstream class still is one to stand in for. Others replace methods of
-        classes, for the whole process.
+        """Whether the class and the upstream class run what they ran when this one was made. Others
+        replace methods of classes, and torch's functions, for the whole process.
         """
-        return cls.origin is None or cls.origin.forward is cls.known_forward or cls._look()
+        if cls.forward is not cls.own_forward:  # type: ignore[attr-defined]
+            return False
+        origin, function = cls.origin, cls.known_function
+        same = origin is None or (origin.forward is cls.known_forward and (function is None or getattr(F, cls.function) is function))
+        return same or cls._look()
 
     @classmethod
     def _look(cls) -> bool:
         if torch.compiler.is_compiling() or not cls.knows(cls.origin):
             return False
-        cls.known_forward = cls.origin.forward
+        cls.known_forward, cls.function = cls.origin.forward, function_of(cls.origin)
+        cls.known_function = None if cls.function is None else getattr(F, cls.function)
         return True
 
 
