@@ -199,10 +199,11 @@ def qk_norm_rope(
 
     Dtypes, rounding laws, gradients: see the module. ``"eager"`` is fused for one dtype of query,
     key and weights; on CUDA its bits are promised for the norms that diffusers has:
-    ``"diffusers_rms"`` per head, ``"rms"`` across heads, with d a multiple of 8. Errors:
-    ``TypeError``, ``ValueError``, naming the argument.
+    ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads, with d a multiple of 8.
+    Errors: ``TypeError``, ``ValueError``, naming the argument.
 
-    Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
+    Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor`` in
+    diffusers.
     """
     cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_qk.tables(rotary)
     tensors = (query, key, query_weight, key_weight, cos, sin)
@@ -241,8 +242,8 @@ def joint_qk_norm_rope(
     into one tensor each.
 
     Each stream: [B, S, H * d], S its own. Results: [B, S + S_encoder, H, d], contiguous, the
-    encoder's tokens first if ``encoder_first`` (Qwen-Image) or last (HunyuanVideo). All else as
-    :func:`qk_norm_rope`.
+    encoder's tokens first if ``encoder_first`` (Qwen-Image, FLUX.1) or last (HunyuanVideo). All
+    else as :func:`qk_norm_rope`.
 
     Source: ``QwenDoubleStreamAttnProcessor2_0``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
     """

@@ -2,10 +2,9 @@
 // T of rows and weights, everything aligned. A row of one token (of query, key or value) stays in
 // registers from its one load to its one store. Three of them differ in the statistics:
 //
-//   head_kernel       norm per head of 64, 128 or 256, diffusers' RMSNorm: a head is a part of a
-//                     warp, nothing leaves it
-//   any_head_kernel   norm per head of any multiple of 8 from 32 on: statistics through shared
-//                     memory, in ATen's order
+//   head_kernel       norm per head of 64, 128 or 256: a head is a part of a warp, nothing leaves it
+//   any_head_kernel   norm per head of any multiple of 8 from 32 on, diffusers' RMSNorm: statistics
+//                     through shared memory
 //   across_kernel     norm across all heads, torch's RMSNorm: the block's reduction of
 //                     statistics.cuh
 #pragma once
@@ -70,7 +69,7 @@ __device__ __forceinline__ void normalize_row(float (&n)[N], float rstd, bool we
 
 constexpr int kHeadThreads = 128;
 
-template <class T, bool ROUND, int ITEMS, int HEAD>
+template <class T, bool ROUND, bool TWICE, int ITEMS, int HEAD>
 __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
   wait_for_previous_kernel();
@@ -94,8 +93,9 @@ __global__ void __launch_bounds__(kHeadThreads) head_kernel(const HeadProblem p)
     each(kEach, [&](auto i) {
       float n[N];
       to_floats(n, v[i]);
-      const float mean = __fmul_rn(head_sum_of_squares<HEAD>(n), at.rows.mean_factor);
-      normalize_row<T, ROUND, true>(n, rsqrtf(__fadd_rn(mean, p.eps)), weighted, weight);
+      const float sum = head_sum_of_squares<HEAD, TWICE>(n);
+      const float mean = __fmul_rn(sum, at.rows.mean_factor);  // a power of two: exact, as division is
+      normalize_row<T, ROUND, TWICE>(n, rsqrtf(__fadd_rn(mean, p.eps)), weighted, weight);
       if (rotated) rotate(n, angles, at.stream.rotary.contracted);
       v[i] = from_floats<T, N>(n);
     });

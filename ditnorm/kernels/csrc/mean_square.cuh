@@ -40,12 +40,33 @@ __device__ __forceinline__ float sum_of_group(const float* sums) {
   return __fadd_rn(__fadd_rn(__fadd_rn(sums[0], sums[1]), sums[2]), sums[3]);
 }
 
+// A group's sum of squares as a lane of ATen's RMSNorm takes it (statistics.cuh).
+__device__ __forceinline__ float lane_sum_of_squares(const float* v) {
+  return __fmaf_rn(v[3], v[3], __fmaf_rn(v[2], v[2], __fmaf_rn(v[1], v[1], __fmul_rn(v[0], v[0]))));
+}
+
 // A head of HEAD elements by its neighbouring threads of N elements, all of which get the result.
 // The order in which thread bits are combined is that of the lanes' bits, and which stands where
-// follows from which elements a thread has.
-template <int HEAD, int N>
+// follows from which elements a thread has. MEAN: in the order of this file; else in that of ATen's
+// RMSNorm, of whose lanes HEAD / 4 have a group of 4 elements each and the others nothing.
+template <int HEAD, bool MEAN, int N>
 __device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
   float sums[N];
+  if constexpr (!MEAN) {
+    static_assert(HEAD <= 128 || N == 8);
+    constexpr int kLanesBit = (HEAD < 128 ? HEAD : 128) / N / 2;  // above it: another of ATen's warps
+    sums[0] = lane_sum_of_squares(v);
+    if constexpr (N == 8) {  // a thread is the lanes 2 t and 2 t + 1
+      sums[1] = lane_sum_of_squares(v + 4);
+      halve_along<2>(kLanesBit, sums);
+    } else {
+      sums[0] = add_along(kLanesBit, sums[0]);
+    }
+#pragma unroll
+    for (int bit = kLanesBit / 2; bit > 0; bit /= 2) sums[0] = add_along(bit, sums[0]);
+    if constexpr (N == 8) sums[0] = add_along(kLanesBit, sums[0]);
+    return HEAD > 128 ? add_along(16, sums[0]) : sums[0];
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j) sums[j] = __fmul_rn(v[j], v[j]);
   const auto along = [&](int thread_bit) { sums[0] = add_along(thread_bit, sums[0]); };

@@ -114,25 +114,32 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch), static_cast<unsigned>(chunks));
     error = launch(kernel, grid, threads, stream, p);
   };
-  const bool fast = fast_heads(p) && (p.across != p.twice || !p.eager);  // the norms whose order the fast kernels have
-  if (fast && p.across && kTile % p.head_dim == 0 && narrowest == widest && !per_element) {
+  const bool fast = fast_heads(p);
+  const bool torchs = p.eager && !p.twice;  // must have the order and the roundings of torch's RMSNorm
+  if (fast && p.across && (torchs || !p.eager) && kTile % p.head_dim == 0 && narrowest == widest && !per_element) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
     const int result = AcrossLaunch<T, ROUND>(p, widest, grid, stream).run();
     if (result != kNotServed) return result;
   } else if (fast && !p.across) {
     const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
+    const auto serve_law = [&](auto twice, auto head) {
+      if (chunks(3) * 3 <= chunks(2) * 2) {
+        serve(&head_kernel<T, ROUND, twice, 3, head>, kHeadThreads, chunks(3));
+      } else {
+        serve(&head_kernel<T, ROUND, twice, 2, head>, kHeadThreads, chunks(2));
+      }
+    };
     const auto serve_head = [&](auto head) {
       if (p.head_dim != head) return;
-      if (chunks(3) * 3 <= chunks(2) * 2) {
-        serve(&head_kernel<T, ROUND, 3, head>, kHeadThreads, chunks(3));
-      } else {
-        serve(&head_kernel<T, ROUND, 2, head>, kHeadThreads, chunks(2));
+      if constexpr (ROUND || std::is_same_v<T, float>) {
+        if (torchs) return serve_law(std::false_type{}, head);
       }
+      serve_law(std::true_type{}, head);
     };
     serve_head(Constant<64>{}), serve_head(Constant<128>{});
     if constexpr (sizeof(T) == 2) serve_head(Constant<256>{});
     const int64_t of_head = p.head_dim * static_cast<int64_t>(sizeof(T)) / 16;  // threads
-    if (!served && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
+    if (!served && !torchs && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
       const Split by4 = split_heads(widest / p.head_dim, of_head, 4), by3 = split_heads(widest / p.head_dim, of_head, 3);
       if (by4.slots() <= by3.slots()) {
         serve(&any_head_kernel<T, ROUND, 4>, by4.threads, by4.chunks);
