@@ -68,6 +68,8 @@ _qk_norm_rope = kernels.ops.qk_norm_rope.default
 _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 _quantize = kernels.ops.quantize.default
 _gelu_quantize = kernels.ops.gelu_quantize.default
+_gelu = kernels.ops.gelu.default
+_swiglu = kernels.ops.swiglu.default
 _dequantize_product = kernels.ops.dequantize_product.default
 _norm_scale_shift_quantize = kernels.ops.norm_scale_shift_quantize.default
 _scale_residual_norm_scale_shift_quantize = kernels.ops.scale_residual_norm_scale_shift_quantize.default
@@ -262,6 +264,54 @@ def joint_qk_norm_rope(
         return _joint_qk_norm_rope(*tensors, *codes)
     except _REJECTED:
         return _rejected("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding))
+
+
+def gelu(x: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -> Tensor:
+    """GELU of ``x``, in its tanh approximation (arXiv:1606.08415), behind ``beside`` along the last
+    dim: attention's result and the MLP's in one buffer, as the last linear layer of a block reads
+    them.
+
+    ``x``: [B, S, D] or [S, D]; ``beside``: None or [B, S, D'], [S, D']; any strides (a last dim
+    that isn't dense is copied once, chunks of a fused projection are read in place). Result: [B, S,
+    D' + D], contiguous, in the dtype of ``x``. Fused where all have one dtype: float32, float16,
+    bfloat16.
+
+    Both rounding laws are one here, and on CUDA have the bits of PyTorch's GELU. Gradients: see the
+    module. Errors: ``TypeError``, ``ValueError``, naming the argument.
+
+    Source: ``FluxSingleTransformerBlock``, ``HunyuanVideoSingleTransformerBlock`` in diffusers.
+    """
+    tensors = (x, beside)
+    try:
+        code = _ROUNDING[rounding]
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("gelu", tensors, (rounding,), (code,))
+        if _traced_by_dynamo() and _unfused("gelu", tensors, (rounding,)):
+            return _rejected("gelu", tensors, (rounding,))
+        return _gelu(*tensors, code)
+    except _REJECTED:
+        return _rejected("gelu", tensors, (rounding,))
+
+
+def swiglu(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -> Tensor:
+    """``silu(x) * value`` (SwiGLU, arXiv:2002.05202) behind ``beside`` along the last dim.
+
+    ``value`` has the shape of ``x``; all else as :func:`gelu`, but that ``"eager"`` rounds
+    ``silu(x)`` to its dtype.
+
+    Source: ``Flux2SwiGLU``, Z-Image's ``FeedForward``, ``OvisImageSingleTransformerBlock`` in
+    diffusers.
+    """
+    tensors = (x, value, beside)
+    try:
+        code = _ROUNDING[rounding]
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("swiglu", tensors, (rounding,), (code,))
+        if _traced_by_dynamo() and _unfused("swiglu", tensors, (rounding,)):
+            return _rejected("swiglu", tensors, (rounding,))
+        return _swiglu(*tensors, code)
+    except _REJECTED:
+        return _rejected("swiglu", tensors, (rounding,))
 
 
 def quantize(x: Tensor, law: Law) -> Quantized:

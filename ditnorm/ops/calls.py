@@ -120,6 +120,23 @@ class Quantize(NamedTuple):
     law: Quantiser
 
 
+class Gelu(NamedTuple):
+    """GELU of ``x``, written behind ``beside``."""
+
+    x: Tensor
+    beside: Tensor | None
+    rounding: Rounding
+
+
+class SwiGLU(NamedTuple):
+    """``silu(x) * value``, written behind ``beside``."""
+
+    x: Tensor
+    value: Tensor
+    beside: Tensor | None
+    rounding: Rounding
+
+
 class DequantizeProduct(NamedTuple):
     """What an int8 matrix product [rows, N] stands for: ``product * scale * weight_scale +
     bias``.
@@ -192,6 +209,7 @@ QuantizedSiteCall = NormScaleShiftQuantize | ScaleResidualNormScaleShiftQuantize
 SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
 """A call at a norm site of a block."""
 QKCall = QKNormRope | JointQKNormRope
+ActivationCall = Gelu | SwiGLU
 
 Modulation = tuple[Tensor | None, Tensor | None]
 """A modulation and the table that is added to it in float32; either may be missing (a table alone

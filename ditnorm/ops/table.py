@@ -11,9 +11,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from . import checks, checks_qk, checks_quantize, reference, reference_qk, reference_quantize
+from . import checks, checks_activation, checks_qk, checks_quantize, reference, reference_activation, reference_qk, reference_quantize
 from .calls import (
     DequantizeProduct,
+    Gelu,
     JointQKNormRope,
     NormScaleShift,
     NormScaleShiftQuantize,
@@ -22,6 +23,7 @@ from .calls import (
     ScaleResidual,
     ScaleResidualNormScaleShift,
     ScaleResidualNormScaleShiftQuantize,
+    SwiGLU,
 )
 
 
@@ -136,6 +138,22 @@ OPS: Mapping[str, Op] = {
             checks_quantize.check,
             _fused,
             lambda call: checks_quantize.like_quantized(call.x, call.law),
+        ),
+        Op(
+            "gelu",
+            Gelu,
+            reference_activation.gelu,
+            checks_activation.check,
+            checks_activation.unfused,
+            checks_activation.like,
+        ),
+        Op(
+            "swiglu",
+            SwiGLU,
+            reference_activation.swiglu,
+            checks_activation.check,
+            checks_activation.unfused,
+            checks_activation.like,
         ),
         Op(
             "dequantize_product",

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int kMaxReads = 8;
-constexpr int kMaxWrites = 2;
+constexpr int kMaxWrites = 4;
 
 struct Streams {
   const uint4* in[kMaxReads];
@@ -152,6 +152,7 @@ int stream_launch(int variant, int reads, int writes, const void* const* in, voi
     case 42: return launch_kind<4, 2>(kind, s, threads, on);
     case 51: return launch_kind<5, 1>(kind, s, threads, on);
     case 52: return launch_kind<5, 2>(kind, s, threads, on);
+    case 74: return launch_kind<7, 4>(kind, s, threads, on);
     case 82: return launch_kind<8, 2>(kind, s, threads, on);
     default: return cudaErrorInvalidValue;
   }

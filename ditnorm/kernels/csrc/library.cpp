@@ -53,7 +53,7 @@ DITNORM_EXPORT const char* ditnorm_unusable(int device) { return unusable(device
 // Puts the ops over those registered in Python, for the life of the process. 0: success.
 DITNORM_EXPORT int ditnorm_register() try {
   auto library = std::make_unique<abi::Library>("ditnorm", kDispatchKey);
-  for (const Ops& ops : {norm_site_ops(), qk_ops(), quantize_ops()}) {
+  for (const Ops& ops : {norm_site_ops(), qk_ops(), activation_ops(), quantize_ops()}) {
     for (const OpEntry& op : ops) library->impl(op.name, op.boxed);
   }
   library.release();
@@ -64,7 +64,7 @@ DITNORM_EXPORT int ditnorm_register() try {
 
 // How often an op has been called; -1 for an op that the library doesn't have.
 DITNORM_EXPORT int64_t ditnorm_calls(const char* name) {
-  for (const Ops& ops : {norm_site_ops(), qk_ops(), quantize_ops()}) {
+  for (const Ops& ops : {norm_site_ops(), qk_ops(), activation_ops(), quantize_ops()}) {
     for (const OpEntry& op : ops) {
       if (equal(op.name, name)) return op.calls->load(std::memory_order_relaxed);
     }

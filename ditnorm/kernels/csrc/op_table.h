@@ -56,9 +56,10 @@ OpEntry op(const char* name) {
   return {name, &Bound::boxed, &Bound::calls};
 }
 
-// Of ops.cpp, qk_ops.cpp and quantize_ops.cpp.
+// Of ops.cpp, qk_ops.cpp, activation_ops.cpp and quantize_ops.cpp.
 Ops norm_site_ops();
 Ops qk_ops();
+Ops activation_ops();
 Ops quantize_ops();
 
 }  // namespace ditnorm

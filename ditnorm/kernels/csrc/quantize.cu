@@ -1,21 +1,11 @@
 // Quantising what a linear layer reads, alone or behind GELU, and the way back from an int8 matrix
 // product.
-#include <cmath>
-
+#include "activations.cuh"
 #include "dispatch.cuh"
 #include "launch.h"
 #include "quantize.cuh"
 
 namespace ditnorm {
-
-// GELU in its tanh approximation as ATen computes it, its multiply-adds contracted as nvcc
-// contracts them there.
-__device__ __forceinline__ float gelu(float x) {
-  constexpr float kBeta = static_cast<float>(M_SQRT2 * M_2_SQRTPI * 0.5), kKappa = 0.044715f;
-  const float cube = __fmul_rn(__fmul_rn(x, x), x);
-  const float inner = __fmul_rn(kBeta, __fmaf_rn(kKappa, cube, x));
-  return __fmul_rn(__fmul_rn(0.5f, x), __fadd_rn(1.0f, tanhf(inner)));
-}
 
 template <bool GELU, class T, int N>
 __device__ __forceinline__ Pack<T, N> activated(const Pack<T, N>& x) {

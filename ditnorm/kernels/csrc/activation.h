@@ -1,0 +1,22 @@
+// What the activations ask for, in plain C++: filled by activation_ops.cpp, passed by value to the
+// kernels. Strides count elements.
+#pragma once
+#include "problem.h"
+
+namespace ditnorm {
+
+enum class Activation : int32_t { gelu, swiglu };
+
+struct ActivationProblem {
+  int64_t batch, tokens, width, beside_width;
+  DType dtype;
+  Rows x, value, beside;  // value.data is null but for swiglu, beside.data where beside_width is 0
+  Activation activation;
+  bool round_each;  // of swiglu: silu(x) is rounded to the dtype before the product
+  void* y;          // [batch, tokens, beside_width + width] contiguous
+};
+
+// As those of problem.h.
+int activate(const ActivationProblem& problem, void* stream);
+
+}  // namespace ditnorm

@@ -1,0 +1,93 @@
+// The activations: as ops.cpp.
+#include <algorithm>
+#include <iterator>
+
+#include "activation.h"
+#include "op_call.h"
+#include "op_table.h"
+
+namespace ditnorm {
+namespace {
+
+class ActivationOp {
+ public:
+  ActivationOp(const Tensor& x, int64_t rounding) : x_(x) {
+    const int64_t dim = x.dim();
+    check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
+    check(x.sizes()[dim - 1] >= 1, "ditnorm: x must have a last dim");
+    check(rounding == roundings::single || rounding == roundings::eager, "ditnorm: rounding");
+    problem_.batch = dim == 3 ? x.sizes()[0] : 1;
+    problem_.tokens = x.sizes()[dim - 2];
+    problem_.width = x.sizes()[dim - 1];
+    problem_.dtype = float_dtype(x);
+    problem_.x = rows(x);
+    problem_.round_each = rounding == roundings::eager;
+  }
+
+  void value(const Tensor& t) {
+    check(t.dim() == x_.dim() && t.sizes()[t.dim() - 1] == problem_.width, "ditnorm: value must have the shape of x");
+    problem_.value = rows(t);
+    problem_.activation = Activation::swiglu;
+  }
+
+  void beside(const Optional& t) {
+    if (!t) return;
+    check(t->dim() == x_.dim(), "ditnorm: beside must have the dims of x");
+    problem_.beside_width = t->sizes()[t->dim() - 1];
+    if (problem_.beside_width > 0) problem_.beside = rows(*t);
+  }
+
+  Tensor run() {
+    const int64_t dim = x_.dim();
+    int64_t sizes[3];
+    std::copy(x_.sizes(), x_.sizes() + dim, sizes);
+    sizes[dim - 1] += problem_.beside_width;
+    Tensor y = abi::empty(dim, sizes, x_.dtype(), x_);
+    problem_.y = y.data();
+    if (problem_.batch * problem_.tokens > 0) call_kernel(&activate, problem_, x_.device_index());
+    return y;
+  }
+
+ private:
+  // Keeps a dense copy, where the last dim isn't dense, alive until the launch.
+  Rows rows(const Tensor& t) {
+    check(t.device_type() == x_.device_type() && t.device_index() == x_.device_index(), "ditnorm: tensors on different devices");
+    check(float_dtype(t) == problem_.dtype, "ditnorm: activations need tensors of one dtype");
+    const int64_t dim = t.dim();
+    check(std::equal(t.sizes(), t.sizes() + dim - 1, x_.sizes()), "ditnorm: rows of value and beside must be those of x");
+    const bool dense = t.sizes()[dim - 1] == 1 || t.strides()[dim - 1] == 1;
+    const Tensor& source = dense ? t : copies_[copied_++] = abi::contiguous(t);
+    const int64_t* strides = source.strides();
+    return {source.data(), problem_.dtype, dim == 3 && problem_.batch > 1 ? strides[0] : 0, problem_.tokens > 1 ? strides[dim - 2] : 0};
+  }
+
+  const Tensor& x_;
+  ActivationProblem problem_{};
+  Tensor copies_[3];
+  int copied_ = 0;
+};
+
+Tensor gelu_op(const Tensor& x, const Optional& beside, int64_t rounding) {
+  ActivationOp op(x, rounding);
+  op.beside(beside);
+  return op.run();
+}
+
+Tensor swiglu_op(const Tensor& x, const Tensor& value, const Optional& beside, int64_t rounding) {
+  ActivationOp op(x, rounding);
+  op.value(value);
+  op.beside(beside);
+  return op.run();
+}
+
+}  // namespace
+
+Ops activation_ops() {
+  static const OpEntry kOps[] = {
+      op<&gelu_op>("gelu"),
+      op<&swiglu_op>("swiglu"),
+  };
+  return {kOps, std::size(kOps)};
+}
+
+}  // namespace ditnorm

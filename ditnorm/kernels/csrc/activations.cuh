@@ -1,0 +1,27 @@
+// Activations as ATen computes them in float32, their multiply-adds contracted as nvcc contracts
+// them there.
+#pragma once
+#include <cmath>
+
+#include "numerics.cuh"
+
+namespace ditnorm {
+
+// GELU in its tanh approximation.
+__device__ __forceinline__ float gelu(float x) {
+  constexpr float kBeta = static_cast<float>(M_SQRT2 * M_2_SQRTPI * 0.5), kKappa = 0.044715f;
+  const float cube = __fmul_rn(__fmul_rn(x, x), x);
+  const float inner = __fmul_rn(kBeta, __fmaf_rn(kKappa, cube, x));
+  return __fmul_rn(__fmul_rn(0.5f, x), __fadd_rn(1.0f, tanhf(inner)));
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0f, expf(-x))); }
+
+// silu(x) * value. ROUNDED: silu(x) is rounded to T before.
+template <class T>
+__device__ __forceinline__ float swiglu(float x, float value, bool rounded) {
+  const float gate = silu(x);
+  return __fmul_rn(rounded ? round_to<T>(gate) : gate, value);
+}
+
+}  // namespace ditnorm

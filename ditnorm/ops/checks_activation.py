@@ -1,0 +1,50 @@
+"""The contract of the arguments of the activations, as named errors. When it runs: see
+:mod:`ditnorm.ops.checks`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .calls import ROUNDINGS, ActivationCall
+from .checks import _FLOATS, FLOATS, _devices, _option, _shape, _tensor
+
+
+def check(call: ActivationCall) -> None:
+    """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices); the message
+    names the argument.
+    """
+    _option("rounding", call.rounding, ROUNDINGS)
+    tensors: dict[str, Any] = {name: t for name, t in zip(call._fields, call, strict=True) if name != "rounding"}
+    for name, t in tensors.items():
+        if t is not None or name != "beside":
+            _tensor(name, t, _FLOATS)
+    x = call.x
+    if x.dim() not in (2, 3) or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(x)}")
+    for name, t in tensors.items():
+        if t is None or t is x:
+            continue
+        if name == "value" and t.shape != x.shape:
+            raise ValueError(f"value: expected the shape of x, {_shape(x)}, got {_shape(t)}")
+        if t.dim() != x.dim() or t.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"{name}: expected the shape of x, {_shape(x)}, but for the last dim, got {_shape(t)}")
+    _devices(tensors, x, "x")
+
+
+def unfused(call: ActivationCall) -> str | None:
+    """Why no kernel takes a call that :func:`check` has passed, or None."""
+    for name, t in zip(call._fields, call, strict=True):
+        if not isinstance(t, Tensor):
+            continue
+        if t.dtype not in FLOATS:
+            return f"{name}: no kernel takes {t.dtype}"
+        if t.dtype is not call.x.dtype:
+            return f"{name}: fused in the dtype of x, {call.x.dtype}, got {t.dtype}"
+    return None
+
+
+def like(call: ActivationCall) -> Tensor:
+    """An empty tensor like the result."""
+    x, width = call.x, call.x.shape[-1]
+    return x.new_empty((*x.shape[:-1], width if call.beside is None else call.beside.shape[-1] + width))
