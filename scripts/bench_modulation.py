@@ -11,7 +11,6 @@ table takes more memory than a step does. It needs a GPU that the models fit in.
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -77,21 +76,31 @@ def schedule(steps: int) -> Tensor:
 
 @torch.inference_mode()
 def generate(model: nn.Module, real: RealModel, device: torch.device, steps: int, prompt: float) -> Generation:
-    """``prompt``: what the text's embeddings are multiplied by."""
-    latents, found, seconds, peaks = real.noise(device), [], [], []
-    for t in tqdm(schedule(steps).to(device), desc=real.title, leave=False):
+    """``prompt``: what the text's embeddings are multiplied by. The steps after the first run as in
+    a pipeline, which doesn't wait for the device between them.
+    """
+    latents, found = real.noise(device), []
+    first_peak, started = 0, 0.0
+    for i, t in enumerate(tqdm(schedule(steps).to(device), desc=real.title, leave=False)):
         given: dict[str, Any] = dict(real.arguments(real, latents, t))
         given |= {k: v * prompt for k, v in given.items() if k.startswith(("encoder_hidden", "pooled")) and v.is_floating_point()}
-        synchronize()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+        if i <= 1:
+            synchronize()
+            first_peak, started = peak(device), time.perf_counter()
         latents = latents - 0.05 * real.velocity(model, given)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-        peaks.append(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
-        found.append(latents.cpu())
-    return Generation(found, 1000 * statistics.median(seconds[1:]), peaks[0], max(peaks[1:]))
+        found.append(latents)
+    synchronize()
+    step_ms = 1000 * (time.perf_counter() - started) / (steps - 1)
+    return Generation([latents.cpu() for latents in found], step_ms, first_peak, peak(device))
+
+
+def peak(device: torch.device) -> int:
+    """The most memory in use since the last call, in bytes."""
+    if device.type != "cuda":
+        return 0
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return most
 
 
 def measure(real: RealModel, layers: dict[str, int], device: torch.device, steps: int) -> Found:

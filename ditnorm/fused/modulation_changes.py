@@ -3,6 +3,7 @@ adapters. Notices that any of it changed.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
@@ -12,41 +13,65 @@ _SAMPLES = 8  # bytes of a weight that are looked at: each is a wait for memory
 
 
 class Watch:
-    """The state of ``holders`` when rows were made. What is compared in every pass is kept flat,
-    and by identity.
+    """The state of ``holders`` when rows were made. What is compared in every pass is kept flat, a
+    list for each fact, so that the comparing is done by C: there are hundreds of weights, and the
+    device may wait.
     """
 
     def __init__(self, holders: Sequence[tuple[str, Any, bool]]) -> None:
-        self.changes = [(holder, holder.modulation_changes) for _, holder, _ in holders]
-        self.parts: list[tuple[Any, ...]] = []
-        self.weights: list[tuple[Any, ...]] = []
-        for _, holder, _ in holders:
-            for key, part in zip(holder.modulation_parts, holder.modulation_modules(), strict=True):
-                hooks = part._forward_hooks, part._forward_pre_hooks
-                self.parts.append((part, holder._modules, key, part.__dict__.get("forward"), *map(tuple, hooks), _state(part)))
-                for module in part.modules():
-                    for name, p in module._parameters.items():
-                        if p is not None:
-                            probe = _probe(p)
-                            bits = None if probe is None else probe.tobytes()
-                            self.weights.append((module._parameters, name, p, p._version, p.dtype, p.data_ptr(), probe, bits))
+        self.holders = [holder for _, holder, _ in holders]
+        self.changes = [holder.modulation_changes for holder in self.holders]
+        places = [(h, key, part) for h in self.holders for key, part in zip(h.modulation_parts, h.modulation_modules(), strict=True)]
+        self.parts = Links([(holder._modules, key, part) for holder, key, part in places])
+        self.forwards = Links([(part.__dict__, "forward", part.__dict__.get("forward")) for part in self.parts.values])
+        hooks = [hooks for part in self.parts.values for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.hooks = [(hooks, list(hooks)) for hooks in hooks if hooks]
+        self.without_hooks = [hooks for hooks in hooks if not hooks]
+        self.states = [(part, state) for part in self.parts.values if (state := _state(part)) or part._modules]
+        stateful = {id(part) for part, _ in self.states}
+        self.without_children = [part._modules for part in self.parts.values if id(part) not in stateful]
+        named = [
+            (module._parameters, name, p)
+            for part in self.parts.values
+            for module in part.modules()
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
+        self.weights = Links(named)
+        self.seen = [*map(_seen, self.weights.values)]
+        self.addresses = [*map(Tensor.data_ptr, self.weights.values)]
+        self.probes = [probe for p in self.weights.values if (probe := _probe(p)) is not None]
+        self.bits = [*map(_bytes, self.probes)]
 
     def unchanged(self) -> bool:
-        if any(holder.modulation_changes != changes for holder, changes in self.changes):
-            return False
-        for part, siblings, key, forward, hooks, pre_hooks, state in self.parts:
-            if siblings.get(key) is not part or part.__dict__.get("forward") is not forward:
-                return False
-            if tuple(part._forward_hooks) != hooks or tuple(part._forward_pre_hooks) != pre_hooks:
-                return False
-            if (part._modules or state) and _state(part) != state:
-                return False
-        for parameters, name, p, version, dtype, address, probe, bits in self.weights:
-            if parameters.get(name) is not p or p._version != version or p.dtype is not dtype or p.data_ptr() != address:
-                return False
-            if probe is not None and probe.tobytes() != bits:
-                return False
-        return True
+        return (
+            [*map(_changes, self.holders)] == self.changes
+            and self.parts.unchanged()
+            and self.forwards.unchanged()
+            and not any(self.without_hooks)
+            and all(list(hooks) == before for hooks, before in self.hooks)
+            and not any(self.without_children)
+            and all(_state(part) == state for part, state in self.states)
+            and self.weights.unchanged()
+            and [*map(_seen, self.weights.values)] == self.seen
+            and [*map(Tensor.data_ptr, self.weights.values)] == self.addresses
+            and [*map(_bytes, self.probes)] == self.bits
+        )
+
+
+class Links:
+    """Which value stood at each key of each dict; None where there was none."""
+
+    def __init__(self, links: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+        self.dicts = [link[0] for link in links]
+        self.keys = [link[1] for link in links]
+        self.values = [link[2] for link in links]
+
+    def unchanged(self) -> bool:
+        return all(map(is_, map(dict.get, self.dicts, self.keys), self.values))
+
+
+_changes, _seen, _bytes = attrgetter("modulation_changes"), attrgetter("_version", "dtype"), methodcaller("tobytes")
 
 
 def _probe(p: Tensor) -> Any:

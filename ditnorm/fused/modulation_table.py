@@ -364,7 +364,7 @@ class ModulationTable:
         for name, holder, _ in self.holders:
             if not isinstance(holder, Modulating) or (isinstance(holder, FusedModule) and not holder.intact()):
                 return f"{name} isn't fused any more"
-        for part, *_ in self._watch.parts if self._watch is not None else ():
+        for part in self._watch.parts.values if self._watch is not None else ():
             if "_diffusers_hook" in part.__dict__ and is_group_offloaded(part):
                 return GROUP_OFFLOADED
         return None
