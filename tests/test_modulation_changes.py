@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 from compatibility import lora
 from compatibility.feature import forward, load
 from support import tiny
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ditnorm
 from ditnorm.patching.restoring import tables
@@ -199,3 +203,22 @@ def test_a_registry_of_hooks_that_ditnorm_does_not_know_is_no_group_offloading()
     ditnorm.precompute_modulation(model)
     for _ in range(2):
         assert torch.equal(forward(model, "Qwen-Image"), expected)
+
+
+def test_a_model_sharded_afterwards_gives_the_table_up(tmp_path: Path) -> None:
+    model: Any = load("Qwen-Image")
+    expected = forward(model, "Qwen-Image")
+    ditnorm.precompute_modulation(model)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(next(model.parameters()).device.type, (1,))
+        for block in model.transformer_blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.warns(UserWarning, match="aren't precomputed any more: .*weight is spread over several devices"):
+            actual = forward(model, "Qwen-Image")
+        assert torch.equal(actual, expected)
+        assert torch.equal(forward(model, "Qwen-Image"), expected)
+        assert not tables(model)
+    finally:
+        dist.destroy_process_group()

@@ -174,14 +174,13 @@ class ModulationTable:
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # the first, which would let later runs write rows, enables gradients
-            reason = self._reason_to_give_up()
+            reason = self._reason_to_give_up() or self._look_for_changes()
             if reason is not None:
                 self.restore()
                 warnings.warn(
                     f"ditnorm: modulations of {type(self.model).__name__} aren't precomputed any more: {reason}", UserWarning, stacklevel=2
                 )
                 return None
-            self._look_for_changes()
             key = _key(embedding)
             self._in_use[threading.get_ident()].append(key)
             entry = self._entries.get(key)
@@ -398,11 +397,16 @@ class ModulationTable:
             if issubclass(type(holder), ModulationSequential):
                 set_class(holder, upstream_of(type(holder)))
 
-    def _look_for_changes(self) -> None:
-        if self._watch is None or not self._watch.unchanged():
-            self.changes += bool(self._entries)
-            self._clear()
-            self._watch = Watch(self.holders)
+    def _look_for_changes(self) -> str | None:
+        """Empties the table where weights have changed; a reason to give it up where they were
+        sharded.
+        """
+        if self._watch is not None and self._watch.unchanged():
+            return None
+        self.changes += bool(self._entries)
+        self._clear()
+        self._watch = Watch(self.holders)
+        return next((reason for _, holder, _ in self.holders if (reason := spread(holder)) is not None), None)
 
     def _clear(self) -> None:
         self._entries.clear()
@@ -449,6 +453,14 @@ def _link(model: nn.Module, name: str) -> tuple[dict[str, Any], str, nn.Module]:
 def is_group_offloaded(module: nn.Module) -> bool:
     registry = module.__dict__.get("_diffusers_hook")
     return getattr(registry, "hooks", {}).get("group_offloading") is not None
+
+
+def spread(model: nn.Module) -> str | None:
+    """The first parameter that is on several devices (FSDP, tensor parallelism), in words."""
+    for name, p in model.named_parameters():
+        if hasattr(p, "placements") or type(p).__module__.startswith("torch.distributed"):
+            return f"{name} is spread over several devices ({type(p).__name__})"
+    return None
 
 
 def _key(embedding: Tensor) -> Key:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
-from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded
+from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, spread
 from ..fused.weight_streaming import send_home
 from ..models import MODULATED
 from ..swapping import generated
@@ -130,10 +130,8 @@ def _obstacle(plan: Plan) -> str | None:
 
 def _weights_obstacle(plan: Plan) -> str | None:
     devices = set()
-    for path, module in plan.model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            if hasattr(p, "placements") or type(p).__module__.startswith("torch.distributed"):
-                return f"{path}.{name} is spread over several devices ({type(p).__name__})"
+    if (reason := spread(plan.model)) is not None:
+        return reason
     if any(is_group_offloaded(module) for module in plan.model.modules()):
         return GROUP_OFFLOADED
     for _, modulation in _modulations(plan.model, plan.units):
