@@ -44,7 +44,7 @@ class FusedGELU(FusedModule):
     def forward(self, hidden_states: Any) -> Tensor:
         if not self.intact():
             return super().forward(hidden_states)  # type: ignore[misc]
-        if self.rounding == "single" and self.is_torchs() and _fits_epilogue(self.proj, hidden_states, self.approximate):
+        if self.rounding == "single" and self.is_torchs() and fits_epilogue(self.proj, hidden_states, self.approximate):
             return linear_gelu(self.proj, hidden_states)
         return self.activate(self.proj(hidden_states))
 
@@ -61,13 +61,21 @@ class FusedGELU(FusedModule):
 
 def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> Tensor:
     """``activation(linear(x))`` for a block that calls the two apart."""
-    known = type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and _called_as_module(activation)
-    if known and rounding == "single" and _fits_epilogue(linear, x, activation.approximate):
+    if is_torchs_gelu(activation) and rounding == "single" and fits_epilogue(linear, x, activation.approximate):
         return linear_gelu(linear, x)
-    x = linear(x)
-    if not known or not _overwritable(linear, x):
-        return activation(x)
-    return torch.ops.aten.gelu_(x, approximate=activation.approximate)
+    return activation_of(activation, linear, linear(x))
+
+
+def activation_of(activation: nn.Module, linear: nn.Module, inner: Tensor) -> Tensor:
+    """``activation(inner)`` of what ``linear`` has just returned."""
+    if not is_torchs_gelu(activation) or not _overwritable(linear, inner):
+        return activation(inner)
+    return torch.ops.aten.gelu_(inner, approximate=activation.approximate)
+
+
+def is_torchs_gelu(activation: nn.Module) -> bool:
+    """Whether a call of a module is PyTorch's GELU, and nobody looks at it."""
+    return type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and _called_as_module(activation)
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -79,7 +87,7 @@ def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     return rows.view(*x.shape[:-1], linear.out_features)
 
 
-def _fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuard[nn.Linear]:
+def fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuard[nn.Linear]:
     """Whether :func:`linear_gelu` may stand for both: a plain linear in half precision on a GPU,
     and no backward pass.
     """

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
+from ..fused.activation import begun, joined
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
-from ..fused.gelu import activated
 from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.module import FusedModule
 from ..fused.pairwise_mask import mask_form, pairwise_mask
@@ -259,9 +259,9 @@ class HunyuanVideoSingleTransformerBlock(_Single, FusedBlock):
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         x, gate = self.norm(x, emb=temb, **_law_joined(self, x, image_rotary_emb))
-        mlp = activated(self.act_mlp, self.proj_mlp, x, self.rounding)
+        mlp, pending = begun(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = torch.cat([x, mlp], dim=2)
+        x = joined(x, mlp, pending, self.rounding)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 
@@ -402,9 +402,9 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(_Single, FusedBlock):
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
         x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens, **_law_joined(self, x, image_rotary_emb))
-        mlp = activated(self.act_mlp, self.proj_mlp, x, self.rounding)
+        mlp, pending = begun(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = torch.cat([x, mlp], dim=2)
+        x = joined(x, mlp, pending, self.rounding)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 
