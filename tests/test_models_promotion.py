@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ditnorm import patch_model
 
-NAMES = [name for name in tiny.MODELS if name.startswith(("qwen", "hunyuan"))]
-ONE_OF_EACH = ["qwen-image-edit-zero-cond-t", "qwen-image-2.1", "hunyuan-video-token-replace", "hunyuan-image"]
+NAMES = [name for name in tiny.MODELS if name.startswith(("qwen", "hunyuan", "sd3"))]
+ONE_OF_EACH = ["qwen-image-edit-zero-cond-t", "qwen-image-2.1", "hunyuan-video-token-replace", "hunyuan-image", "sd3.5-medium"]
 MODULATIONS = ("img_mod.1", "txt_mod.1", "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "modulation.1")
 PROJECTIONS = ("_q", "_k", "_v", "q_proj", "k_proj", "v_proj")
 """PyTorch's attention takes no value of another dtype than its normed query, upstream either."""

@@ -10,7 +10,7 @@ from torch import nn
 import ditnorm
 from ditnorm.patching.restoring import tables
 
-MODULATED = [name for name in tiny.MODELS if name.startswith(("qwen-image", "hunyuan")) and "2.1" not in name]
+MODULATED = [name for name in tiny.MODELS if name.startswith(("qwen-image", "hunyuan", "sd3")) and "2.1" not in name]
 NOTHING_TO_GAIN = ["wan-t2v", "wan-ti2v", "qwen-image-2.1"]
 
 

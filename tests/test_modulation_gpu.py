@@ -16,7 +16,15 @@ from ditnorm.patching.restoring import tables
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ["qwen-image", "qwen-image-edit-zero-cond-t", "hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5", "hunyuan-image"]
+NAMES = [
+    "qwen-image",
+    "qwen-image-edit-zero-cond-t",
+    "hunyuan-video",
+    "hunyuan-video-token-replace",
+    "hunyuan-video-1.5",
+    "hunyuan-image",
+    "sd3.5-medium",
+]
 
 
 def loaded(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -5,13 +5,17 @@ Shapes: ``x`` [B, S, D], ``emb`` [B, D]; the modulations returned beside the mod
 views [B, D].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..layers import LayerNormScaleShift
 from ..ops.quantization import Law
+from ..swapping.swapped import untouched
 from .block import FusedUnit
 from .modulation import Modulating
+from .module import FusedModule
 from .promotion import modulated
 
 
@@ -73,3 +77,10 @@ class AdaLayerNormContinuous(Modulating, FusedUnit):
         emb = self.modulation(conditioning_embedding, x.dtype)
         scale, shift = emb.chunk(2, dim=1)
         return modulated(self.norm, x, scale, shift)
+
+
+def law_argument(norm: Any, law: Law | None) -> dict[str, Law]:
+    """``law`` as an argument of ``norm``, which may have been replaced by one that takes none, and
+    whose results somebody may look at.
+    """
+    return {"law": law} if law is not None and isinstance(norm, FusedModule) and untouched(norm) else {}

@@ -113,8 +113,10 @@ class FusedAttention(FusedModule):
     """
     norm: ClassVar[str]
     """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
-    rotary: ClassVar[str]
-    """The kind of its tables: ``"complex"``, ``"per_pair"`` or ``"per_element"``."""
+    rotary: ClassVar[str | None]
+    """The kind of its tables: ``"complex"``, ``"per_pair"``, ``"per_element"``; None: it has
+    none.
+    """
     optional = True
     reported_as = "query and key"
 

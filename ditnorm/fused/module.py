@@ -120,7 +120,8 @@ class FusedModule(Swapped):
         modules = self._modules
         for path, layers in cls._modulated:
             norm = modules.get(path)
-            if not isinstance(norm, layers) or type(norm).origin is None:  # type: ignore[attr-defined]
+            fused = isinstance(norm, layers) and type(norm).origin is not None  # type: ignore[attr-defined]
+            if not fused and path in cls.sites_in(self):
                 return False
         return True
 
@@ -146,9 +147,14 @@ class FusedModule(Swapped):
         return next((name for name, function in found.items() if fingerprint(function) not in cls.functions[name]), None)
 
     @classmethod
+    def sites_in(cls, module: Any) -> Mapping[str, type]:
+        """The sites of ``module``: all of ``sites``, unless instances differ."""
+        return cls.sites
+
+    @classmethod
     def parts(cls, module: nn.Module) -> Iterator[Part]:
         """The modules that are swapped together with ``module``, without the parts of those."""
-        for path, expected in cls.sites.items():
+        for path, expected in cls.sites_in(module).items():
             child = getattr(module, path, None)
             if not isinstance(child, nn.Module):
                 yield Part(path, module, None, f"it is a {type(child).__name__}")
@@ -174,7 +180,7 @@ class FusedModule(Swapped):
     @classmethod
     def width(cls, module: nn.Module) -> int:
         """Of the stream: that of the first norm."""
-        for path, expected in cls.sites.items():
+        for path, expected in cls.sites_in(module).items():
             child: Any = module.get_submodule(path)
             if issubclass(expected, FusedModule) and expected.sites:
                 return expected.width(child)

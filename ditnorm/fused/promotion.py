@@ -24,7 +24,11 @@ def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, index: Tensor 
     """
     if scale.dtype is x.dtype or norm.rounding == "single":
         return norm(x, scale=scale, shift=shift, index=index, law=law)
-    n = norm(x)
+    return modulate(norm(x), scale, shift, index)
+
+
+def modulate(n: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None = None) -> Tensor:
+    """``n * (1 + scale) + shift`` as upstream's expression: n [B, S, D] -> [B, S, D]."""
     n = n.to(torch.promote_types(n.dtype, scale.dtype))
     return reference.norm_scale_shift(NormScaleShift(n, scale, shift, None, None, None, None, index, "layer", 0.0, "eager"), _unchanged)
 

@@ -30,7 +30,7 @@ class QKSite:
     norm: str
     eps: float
     weight: torch.dtype | None
-    rotary: str
+    rotary: str | None
 
     @property
     def op(self) -> str:
@@ -79,7 +79,9 @@ class QKSite:
                 return False
         return True
 
-    def _tables(self, random: Callable[..., Tensor], tokens: int) -> tuple[Tensor, Tensor | None]:
+    def _tables(self, random: Callable[..., Tensor], tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.rotary is None:
+            return None, None
         angles = random(tokens, self.head_dim // 2)
         if self.rotary == "complex":
             return torch.polar(torch.ones_like(angles), angles), None

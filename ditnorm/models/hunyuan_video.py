@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
 from ..fused.activation import begun, joined
-from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
+from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel, Modulating
-from ..fused.module import FusedModule
 from ..fused.pairwise_mask import mask_form, pairwise_mask
 from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import law_for
@@ -419,7 +418,7 @@ def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | N
     law, text_law = law_in(block.attn, x, "to_q", "to_k", "to_v"), law_in(block.attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
     if (law is None and text_law is None) or (rotary is not None and rotary[0].shape[0] != x.shape[1]):
         return {}, {}
-    return _argument(block.norm1, law), _argument(block.norm1_context, text_law)
+    return law_argument(block.norm1, law), law_argument(block.norm1_context, text_law)
 
 
 def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Law]:
@@ -427,14 +426,7 @@ def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
     argument of its norm.
     """
     law = law_in(block.attn, x, "to_q", "to_k", "to_v")
-    return _argument(block.norm, law) if law is not None and rotary is not None and law_for(x, block.proj_mlp) is law else {}
-
-
-def _argument(norm: Any, law: Law | None) -> dict[str, Law]:
-    """For ``norm``, which may have been replaced by one that takes none, and whose results somebody
-    may look at.
-    """
-    return {"law": law} if law is not None and isinstance(norm, FusedModule) and untouched(norm) else {}
+    return law_argument(block.norm, law) if law is not None and rotary is not None and law_for(x, block.proj_mlp) is law else {}
 
 
 def _attend_joined(
