@@ -18,6 +18,7 @@ from torch import nn
 
 from ditnorm import kernels
 from ditnorm.layers import LayerNormScaleShift
+from ditnorm.models import families
 from ditnorm.patching import patch_model, patch_pipeline, report, unpatch_model, unpatch_pipeline
 from ditnorm.swapping import generated
 
@@ -184,7 +185,8 @@ def test_every_transformer_of_a_pipeline_is_patched_compiled_ones_too(model: nn.
 
 
 def test_a_model_without_supported_blocks_is_an_error_that_lists_the_families() -> None:
-    with pytest.raises(ValueError, match="nothing to fuse in Linear; supported families: HunyuanVideo, Qwen-Image, Wan"):
+    assert {"HunyuanVideo", "Qwen-Image", "SD3", "Wan"} <= set(families())
+    with pytest.raises(ValueError, match=f"nothing to fuse in Linear; supported families: {', '.join(families())}"):
         patch_model(nn.Linear(2, 2))
 
 
