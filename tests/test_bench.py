@@ -18,6 +18,7 @@ import torch
 from bench.models import accuracy, kernel_shares, real_model, steps, variants
 from bench.models.catalogue import MODELS
 from bench.models.report import profile_table
+from common import execution
 from support.real_sizes import shrunk
 
 import ditnorm
@@ -43,13 +44,15 @@ def bench(monkeypatch, tmp_path):
 
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
     """One of every kind of inputs."""
-    chosen = ["qwen-image", "qwen-image-2.1", "wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan-video-480p", "hunyuan-video-1.5"]
+    chosen = ["qwen-image", "qwen-image-2.1", "wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium"]
     status, report = bench("--quick", "--models", *chosen)
     output = capsys.readouterr().out
     assert status == 0, output
     assert list(report["models"]) == chosen
     for name, entry in report["models"].items():
-        precomputed = [variants.PRECOMPUTED.name] if name in ("qwen-image", "hunyuan-video-480p", "hunyuan-video-1.5") else []
+        precomputed = (
+            [variants.PRECOMPUTED.name] if name in ("qwen-image", "hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium") else []
+        )
         assert list(entry["columns"]) == ["eager", "patched", *precomputed]
         assert all(entry["columns"][name]["table_s"] > 0 for name in precomputed)
         assert all(entry["columns"][name]["steps_identical"] == steps.COMPARED for name in precomputed)
@@ -60,6 +63,16 @@ def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys)
             assert column["steps"] == steps.TIMED_STEPS
             assert 0 < column["other_share"] < 1
     assert (tmp_path / "transformers.png").stat().st_size > 0
+
+
+def test_blocks_are_compiled_where_diffusers_does_not_say_which_they_are():
+    model = SMALL["sd3.5-large"].build({"num_layers": 2}, CPU)
+    assert not model._repeated_blocks
+    execution.compile_blocks(model)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == ["transformer_blocks.0", "transformer_blocks.1"]
+    execution.forget_compiled(model)
+    assert all(module._compiled_call_impl is None for module in model.modules())
 
 
 def test_full_run_has_every_column_and_makes_a_page(bench, tmp_path, monkeypatch):

@@ -40,8 +40,15 @@ def full_float32() -> Iterator[None]:
 
 
 def compile_blocks(model: Any) -> None:
-    """Compiles the repeated blocks of a diffusers model, as ``compile_repeated_blocks`` does."""
-    model.compile_repeated_blocks(fullgraph=True)
+    """Compiles the repeated blocks of a diffusers model: by ``compile_repeated_blocks``, or, where
+    diffusers doesn't say which they are (SD3), those that are not to be split over devices.
+    """
+    if model._repeated_blocks:
+        model.compile_repeated_blocks(fullgraph=True)
+        return
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile(fullgraph=True)
 
 
 def forget_compiled(model: nn.Module) -> None:

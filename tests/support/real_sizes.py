@@ -33,6 +33,8 @@ def shrunk(models: dict[str, Any]) -> dict[str, Any]:
         if real.cls in _ROPE:
             config[_ROPE[real.cls]] = (4, 6, 6)
         config |= dict.fromkeys(real.measured, 2)
-        latents = (1, 16, real.latents[2]) if len(real.latents) == 3 else (*real.latents[:2], 2, 4, 4)
-        result[name] = replace(real, config=config, measured=dict.fromkeys(real.measured, 2), latents=latents)
+        if "caption_projection_dim" in config:
+            config["caption_projection_dim"] = 32
+        sizes = {3: (16, real.latents[2]), 4: (real.latents[1], 4, 4), 5: (real.latents[1], 2, 4, 4)}
+        result[name] = replace(real, config=config, measured=dict.fromkeys(real.measured, 2), latents=(1, *sizes[len(real.latents)]))
     return result

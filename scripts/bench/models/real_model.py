@@ -3,6 +3,7 @@ like those that its pipeline makes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,8 @@ class RealModel:
     measured: Mapping[str, int]
     """Layers to measure: all, or so many that a step takes a few seconds on an H200."""
     latents: tuple[int, ...]
-    """Shape of what the model denoises: [1, tokens, channels] or [1, channels, frames, height,
-    width].
+    """Shape of what the model denoises: [1, tokens, channels], [1, channels, height, width] or [1,
+    channels, frames, height, width].
     """
     arguments: Arguments
     """The forward's arguments for latents and a timestep (0 to 1000, 0-d)."""
@@ -41,8 +42,8 @@ class RealModel:
         """Latent tokens, without the text."""
         if len(self.latents) == 3:
             return self.latents[1]
-        frames, height, width = self.latents[2:]
-        return frames * (height // self.patch) * (width // self.patch)
+        *frames, height, width = self.latents[2:]
+        return math.prod(frames) * (height // self.patch) * (width // self.patch)
 
     def layers(self, each: int | None) -> dict[str, int]:
         """The layers to build: ``each`` of every kind, or those to measure."""
