@@ -15,7 +15,7 @@ from ditnorm import models
 from ditnorm.fused import adaln
 from ditnorm.fused.block import FusedUnit
 from ditnorm.fused.module import FusedModule
-from ditnorm.models import hunyuan_video, qwen_image, qwen_image21, wan
+from ditnorm.models import chroma, flux, hunyuan_video, ovis_image, qwen_image, qwen_image21, wan
 from ditnorm.patching.units import find_units
 
 UPSTREAM = [
@@ -49,6 +49,21 @@ UPSTREAM = [
     ("transformers.transformer_hunyuanimage.HunyuanImageSingleTransformerBlock", hunyuan_video.HunyuanVideoSingleTransformerBlock),
     ("transformers.transformer_qwenimage21.QwenImage21TransformerBlock", qwen_image21.QwenImage21TransformerBlock),
     ("transformers.transformer_qwenimage21.QwenImage21AdaLayerNormContinuous", qwen_image21.QwenImage21AdaLayerNormContinuous),
+    ("transformers.transformer_flux.FluxTransformerBlock", flux.FluxTransformerBlock),
+    ("transformers.transformer_flux.FluxSingleTransformerBlock", flux.FluxSingleTransformerBlock),
+    ("transformers.transformer_longcat_image.LongCatImageTransformerBlock", flux.FluxTransformerBlock),
+    ("transformers.transformer_longcat_image.LongCatImageSingleTransformerBlock", flux.FluxSingleTransformerBlock),
+    ("transformers.transformer_bria.BriaTransformerBlock", flux.BriaTransformerBlock),
+    ("transformers.transformer_bria.BriaSingleTransformerBlock", flux.BriaSingleTransformerBlock),
+    ("transformers.transformer_bria_fibo.BriaFiboTransformerBlock", flux.FluxTransformerBlock),
+    ("transformers.transformer_bria_fibo.BriaFiboSingleTransformerBlock", flux.BriaFiboSingleTransformerBlock),
+    ("transformers.transformer_ovis_image.OvisImageTransformerBlock", flux.FluxTransformerBlock),
+    ("transformers.transformer_ovis_image.OvisImageSingleTransformerBlock", ovis_image.OvisImageSingleTransformerBlock),
+    ("transformers.transformer_chroma.ChromaTransformerBlock", chroma.ChromaTransformerBlock),
+    ("transformers.transformer_chroma.ChromaSingleTransformerBlock", chroma.ChromaSingleTransformerBlock),
+    ("transformers.transformer_chroma.ChromaAdaLayerNormZeroPruned", chroma.ChromaAdaLayerNormZeroPruned),
+    ("transformers.transformer_chroma.ChromaAdaLayerNormZeroSinglePruned", chroma.ChromaAdaLayerNormZeroSinglePruned),
+    ("transformers.transformer_chroma.ChromaAdaLayerNormContinuousPruned", chroma.ChromaAdaLayerNormContinuousPruned),
     ("normalization.AdaLayerNormZero", adaln.AdaLayerNormZero),
     ("normalization.AdaLayerNormZeroSingle", adaln.AdaLayerNormZeroSingle),
     ("normalization.AdaLayerNormContinuous", adaln.AdaLayerNormContinuous),
@@ -125,7 +140,7 @@ def test_a_changed_fp32_layer_norm_is_refused(monkeypatch):
 
 
 def test_families_are_named_as_users_know_them():
-    assert models.families() == ["HunyuanVideo", "Qwen-Image", "Wan"]
+    assert {"FLUX.1", "HunyuanVideo", "Qwen-Image", "Wan"} <= set(models.families())
 
 
 def test_importing_ditnorm_does_not_import_diffusers():

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from .. import kernels
 from ..functional import gelu, swiglu
 from ..ops.checks import FLOATS, same_bits
-from ..swapping.originals import replaced_functional
-from .gelu import activated, activation_of, fits_epilogue, is_torchs_gelu
+from ..swapping.originals import replaced, replaced_functional
+from .gelu import activated, activation_of, called_as_module, fits_epilogue, is_torchs_gelu
 
+_SILU_FORWARD = nn.SiLU.forward if replaced(nn.SiLU, "forward") is None else None
 _SILU = F.silu if replaced_functional("silu") is None else None
 
 
@@ -42,6 +43,11 @@ def joined(beside: Tensor, inner: Tensor, pending: bool, rounding: str) -> Tenso
     [B, S, D + inner dim].
     """
     return gelu(inner, beside, rounding=rounding) if pending else torch.cat([beside, inner], dim=-1)
+
+
+def is_torchs_silu(activation: nn.Module) -> bool:
+    """Whether a call of a module is PyTorch's SiLU, and nobody looks at it."""
+    return type(activation).forward is _SILU_FORWARD and called_as_module(activation)
 
 
 def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str) -> Tensor:

@@ -58,7 +58,7 @@ def weight_of(norm: Any) -> Tensor | None:
     return weight
 
 
-def _alike(norms: list[Any], kind: str) -> bool:
+def _alike(norms: list[Any], kind: str, across: bool) -> bool:
     """Whether one op can stand for ``norms``, which are of ``kind``, as they are now."""
     eps = norms[0].eps if isinstance(norms[0], QKNorm) else None
     for norm in norms:
@@ -68,10 +68,9 @@ def _alike(norms: list[Any], kind: str) -> bool:
         parameters = state["_parameters"]
         if state["eps"] != eps:
             return False
-        if kind == "rms":  # its weight tells a norm across heads from one for each
-            if parameters.get("weight") is None:
-                return False
-        elif parameters.get("bias") is not None or state.get("bias") is not None:
+        if across and parameters.get("weight") is None:  # its weight tells it from a norm for each head
+            return False
+        if kind != "rms" and (parameters.get("bias") is not None or state.get("bias") is not None):
             return False
     return True
 
@@ -113,6 +112,8 @@ class FusedAttention(FusedModule):
     """
     norm: ClassVar[str]
     """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
+    across: ClassVar[bool] = False
+    """Whether one norm goes across all heads."""
     rotary: ClassVar[str | None]
     """The kind of its tables: ``"complex"``, ``"per_pair"``, ``"per_element"``; None: it has
     none.
@@ -203,8 +204,8 @@ class FusedAttention(FusedModule):
         """One, on a stream of ``dtype``."""
         norm, heads = module.norm_q, module.heads
         eps = _DEFAULT_EPS if norm.eps is None else norm.eps
-        joint, across = "norm_added_q" in cls.norms(module), cls.norm == "rms"
-        yield QKSite(joint, heads, module.inner_dim // heads, across, dtype, cls.norm, eps, dtype_of(norm.weight), cls.rotary)
+        joint, head_dim = "norm_added_q" in cls.norms(module), module.inner_dim // heads
+        yield QKSite(joint, heads, head_dim, cls.across, dtype, cls.norm, eps, dtype_of(norm.weight), cls.rotary)
 
     @classmethod
     def norms(cls, module: Any) -> tuple[str, ...]:
@@ -225,7 +226,7 @@ class FusedAttention(FusedModule):
             return None
         modules, kind = self._modules, self.norm
         norms = [modules.get(name) for name in self.norms(self)]
-        return known if _alike(norms, kind) and untouched(*norms) else None
+        return known if _alike(norms, kind, self.across) and untouched(*norms) else None
 
     @classmethod
     def _look_at(cls, processor: type) -> Processor | None:

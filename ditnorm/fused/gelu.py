@@ -75,7 +75,7 @@ def activation_of(activation: nn.Module, linear: nn.Module, inner: Tensor) -> Te
 
 def is_torchs_gelu(activation: nn.Module) -> bool:
     """Whether a call of a module is PyTorch's GELU, and nobody looks at it."""
-    return type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and _called_as_module(activation)
+    return type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and called_as_module(activation)
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -124,12 +124,12 @@ def _plain(linear: nn.Module, x: Tensor) -> bool:
         type(x) is Tensor
         and (cls.forward is _LINEAR_FORWARD or _quantised(cls.forward))
         and F.linear is _LINEAR
-        and _called_as_module(linear)
+        and called_as_module(linear)
         and not seen_by_a_mode()
     )
 
 
-def _called_as_module(module: nn.Module) -> bool:
+def called_as_module(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no
     wrapper, nothing compiled.
     """

@@ -27,6 +27,7 @@ class WanAttention(FusedAttention):
     processors = {"WanAttnProcessor": {"8f9485cfdd6c": None}}
     helpers = {}
     norm = "rms"
+    across = True
     rotary = "per_pair"
 
     def forward(

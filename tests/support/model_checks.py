@@ -31,9 +31,12 @@ def bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> Non
 
     assert expected.isfinite().all()
     assert torch.equal(output, expected)
+    on_gpu = device == "cuda" and kernels.unavailable is None
+    activations = calls.pop(("gelu", kernels.path)) + calls.pop(("swiglu", kernels.path))
+    assert activations == (tiny.MODELS[name].activations if on_gpu else 0)
     found = tuple(sum(n for (op, _), n in calls.items() if op == wanted) for wanted in kernels.OPS)
     assert found == (*tiny.MODELS[name].calls, *[0] * (len(found) - len(tiny.MODELS[name].calls)))
-    if device == "cuda" and kernels.unavailable is None:
+    if on_gpu:
         assert not any(n for (_, path), n in calls.items() if path == "reference")
 
 

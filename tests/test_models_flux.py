@@ -1,0 +1,32 @@
+"""FLUX.1, patched: its ControlNets, LongCat-Image, Bria, Bria-FIBO, Ovis-Image, Chroma."""
+
+import pytest
+import torch
+from support import model_checks, tiny
+
+NAMES = [name for name in tiny.MODELS if name.startswith(("flux", "longcat", "bria", "ovis", "chroma"))]
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_output_is_bit_identical(name, dtype, batch, device):
+    model_checks.bit_identical(name, dtype, batch, device)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
+    model_checks.no_less_accurate(name, dtype, device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatching_restores_the_model(name):
+    model_checks.restored(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["flux", "bria-fibo", "ovis-image", "chroma"])
+def test_gradients_are_those_of_the_unpatched_model(name):
+    model_checks.same_gradients(name)
