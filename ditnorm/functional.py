@@ -36,8 +36,11 @@ counted as ``"reference"``.
 Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the
 argument. An index out of range is an ``IndexError`` on the CPU and a row of NaN elsewhere.
 
-All are differentiable: ``"single"`` saves its inputs only and recomputes, ``"eager"`` runs unfused.
-Under forward-mode differentiation both do.
+All are differentiable. Where the kernels run and only gradients of ``x``, ``residual``, query, key
+and value are wanted, as in LoRA training, these are fused too, and the rows of the inputs (``r`` in
+place of what it is the sum of) are all that is saved; under ``"eager"`` they have the bits of eager
+autograd. Other gradients are those of PyTorch's operations: ``"single"`` saves its inputs only and
+recomputes, ``"eager"`` runs unfused. Under forward-mode differentiation both do.
 """
 
 from typing import Any
@@ -47,7 +50,7 @@ from torch import Tensor
 
 from . import kernels
 from .ops import checks, checks_qk
-from .ops.autograd import Recompute
+from .ops.autograd import ROWS, Fused, Recompute
 from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS, default_eps
 from .ops.quantization import CODES, Law, Quantized
 from .ops.table import OPS
@@ -436,12 +439,16 @@ def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
 
 
 def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
+    transformed = checks.transformed()  # a compiler chooses itself what to save
+    kernel, autocast = getattr(kernels.ops, name).default, any_autocast_enabled() and options[-1] == "eager"
+    if not transformed and not autocast and kernels.serves(tensors[0]) and ROWS[name].serves(tensors):
+        return Fused.apply(name, kernel, codes, *tensors)
     op = OPS[name]
     call = op.call(*tensors, *options)
     op.check(call)
-    if call.rounding == "eager" or checks.transformed():  # a compiler chooses itself what to save
+    if call.rounding == "eager" or transformed:
         return kernels.in_pytorch(op, call)
-    return Recompute.apply(op, getattr(kernels.ops, name).default, codes, options, *tensors)
+    return Recompute.apply(op, kernel, codes, options, *tensors)
 
 
 def _unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:

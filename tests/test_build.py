@@ -126,9 +126,7 @@ def test_no_kernel_spills_or_uses_local_memory(stack_and_local: dict[tuple[str, 
 def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str, set[str]]) -> None:
     narrow = []
     for name, used in opcodes.items():
-        if any(
-            kernel in name for kernel in ("generic_kernel", "any_qk_kernel", "any_quantize_kernel", "any_activation_kernel", "probe_kernel")
-        ):
+        if re.search(r"generic_(backward_)?kernel|any_(qk|qk_backward|quantize|activation)_kernel|probe_kernel", name):
             continue  # for all that the fast ones don't take
         if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernelI|amax_kernelI)", name):
             # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The
@@ -137,7 +135,7 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
             continue
         # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half
         # precision.
-        one_lane = "ShapeILi1E" in name or re.search(r"across_kernelI.*ELi1EEEv", name)
+        one_lane = "ShapeILi1E" in name or re.search(r"across_(backward_)?kernelI.*ELi1EEEv", name)
         wide = re.compile(rf"{access}\.E\b.*\.({'64' if one_lane and '_kernelIf' not in name else '128'}|256)\b")
         if not any(wide.match(opcode) for opcode in used):
             narrow.append(name)

@@ -159,9 +159,10 @@ def test_inference_builds_no_graph(op: str, rounding: str) -> None:
             assert all(t.grad_fn is None and not t.requires_grad for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
-def test_double_backward_is_refused_rather_than_wrong() -> None:
+def test_double_backward_through_a_recomputation_is_refused_rather_than_wrong() -> None:
     x = leaf(1, 2, 8)
-    (grad,) = torch.autograd.grad(norm_scale_shift(x).square().sum(), x, create_graph=True)
+    y = norm_scale_shift(x, leaf(8))
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -196,7 +197,8 @@ def test_anomaly_free_gradients_with_expanded_inputs() -> None:
 def test_a_call_that_runs_unfused_for_its_gradients_is_counted_as_one(op: str) -> None:
     x = torch.randn(1, 4, 8, device=DEVICE, requires_grad=True)
     before = kernels.counts()
-    OPS[op](**({"x": x} if op == "norm_scale_shift" else {"residual": x, "x": x}), rounding="eager")
+    modulations = {name: leaf(8) for name in MODULATIONS[op]}
+    OPS[op](**({"x": x} if op == "norm_scale_shift" else {"residual": x, "x": x}), **modulations, rounding="eager")
     assert {key: n - before[key] for key, n in kernels.counts().items() if n != before[key]} == {(op, "reference"): 1}
 
 

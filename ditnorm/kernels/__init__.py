@@ -130,6 +130,15 @@ def _compiled_serves(x: Tensor) -> bool:
     return False
 
 
+def serves(x: Any) -> bool:
+    """Whether the compiled kernels run where a tensor is: known for certain, since this puts them
+    in place.
+    """
+    if library is None or path == "cuda":
+        return _compiled_serves(x) if library is None else x.is_cuda and x.device.index not in _refused
+    return bool(x.device.type == "cpu")
+
+
 def unavailable_on(gpu: torch.device) -> str | None:
     """Why calls on a GPU take the PyTorch path, or None. Known for certain after its first call."""
     if unavailable in _refused.values():  # what another GPU's first call found

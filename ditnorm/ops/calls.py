@@ -6,7 +6,7 @@ name ("layer", "eager") or a value an op takes as a number, its place in ``NORMS
 ``ROUNDINGS``, ``LAWS`` or ``HALVES``; those of the C++ side are the same.
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,6 +147,125 @@ class DequantizeProduct(NamedTuple):
     weight_scale: Tensor
     bias: Tensor | None
     dtype: Half
+
+
+class NormScaleShiftBackward(NamedTuple):
+    """The gradient of ``x`` of :class:`NormScaleShift`: what comes back through ``y``, and ``dr``,
+    which comes from elsewhere.
+    """
+
+    dy: Tensor
+    dr: Tensor | None
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    scale_table: Tensor | None
+    shift_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    norm: Norm
+    eps: float
+    rounding: Rounding
+
+    @property
+    def site(self) -> NormScaleShift:
+        """The call whose gradient it is."""
+        arguments: tuple[Any, ...] = (*self[2:6], None, *self[6:])
+        return NormScaleShift(*arguments)
+
+
+class ScaleResidualNormScaleShiftBackward(NamedTuple):
+    """The gradients of ``residual`` and ``x`` of :class:`ScaleResidualNormScaleShift`, which had a
+    gate: of its results ``r`` is kept.
+    """
+
+    dy: Tensor
+    dr: Tensor | None
+    r: Tensor
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    gate_table: Tensor | None
+    scale_table: Tensor | None
+    shift_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    norm: Norm
+    eps: float
+    rounding: Rounding
+
+    @property
+    def site(self) -> ScaleResidualNormScaleShift:
+        """The call whose gradients they are, ``r`` in the places of ``residual`` and ``x``."""
+        arguments: tuple[Any, ...] = (self.r, self.r, *self[3:7], None, *self[7:])
+        return ScaleResidualNormScaleShift(*arguments)
+
+
+class ScaleResidualBackward(NamedTuple):
+    """The gradient of ``x`` of :class:`ScaleResidual`, which had a gate."""
+
+    dr: Tensor
+    gate: Tensor | None
+    gate_table: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    rounding: Rounding
+
+    @property
+    def site(self) -> ScaleResidual:
+        """The call whose gradient it is, ``dr`` in the places of ``residual`` and ``x``."""
+        return ScaleResidual(self.dr, *self)
+
+
+class QKNormRopeBackward(NamedTuple):
+    """The gradients of query and key of :class:`QKNormRope`."""
+
+    d_query: Tensor
+    d_key: Tensor
+    query: Tensor
+    key: Tensor
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    head_dim: int
+    norm: QKNorm
+    eps: float
+    rounding: Rounding
+
+    @property
+    def forward(self) -> QKNormRope:
+        """The call whose gradients they are."""
+        return QKNormRope(*self[2:])
+
+
+class JointQKNormRopeBackward(NamedTuple):
+    """The gradients of both streams' query and key of :class:`JointQKNormRope`."""
+
+    d_query: Tensor
+    d_key: Tensor
+    query: Tensor
+    key: Tensor
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    encoder_query: Tensor
+    encoder_key: Tensor
+    encoder_query_weight: Tensor | None
+    encoder_key_weight: Tensor | None
+    encoder_cos: Tensor | None
+    encoder_sin: Tensor | None
+    head_dim: int
+    norm: QKNorm
+    eps: float
+    encoder_first: bool
+    rounding: Rounding
+
+    @property
+    def forward(self) -> JointQKNormRope:
+        """The call whose gradients they are, the keys in the places of the values."""
+        arguments: tuple[Any, ...] = (*self[2:4], self.key, *self[4:10], self.encoder_key, *self[10:])
+        return JointQKNormRope(*arguments)
 
 
 class NormScaleShiftQuantize(NamedTuple):

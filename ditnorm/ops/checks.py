@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
-from .calls import NORMS, ROUNDINGS, NormScaleShift, QKCall, ScaleResidual, SiteCall, modulations
+from .calls import (
+    NORMS,
+    ROUNDINGS,
+    NormScaleShift,
+    NormScaleShiftBackward,
+    QKCall,
+    ScaleResidual,
+    ScaleResidualBackward,
+    ScaleResidualNormScaleShiftBackward,
+    SiteCall,
+    modulations,
+)
 from .reference import upcast
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,6 +73,25 @@ def check(call: SiteCall) -> None:
     if call.index is not None and rows is None:
         raise ValueError("index: given without a modulation to select rows of")
     _devices(tensors, x, "x")
+
+
+def check_backward(call: NormScaleShiftBackward | ScaleResidualNormScaleShiftBackward | ScaleResidualBackward) -> None:
+    """As :func:`check`, of an op that makes gradients."""
+    check(call.site)
+    gradients_like(call.site.x, {"dy": getattr(call, "dy", None), "dr": call.dr})
+    if not isinstance(call, NormScaleShiftBackward) and call.gate is None:
+        raise ValueError("gate: missing; without one no other gradient is made")
+
+
+def gradients_like(rows: Tensor, gradients: Mapping[str, Any]) -> None:
+    """Checks that gradients have the shape, the dtype and the device of what they are of."""
+    for name, gradient in gradients.items():
+        if gradient is None:
+            continue
+        _tensor(name, gradient, (rows.dtype,))
+        if gradient.shape != rows.shape:
+            raise ValueError(f"{name}: expected shape {_shape(rows)}, got {_shape(gradient)}")
+    _devices(gradients, rows, "its tensor")
 
 
 def unfused(call: SiteCall) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import QK_NORMS, ROUNDINGS, JointQKNormRope, QKCall, QKNormRope
+from .calls import QK_NORMS, ROUNDINGS, JointQKNormRope, JointQKNormRopeBackward, QKCall, QKNormRope, QKNormRopeBackward
 from .checks import _FLOATS, DOUBLES, _devices, _option, _shape, _tensor, in_double
 from .reference_qk import token_count
 
@@ -32,6 +32,19 @@ def check(call: QKCall) -> None:
                 raise TypeError(f"{prefix}rotary: expected dtype float32 or complex64, got {cos.dtype}")
     named = {name.replace("cos", "rotary").replace("sin", "rotary"): t for name, t in zip(call._fields, call, strict=True) if t is not None}
     _devices(named, query, "query")
+
+
+def check_backward(call: QKNormRopeBackward | JointQKNormRopeBackward) -> None:
+    """As :func:`check`, of an op that makes gradients."""
+    check(call.forward)
+    for name, x in {"query": call.query, "key": call.key}.items():
+        tokens = x.shape[1] + (call.encoder_query.shape[1] if isinstance(call, JointQKNormRopeBackward) else 0)
+        gradient = getattr(call, f"d_{name}")
+        _tensor(f"d_{name}", gradient, (x.dtype,))
+        shape = [x.shape[0], tokens, x.shape[-1] // call.head_dim, call.head_dim]
+        if list(gradient.shape) != shape:
+            raise ValueError(f"d_{name}: expected shape {shape}, got {_shape(gradient)}")
+    _devices({"d_query": call.d_query, "d_key": call.d_key}, call.query, "query")
 
 
 def unfused(call: QKCall) -> str | None:

@@ -56,7 +56,7 @@ def scale_residual(call: ScaleResidual) -> Tensor:
 
 
 def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torch.dtype | None) -> Tensor:
-    residual, x, gate = call.residual, call.x, _modulation(call, "gate", law)
+    residual, x, gate = call.residual, call.x, modulation(call, "gate", law)
     # Without a gate upstream adds the two as they are.
     if law is None or (gate is None and call.rounding == "eager"):
         return (residual + x if gate is None else residual + gate * x).contiguous()
@@ -67,7 +67,7 @@ def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torc
 def _modulated_norm(
     call: NormScaleShift | ScaleResidualNormScaleShift, x: Tensor, law: torch.dtype | None, norm: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    scale, shift = _modulation(call, "scale", law), _modulation(call, "shift", law)
+    scale, shift = modulation(call, "scale", law), modulation(call, "shift", law)
     wide = x if law is None else x.to(law)
     y = normalize(wide, call) if norm is None else norm(wide)
     if scale is not None:
@@ -114,7 +114,7 @@ def upcast(call: SiteCall) -> torch.dtype | None:
     return torch.float32 if not isinstance(call, ScaleResidual) and call.norm == "fp32_layer" else None
 
 
-def _modulation(call: SiteCall, name: str, law: torch.dtype | None) -> Tensor | None:
+def modulation(call: SiteCall, name: str, law: torch.dtype | None) -> Tensor | None:
     """A modulation as one row per sample or per token of ``x``, its table added, in the dtype in
     which the law reads it.
     """

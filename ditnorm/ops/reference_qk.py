@@ -90,8 +90,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
     """``x`` [B, S, H, d] rotated, pair by pair, by tables as of the op."""
     if sin is None:  # complex: diffusers' apply_rotary_emb_qwen
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * _per_head(cos)).flatten(3).type_as(x)
-    cos, sin = _per_head(cos), _per_head(sin)
+        return torch.view_as_real(pairs * per_head(cos)).flatten(3).type_as(x)
+    cos, sin = per_head(cos), per_head(sin)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     if cos.shape[-1] == x.shape[-1]:  # a value for each element: diffusers' apply_rotary_emb
         turned = torch.stack([-b, a], dim=-1).flatten(3)
@@ -107,5 +107,5 @@ def token_count(table: Tensor) -> int:
     return table.shape[0] if table.dim() == 2 else table.shape[1]
 
 
-def _per_head(table: Tensor) -> Tensor:
+def per_head(table: Tensor) -> Tensor:
     return table if table.dim() == 4 else table.unsqueeze(-2)

@@ -1,7 +1,7 @@
 """The table of ops: one row each, from which everything else about an op is made.
 
 A new op is a row, the structure of its call, a reference function, and a kernel. Its gradients are
-those of the reference (:mod:`ditnorm.ops.autograd`).
+those of the reference, unless there is an op for them (:mod:`ditnorm.ops.autograd`).
 """
 
 from collections.abc import Callable, Mapping
@@ -11,17 +11,33 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from . import checks, checks_activation, checks_qk, checks_quantize, reference, reference_activation, reference_qk, reference_quantize
+from . import (
+    checks,
+    checks_activation,
+    checks_qk,
+    checks_quantize,
+    reference,
+    reference_activation,
+    reference_backward,
+    reference_qk,
+    reference_qk_backward,
+    reference_quantize,
+)
 from .calls import (
     DequantizeProduct,
     Gelu,
     JointQKNormRope,
+    JointQKNormRopeBackward,
     NormScaleShift,
+    NormScaleShiftBackward,
     NormScaleShiftQuantize,
     QKNormRope,
+    QKNormRopeBackward,
     Quantize,
     ScaleResidual,
+    ScaleResidualBackward,
     ScaleResidualNormScaleShift,
+    ScaleResidualNormScaleShiftBackward,
     ScaleResidualNormScaleShiftQuantize,
     SwiGLU,
 )
@@ -178,6 +194,46 @@ OPS: Mapping[str, Op] = {
             checks_quantize.check_site,
             checks_quantize.unfused_site,
             lambda call: (*checks_quantize.like_quantized(call.x, call.law), call.residual.new_empty(call.x.shape)),
+        ),
+        Op(
+            "norm_scale_shift_backward",
+            NormScaleShiftBackward,
+            reference_backward.norm_scale_shift_backward,
+            checks.check_backward,
+            _fused,
+            lambda call: call.x.new_empty(call.x.shape),
+        ),
+        Op(
+            "scale_residual_norm_scale_shift_backward",
+            ScaleResidualNormScaleShiftBackward,
+            reference_backward.scale_residual_norm_scale_shift_backward,
+            checks.check_backward,
+            _fused,
+            lambda call: (call.r.new_empty(call.r.shape), call.r.new_empty(call.r.shape)),
+        ),
+        Op(
+            "scale_residual_backward",
+            ScaleResidualBackward,
+            reference_backward.scale_residual_backward,
+            checks.check_backward,
+            _fused,
+            lambda call: call.dr.new_empty(call.dr.shape),
+        ),
+        Op(
+            "qk_norm_rope_backward",
+            QKNormRopeBackward,
+            reference_qk_backward.qk_norm_rope_backward,
+            checks_qk.check_backward,
+            _fused,
+            lambda call: (call.query.new_empty(call.query.shape), call.key.new_empty(call.key.shape)),
+        ),
+        Op(
+            "joint_qk_norm_rope_backward",
+            JointQKNormRopeBackward,
+            reference_qk_backward.joint_qk_norm_rope_backward,
+            checks_qk.check_backward,
+            _fused,
+            lambda call: tuple(t.new_empty(t.shape) for t in (call.query, call.key, call.encoder_query, call.encoder_key)),
         ),
     )
 }

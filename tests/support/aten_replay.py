@@ -70,13 +70,7 @@ def mean_square(x: Tensor) -> Tensor:
         width = group.shape[1]
         for v in group.unbind(-1):
             total[:, :width] = fma(v, v, total[:, :width])
-    total = total.view(n, WARPS, LANES // WARPS)
-    for _ in range(2):
-        while total.shape[-1] > 1:
-            mine, other = total.chunk(2, dim=-1)
-            total = mine + other
-        total = total.squeeze(-1) if total.dim() == 3 else total
-    return total[:, 0] / d
+    return lane_sum(total) / d
 
 
 def layer_norm(x: Tensor, shape: object, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -95,6 +89,38 @@ def rms_norm(x: Tensor, shape: object, weight: Tensor | None = None, eps: float 
     rows = x.reshape(-1, x.shape[-1]).float()
     rstd = reciprocal_root(mean_square(rows), eps)[:, None]
     return _affine(rstd * rows, weight, None).to(x.dtype).view(x.shape)
+
+
+def norm_backward(dn: Tensor, x: Tensor, weight: Tensor | None, eps: float, *, centred: bool) -> Tensor:
+    """The gradient of ``x`` through ``F.layer_norm``, or if not ``centred`` ``F.rms_norm``, over
+    the last dim, as ``layer_norm_grad_input_kernel_vectorized`` computes it.
+    """
+    rows, gradients, d = x.reshape(-1, x.shape[-1]).float(), dn.reshape(-1, x.shape[-1]).float(), x.shape[-1]
+    mean, variance = moments(rows) if centred else (torch.zeros(len(rows)), mean_square(rows))
+    centre, rstd = rows - mean[:, None], reciprocal_root(variance, eps)[:, None]
+    weights = torch.ones(d) if weight is None else weight.float()
+    g = gradients * weights
+    total, dot = (torch.zeros(len(rows), LANES) for _ in range(2))
+    for group, products in zip(_groups(g), _groups(g * centre), strict=True):
+        lanes = group.shape[1]
+        for term, product in zip(group.unbind(-1), products.unbind(-1), strict=True):
+            total[:, :lanes] += term
+            dot[:, :lanes] = fma(product, rstd.expand_as(product), dot[:, :lanes])
+    s, t = (lane_sum(lanes)[:, None] for lanes in (total, dot))
+    result = fma((d * weights).expand_as(rows), gradients, -(centre * rstd * t))
+    result = (result - s if centred else result) * (torch.tensor(1.0) / d * rstd)
+    return result.to(x.dtype).view(x.shape)
+
+
+def lane_sum(lanes: Tensor) -> Tensor:
+    """The sum [N] of what the lanes [N, 128] have: within warps, then between them."""
+    total = lanes.view(len(lanes), WARPS, LANES // WARPS)
+    for _ in range(2):
+        while total.shape[-1] > 1:
+            mine, other = total.chunk(2, dim=-1)
+            total = mine + other
+        total = total.squeeze(-1) if total.dim() == 3 else total
+    return total[:, 0]
 
 
 def reciprocal_root(variance: Tensor, eps: float) -> Tensor:

@@ -9,19 +9,27 @@
 
 namespace ditnorm {
 
-// A row's sum of squares as torch's RMSNorm takes it (statistics.cuh), by one warp in place of its
-// four.
-template <class V>
-__device__ __forceinline__ float lanes_sum_of_squares(int64_t width, const V& v) {
+// A sum over a row as torch's RMSNorm takes it (statistics.cuh), by one warp in place of its four;
+// add(sum, j) adds element j.
+template <class F>
+__device__ __forceinline__ float lanes_sum(int64_t width, const F& add) {
   float of_warp[kLanes / 32] = {};
 #pragma unroll
   for (int warp = 0; warp < kLanes / 32; ++warp) {
     for (int64_t group = (warp * 32 + threadIdx.x % 32) * kGroup; group < width; group += kTile) {
-      for (int64_t j = group; j < group + kGroup && j < width; ++j) of_warp[warp] = __fmaf_rn(v(j), v(j), of_warp[warp]);
+      for (int64_t j = group; j < group + kGroup && j < width; ++j) of_warp[warp] = add(of_warp[warp], j);
     }
     for (int bit = 16; bit > 0; bit /= 2) of_warp[warp] = add_along(bit, of_warp[warp]);
   }
   return __fadd_rn(__fadd_rn(of_warp[0], of_warp[2]), __fadd_rn(of_warp[1], of_warp[3]));
+}
+
+template <class V>
+__device__ __forceinline__ float lanes_sum_of_squares(int64_t width, const V& v) {
+  return lanes_sum(width, [&](float sum, int64_t j) {
+    const float value = v(j);
+    return __fmaf_rn(value, value, sum);
+  });
 }
 
 __device__ __forceinline__ float load_element(const Vector& vector, int64_t j) {

@@ -45,30 +45,31 @@ __device__ __forceinline__ float lane_sum_of_squares(const float* v) {
   return __fmaf_rn(v[3], v[3], __fmaf_rn(v[2], v[2], __fmaf_rn(v[1], v[1], __fmul_rn(v[0], v[0]))));
 }
 
-// A head of HEAD elements by its neighbouring threads of N elements, all of which get the result.
-// The order in which thread bits are combined is that of the lanes' bits, and which stands where
-// follows from which elements a thread has. MEAN: in the order of this file; else in that of ATen's
-// RMSNorm, of whose lanes HEAD / 4 have a group of 4 elements each and the others nothing.
-template <int HEAD, bool MEAN, int N>
-__device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
-  float sums[N];
-  if constexpr (!MEAN) {
-    static_assert(HEAD <= 128 || N == 8);
-    constexpr int kLanesBit = (HEAD < 128 ? HEAD : 128) / N / 2;  // above it: another of ATen's warps
-    sums[0] = lane_sum_of_squares(v);
-    if constexpr (N == 8) {  // a thread is the lanes 2 t and 2 t + 1
-      sums[1] = lane_sum_of_squares(v + 4);
-      halve_along<2>(kLanesBit, sums);
-    } else {
-      sums[0] = add_along(kLanesBit, sums[0]);
-    }
-#pragma unroll
-    for (int bit = kLanesBit / 2; bit > 0; bit /= 2) sums[0] = add_along(bit, sums[0]);
-    if constexpr (N == 8) sums[0] = add_along(kLanesBit, sums[0]);
-    return HEAD > 128 ? add_along(16, sums[0]) : sums[0];
+// A sum over a head in the order of ATen's RMSNorm, of whose lanes HEAD / 4 have a group of 4
+// elements each and the others nothing: `sums` has those of this thread's lanes. See below.
+template <int HEAD, int N>
+__device__ __forceinline__ float head_sum_of_lanes(float (&sums)[N / 4]) {
+  static_assert(HEAD <= 128 || N == 8);
+  constexpr int kLanesBit = (HEAD < 128 ? HEAD : 128) / N / 2;  // above it: another of ATen's warps
+  if constexpr (N == 8) {                                       // a thread is the lanes 2 t and 2 t + 1
+    halve_along<2>(kLanesBit, sums);
+  } else {
+    sums[0] = add_along(kLanesBit, sums[0]);
   }
 #pragma unroll
-  for (int j = 0; j < N; ++j) sums[j] = __fmul_rn(v[j], v[j]);
+  for (int bit = kLanesBit / 2; bit > 0; bit /= 2) sums[0] = add_along(bit, sums[0]);
+  if constexpr (N == 8) sums[0] = add_along(kLanesBit, sums[0]);
+  return HEAD > 128 ? add_along(16, sums[0]) : sums[0];
+}
+
+// The products of two heads of HEAD elements by their neighbouring threads of N elements, all of
+// which get the result, in the order of this file. The order in which thread bits are combined is
+// that of the lanes' bits, and which stands where follows from which elements a thread has.
+template <int HEAD, int N>
+__device__ __forceinline__ float head_sum_of_products(const float (&u)[N], const float (&v)[N]) {
+  float sums[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) sums[j] = __fmul_rn(u[j], v[j]);
   const auto along = [&](int thread_bit) { sums[0] = add_along(thread_bit, sums[0]); };
   if constexpr (HEAD == 64 && N == 8) {  // thread bits 2 (a lane's second element), 1, 0; places
     halve_along<8>(4, sums), halve_along<4>(2, sums), halve_along<2>(1, sums);
@@ -92,6 +93,16 @@ __device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
   return sums[0];
 }
 
+// The squares of a head. MEAN: in the order of this file; else in that of ATen's RMSNorm.
+template <int HEAD, bool MEAN, int N>
+__device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
+  if constexpr (MEAN) return head_sum_of_products<HEAD>(v, v);
+  float sums[N / 4];
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) sums[i] = lane_sum_of_squares(v + i * 4);
+  return head_sum_of_lanes<HEAD, N>(sums);
+}
+
 // Which elements a lane takes, and how many lanes there are.
 struct MeanOrder {
   int width, lanes;
@@ -101,19 +112,19 @@ struct MeanOrder {
     while (!grouped && lanes > width) lanes /= 2;
   }
 
-  template <class V>
-  __device__ __forceinline__ float of_lane(int lane, const V& v) const {
+  template <class F>
+  __device__ __forceinline__ float of_lane(int lane, const F& term) const {
     float sums[4] = {};
     if (grouped) {
       for (int first = lane * 4; first < width; first += 32 * 4) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] = add_square(sums[j], v(first + j));
+        for (int j = 0; j < 4; ++j) sums[j] = __fadd_rn(sums[j], term(first + j));
       }
     } else if (lane < lanes) {
       for (int first = lane; first < width; first += 4 * lanes) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          if (first + k * lanes < width) sums[k] = add_square(sums[k], v(first + k * lanes));
+          if (first + k * lanes < width) sums[k] = __fadd_rn(sums[k], term(first + k * lanes));
         }
       }
     }
@@ -121,16 +132,25 @@ struct MeanOrder {
   }
 };
 
-// A row of `width` elements v(0), v(1), ... by a warp, all of whose threads get the result.
-template <class V>
-__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v) {
+// Of `width` terms term(0), term(1), ... by a warp, all of whose threads get the result.
+template <class F>
+__device__ __forceinline__ float mean_order_sum(int width, const F& term) {
   const MeanOrder order(width);
-  float sum = order.of_lane(static_cast<int>(threadIdx.x) % 32, v);
+  float sum = order.of_lane(static_cast<int>(threadIdx.x) % 32, term);
   for (int bit = 16; bit > 0; bit /= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, sum, bit);
     if (bit < order.lanes) sum = __fadd_rn(sum, other);
   }
   return __shfl_sync(0xffffffffu, sum, 0);
+}
+
+// The squares of a row of `width` elements v(0), v(1), ...
+template <class V>
+__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v) {
+  return mean_order_sum(width, [&](int j) {
+    const float value = v(j);
+    return __fmul_rn(value, value);
+  });
 }
 
 // The squares of N elements of a row in shared memory (of which load_pack doesn't read), added to

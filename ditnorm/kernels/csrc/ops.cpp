@@ -107,6 +107,15 @@ class Call {
     fp32_norm_ = norm == norms::fp32_layer;
   }
 
+  // A gradient of the shape and dtype of x.
+  void gradient(Rows& gradient, const Tensor& t, const Tensor& x) {
+    check_device(t);
+    const int64_t dim = x.dim();
+    check(t.dim() == dim && std::equal(t.sizes(), t.sizes() + dim, x.sizes()), "ditnorm: a gradient must have the shape of its tensor");
+    gradient = rows(t);
+    check(gradient.dtype == problem.x.dtype, "ditnorm: a gradient must have the dtype of its tensor");
+  }
+
   // After everything else. See law_dtype of ditnorm/ops/.
   void rounding(int64_t rounding) {
     check(!indexed_ || any_modulation_, "ditnorm: index without a modulation");
@@ -117,6 +126,18 @@ class Call {
     if (any_float32_ || (!any_modulation_ && fp32_norm_)) return;
     check(!any_modulation_ || (law_ == t && !mixed_), "ditnorm: eager rounding needs modulations of the dtype of x, or float32");
     problem.round_each = t != DType::f32;
+  }
+
+  // The problem of a backward pass, what it writes not yet in it.
+  SiteBackward backward(int64_t rounding) const {
+    SiteBackward backward{};
+    backward.site = problem;
+    backward.eager = rounding == roundings::eager;
+    return backward;
+  }
+  void run_backward(int (*op)(const SiteBackward&, void*), const SiteBackward& backward) const {
+    if (problem.batch * problem.tokens == 0) return;
+    call_kernel(op, backward, device_index_);
   }
 
   // False where no kernel serves the problem.
@@ -265,6 +286,63 @@ Tensor scale_residual_op(const Tensor& residual, const Tensor& x, const Optional
   return r;
 }
 
+Tensor norm_scale_shift_backward_op(const Tensor& dy, const Optional& dr, const Tensor& x, const Optional& scale, const Optional& shift,
+                                    const Optional& weight, const Optional& scale_table, const Optional& shift_table, const Optional& index,
+                                    int64_t norm, double eps, int64_t rounding) {
+  Call call(x);
+  call.index(index);
+  call.modulation(call.problem.scale, scale, scale_table);
+  call.modulation(call.problem.shift, shift, shift_table);
+  call.affine(weight, std::nullopt);
+  call.norm(norm, eps);
+  call.rounding(rounding);
+  SiteBackward backward = call.backward(rounding);
+  call.gradient(backward.dy, dy, x);
+  if (dr) call.gradient(backward.dr, *dr, x);
+  Tensor dx = empty_like(x);
+  backward.d_row = dx.data();
+  call.run_backward(&norm_backward, backward);
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> scale_residual_norm_scale_shift_backward_op(const Tensor& dy, const Optional& dr, const Tensor& r,
+                                                                       const Optional& gate, const Optional& scale, const Optional& shift,
+                                                                       const Optional& weight, const Optional& gate_table,
+                                                                       const Optional& scale_table, const Optional& shift_table,
+                                                                       const Optional& index, int64_t norm, double eps, int64_t rounding) {
+  check(gate.has_value(), "ditnorm: gate");
+  Call call(r);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, gate_table);
+  call.modulation(call.problem.scale, scale, scale_table);
+  call.modulation(call.problem.shift, shift, shift_table);
+  call.affine(weight, std::nullopt);
+  call.norm(norm, eps);
+  call.rounding(rounding);
+  SiteBackward backward = call.backward(rounding);
+  call.gradient(backward.dy, dy, r);
+  if (dr) call.gradient(backward.dr, *dr, r);
+  Tensor d_residual = empty_like(r), dx = empty_like(r);
+  backward.d_row = d_residual.data();
+  backward.d_branch = dx.data();
+  call.run_backward(&norm_backward, backward);
+  return {std::move(d_residual), std::move(dx)};
+}
+
+Tensor scale_residual_backward_op(const Tensor& dr, const Optional& gate, const Optional& gate_table, const Optional& index,
+                                  int64_t rounding) {
+  check(gate.has_value(), "ditnorm: gate");
+  Call call(dr);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, gate_table);
+  call.rounding(rounding);
+  SiteBackward backward = call.backward(rounding);
+  Tensor dx = empty_like(dr);
+  backward.d_branch = dx.data();
+  call.run_backward(&scale_residual_backward, backward);
+  return dx;
+}
+
 }  // namespace
 
 Ops norm_site_ops() {
@@ -272,6 +350,9 @@ Ops norm_site_ops() {
       op<&norm_scale_shift_op>("norm_scale_shift"),
       op<&scale_residual_norm_scale_shift_op>("scale_residual_norm_scale_shift"),
       op<&scale_residual_op>("scale_residual"),
+      op<&norm_scale_shift_backward_op>("norm_scale_shift_backward"),
+      op<&scale_residual_norm_scale_shift_backward_op>("scale_residual_norm_scale_shift_backward"),
+      op<&scale_residual_backward_op>("scale_residual_backward"),
       op<&norm_scale_shift_quantize_op>("norm_scale_shift_quantize"),
       op<&scale_residual_norm_scale_shift_quantize_op>("scale_residual_norm_scale_shift_quantize"),
   };

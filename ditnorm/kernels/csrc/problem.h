@@ -64,6 +64,17 @@ struct Problem {
   Quantized quantized;  // y in its place
 };
 
+// The gradients of a norm site's rows, given those of its results. All rows are of one dtype.
+struct SiteBackward {
+  // x: the rows that were normed (r, where a residual was added), or dr where there was no norm.
+  // shift tells the law; bias, y and r aren't read.
+  Problem site;
+  Rows dy, dr;     // of y, and of x as it left the site; data is null where there is none
+  void* d_row;     // of x: contiguous, as d_branch
+  void* d_branch;  // of what the gate multiplied; null where nothing was gated
+  bool eager;      // gradients are rounded to the rows' dtype where eager autograd hands them on
+};
+
 // Where the tokens of one head are rotated by position. The tables are float32 and shared over
 // heads.
 struct Rotary {
@@ -84,6 +95,9 @@ struct HeadRows {
   int64_t out_batch_stride;
   float mean_factor;  // 1 / head_dim, as ATen computes it for diffusers' RMSNorm
   bool copied;        // neither normed nor rotated
+  // Of a backward pass: the gradient of what was written, as data; `out` takes that of data.
+  const void* gradient;
+  int64_t gradient_batch_stride, gradient_token_stride;
 };
 
 constexpr int kParts = 3;
@@ -108,9 +122,12 @@ struct HeadProblem {
 
 // Each returns a cudaError_t. `stream` is a cudaStream_t.
 int qk_norm_rope(const HeadProblem& problem, void* stream);
+int qk_norm_rope_backward(const HeadProblem& problem, void* stream);
 int norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual(const Problem& problem, void* stream);
+int norm_backward(const SiteBackward& problem, void* stream);
+int scale_residual_backward(const SiteBackward& problem, void* stream);
 // With y quantised. kNotServed where there is no kernel that does both.
 int norm_scale_shift_quantize(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift_quantize(const Problem& problem, void* stream);

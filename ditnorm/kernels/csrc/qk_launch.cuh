@@ -1,5 +1,6 @@
-// Choosing among the kernels of QK normalisation and rotary embedding, for one dtype. Each has a
-// file of its own (qk_norm_rope_bf16.cu, ...), so that they compile side by side.
+// Choosing among the kernels of QK normalisation and rotary embedding and of its gradients, for one
+// dtype. Each has a file of its own (qk_norm_rope_bf16.cu, qk_backward_bf16.cu, ...), so that they
+// compile side by side.
 #pragma once
 #include <algorithm>
 #include <iterator>
@@ -8,6 +9,7 @@
 #include "any_qk_kernel.cuh"
 #include "dispatch.cuh"
 #include "head_kernels.cuh"
+#include "qk_backward.cuh"
 #include "variants.h"
 
 namespace ditnorm {
@@ -31,6 +33,7 @@ inline bool fast_heads(const HeadProblem& p) {
     for (int64_t i = 0; i < stream.count; ++i) {
       const HeadRows& rows = stream.parts[i];
       if (!aligned16(rows.data, p.dtype, rows.batch_stride, rows.token_stride) || rows.width * bytes(p.dtype) % 16 != 0) return false;
+      if (!aligned16(rows.gradient, p.dtype, rows.gradient_batch_stride, rows.gradient_token_stride)) return false;
       if (rows.weight.data != nullptr && (rows.weight.dtype != p.dtype || !aligned16(rows.weight.data, p.dtype, 0, 0))) return false;
     }
     blocks += stream.tokens * stream.count;
@@ -55,7 +58,7 @@ inline Split split_heads(int64_t heads, int64_t threads_of_head, int64_t items) 
 
 // Goes through kAcrossHeads. Returns kNotServed where none of its kernels serves rows of this
 // width.
-template <class T, bool ROUND>
+template <class T, bool ROUND, bool BACKWARD>
 class AcrossLaunch {
  public:
   AcrossLaunch(const HeadProblem& p, int64_t width, dim3 grid, void* stream) : p_(p), width_(width), grid_(grid), stream_(stream) {}
@@ -80,7 +83,11 @@ class AcrossLaunch {
     if constexpr (kHeads.x == dtype_of<T>) {
       using Row = Tiles<kHeads.widths.list[WIDTH].tiles, kHeads.widths.full(WIDTH)>;
       if (!Row::serves(width_)) return false;
-      result_ = launch(&across_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);
+      if constexpr (BACKWARD) {
+        result_ = launch(&across_backward_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);
+      } else {
+        result_ = launch(&across_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);
+      }
       return true;
     }
     return false;
@@ -93,7 +100,17 @@ class AcrossLaunch {
   int result_ = kNotServed;
 };
 
-template <class T, bool ROUND>
+// The kernel of rows that are taken ITEMS accesses at a time, with heads of HEAD elements.
+template <class T, bool ROUND, bool BACKWARD, bool TWICE, int ITEMS, int HEAD>
+constexpr auto head_kernel_of() {
+  if constexpr (BACKWARD) {
+    return &head_backward_kernel<T, ROUND, TWICE, ITEMS, HEAD>;
+  } else {
+    return &head_kernel<T, ROUND, TWICE, ITEMS, HEAD>;
+  }
+}
+
+template <class T, bool ROUND, bool BACKWARD>
 int launch_qk_law(const HeadProblem& p, void* stream) {
   int64_t blocks = 0, widest = 0, narrowest = INT64_MAX, norms = 0;
   bool per_element = false;
@@ -118,15 +135,15 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
   const bool torchs = p.eager && !p.twice;  // must have the order and the roundings of torch's RMSNorm
   if (fast && p.across && (torchs || !p.eager) && kTile % p.head_dim == 0 && narrowest == widest && !per_element) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
-    const int result = AcrossLaunch<T, ROUND>(p, widest, grid, stream).run();
+    const int result = AcrossLaunch<T, ROUND, BACKWARD>(p, widest, grid, stream).run();
     if (result != kNotServed) return result;
   } else if (fast && !p.across) {
     const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
     const auto serve_law = [&](auto twice, auto head) {
       if (chunks(3) * 3 <= chunks(2) * 2) {
-        serve(&head_kernel<T, ROUND, twice, 3, head>, kHeadThreads, chunks(3));
+        serve(head_kernel_of<T, ROUND, BACKWARD, twice, 3, head>(), kHeadThreads, chunks(3));
       } else {
-        serve(&head_kernel<T, ROUND, twice, 2, head>, kHeadThreads, chunks(2));
+        serve(head_kernel_of<T, ROUND, BACKWARD, twice, 2, head>(), kHeadThreads, chunks(2));
       }
     };
     const auto serve_head = [&](auto head) {
@@ -138,13 +155,15 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
     };
     serve_head(Constant<64>{}), serve_head(Constant<128>{});
     if constexpr (sizeof(T) == 2) serve_head(Constant<256>{});
-    const int64_t of_head = p.head_dim * static_cast<int64_t>(sizeof(T)) / 16;  // threads
-    if (!served && !torchs && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
-      const Split by4 = split_heads(widest / p.head_dim, of_head, 4), by3 = split_heads(widest / p.head_dim, of_head, 3);
-      if (by4.slots() <= by3.slots()) {
-        serve(&any_head_kernel<T, ROUND, 4>, by4.threads, by4.chunks);
-      } else {
-        serve(&any_head_kernel<T, ROUND, 3>, by3.threads, by3.chunks);
+    [[maybe_unused]] const int64_t of_head = p.head_dim * static_cast<int64_t>(sizeof(T)) / 16;  // threads
+    if constexpr (!BACKWARD) {
+      if (!served && !torchs && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
+        const Split by4 = split_heads(widest / p.head_dim, of_head, 4), by3 = split_heads(widest / p.head_dim, of_head, 3);
+        if (by4.slots() <= by3.slots()) {
+          serve(&any_head_kernel<T, ROUND, 4>, by4.threads, by4.chunks);
+        } else {
+          serve(&any_head_kernel<T, ROUND, 3>, by3.threads, by3.chunks);
+        }
       }
     }
   }
@@ -152,15 +171,19 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
   constexpr int kNorms = kLanes / 32;  // of a block
   dim3 grid = ditnorm::blocks((norms + kNorms - 1) / kNorms);
   grid.y = 2 * kParts;
-  return launch(&any_qk_kernel<T, ROUND>, grid, kLanes, stream, p);
+  if constexpr (BACKWARD) {
+    return launch(&any_qk_backward_kernel<T, ROUND>, grid, kLanes, stream, p);
+  } else {
+    return launch(&any_qk_kernel<T, ROUND>, grid, kLanes, stream, p);
+  }
 }
 
-template <class T>
+template <class T, bool BACKWARD>
 int launch_qk_kernels(const HeadProblem& p, void* stream) {
   if constexpr (!std::is_same_v<T, float>) {
-    if (p.eager) return launch_qk_law<T, true>(p, stream);
+    if (p.eager) return launch_qk_law<T, true, BACKWARD>(p, stream);
   }
-  return launch_qk_law<T, false>(p, stream);
+  return launch_qk_law<T, false, BACKWARD>(p, stream);
 }
 
 }  // namespace ditnorm

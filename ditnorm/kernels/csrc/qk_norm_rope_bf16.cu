@@ -1,3 +1,3 @@
 #include "qk_launch.cuh"
 
-template int ditnorm::launch_qk_kernels<__nv_bfloat16>(const HeadProblem&, void*);
+template int ditnorm::launch_qk_kernels<__nv_bfloat16, false>(const HeadProblem&, void*);

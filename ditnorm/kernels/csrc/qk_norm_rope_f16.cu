@@ -1,3 +1,3 @@
 #include "qk_launch.cuh"
 
-template int ditnorm::launch_qk_kernels<__half>(const HeadProblem&, void*);
+template int ditnorm::launch_qk_kernels<__half, false>(const HeadProblem&, void*);

@@ -112,11 +112,40 @@ class HeadCall {
     return out;
   }
 
+  // The gradients of what `streams` wrote into one tensor [B, tokens, H, d], one after the other:
+  // of their part `i`.
+  void gradient(std::initializer_list<HeadStream*> streams, int64_t i, const Tensor& t) {
+    check_device(t);
+    check(t.dim() == 4 && float_dtype(t) == problem_.dtype, "ditnorm: a gradient must be [B, S, H, d], of the dtype of query");
+    const int64_t width = (*streams.begin())->parts[i].width, d = problem_.head_dim;
+    const bool dense = (t.strides()[3] == 1 || d == 1) && (t.strides()[2] == d || width == d);
+    const Tensor& source = dense ? t : copy(t);
+    const int64_t *sizes = source.sizes(), *strides = source.strides(), bytes = problem_.dtype == DType::f32 ? 4 : 2;
+    const auto* from = static_cast<const char*>(source.data());
+    int64_t tokens = 0;
+    for (HeadStream* stream : streams) {
+      HeadRows& rows = stream->parts[i];
+      rows.gradient = from + tokens * strides[1] * bytes;
+      rows.gradient_batch_stride = strides[0];
+      rows.gradient_token_stride = strides[1];
+      tokens += stream->tokens;
+    }
+    check(sizes[0] == problem_.batch && sizes[1] == tokens && sizes[2] * d == width && sizes[3] == d, "ditnorm: shape of a gradient");
+  }
+
+  // [B, S, H * d], for the gradient of `x`, which is part `i` of a stream.
+  Tensor gradient_output(HeadStream& stream, int64_t i, const Tensor& x) {
+    Tensor out = abi::empty(3, x.sizes(), x.dtype(), x);
+    stream.parts[i].out = out.data();
+    stream.parts[i].out_batch_stride = stream.tokens * stream.parts[i].width;
+    return out;
+  }
+
   HeadStream& stream(int i) { return problem_.streams[i]; }
 
-  void run() const {
+  void run(int (*op)(const HeadProblem&, void*) = &qk_norm_rope) const {
     if (problem_.batch * (problem_.streams[0].tokens + problem_.streams[1].tokens) == 0) return;
-    call_kernel(&qk_norm_rope, problem_, device_index_);
+    call_kernel(op, problem_, device_index_);
   }
 
  private:
@@ -184,12 +213,56 @@ std::tuple<Tensor, Tensor, Tensor> joint_qk_norm_rope_op(const Tensor& query, co
   return {std::move(q), std::move(k), std::move(v)};
 }
 
+std::tuple<Tensor, Tensor> qk_norm_rope_backward_op(const Tensor& d_query, const Tensor& d_key, const Tensor& query, const Tensor& key,
+                                                    const Optional& query_weight, const Optional& key_weight, const Optional& cos,
+                                                    const Optional& sin, int64_t head_dim, int64_t norm, double eps, int64_t rounding) {
+  HeadCall call(query, head_dim, norm, eps, rounding);
+  HeadStream &of_query = call.stream(0), &of_key = call.stream(1);
+  check(key.dim() == 3, "ditnorm: key must be [B, S, H * head_dim]");
+  const bool together = key.sizes()[1] == query.sizes()[1];
+  call.rows(of_query, query, &query_weight);
+  call.rows(together ? of_query : of_key, key, &key_weight);
+  call.rotary(of_query, cos, sin);
+  if (!together) call.rotary(of_key, cos, sin);
+  call.gradient({&of_query}, 0, d_query);
+  HeadStream& with_key = together ? of_query : of_key;
+  const int64_t part = together ? 1 : 0;
+  call.gradient({&with_key}, part, d_key);
+  Tensor q = call.gradient_output(of_query, 0, query), k = call.gradient_output(with_key, part, key);
+  call.run(&qk_norm_rope_backward);
+  return {std::move(q), std::move(k)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint_qk_norm_rope_backward_op(
+    const Tensor& d_query, const Tensor& d_key, const Tensor& query, const Tensor& key, const Optional& query_weight,
+    const Optional& key_weight, const Optional& cos, const Optional& sin, const Tensor& encoder_query, const Tensor& encoder_key,
+    const Optional& encoder_query_weight, const Optional& encoder_key_weight, const Optional& encoder_cos, const Optional& encoder_sin,
+    int64_t head_dim, int64_t norm, double eps, int64_t encoder_first, int64_t rounding) {
+  HeadCall call(query, head_dim, norm, eps, rounding);
+  HeadStream &own = call.stream(0), &encoder = call.stream(1);
+  call.rows(own, query, &query_weight);
+  call.rows(own, key, &key_weight);
+  call.rotary(own, cos, sin);
+  call.rows(encoder, encoder_query, &encoder_query_weight);
+  call.rows(encoder, encoder_key, &encoder_key_weight);
+  call.rotary(encoder, encoder_cos, encoder_sin);
+  HeadStream *first = encoder_first ? &encoder : &own, *second = encoder_first ? &own : &encoder;
+  call.gradient({first, second}, 0, d_query);
+  call.gradient({first, second}, 1, d_key);
+  Tensor q = call.gradient_output(own, 0, query), k = call.gradient_output(own, 1, key);
+  Tensor encoder_q = call.gradient_output(encoder, 0, encoder_query), encoder_k = call.gradient_output(encoder, 1, encoder_key);
+  call.run(&qk_norm_rope_backward);
+  return {std::move(q), std::move(k), std::move(encoder_q), std::move(encoder_k)};
+}
+
 }  // namespace
 
 Ops qk_ops() {
   static const OpEntry kOps[] = {
       op<&qk_norm_rope_op>("qk_norm_rope"),
       op<&joint_qk_norm_rope_op>("joint_qk_norm_rope"),
+      op<&qk_norm_rope_backward_op>("qk_norm_rope_backward"),
+      op<&joint_qk_norm_rope_backward_op>("joint_qk_norm_rope_backward"),
   };
   return {kOps, std::size(kOps)};
 }

@@ -21,10 +21,14 @@ struct Statistics {
   float mean, rstd;  // mean is 0 for RMSNorm
 };
 
-// Welford's running state. For RMSNorm m2 is the plain sum of squares and mean stays 0.
+// Welford's running state. For RMSNorm m2 is the plain sum of squares and mean stays 0; of a
+// backward pass both are plain sums.
 struct Welford {
   float mean, m2, count;
 };
+
+// In place of a norm: what is reduced is two sums.
+constexpr Norm kTwoSums = static_cast<Norm>(2);
 
 // The n-th element of a lane; `reciprocal` is 1 / n. The caller keeps count.
 template <Norm NORM>
@@ -43,6 +47,7 @@ __device__ __forceinline__ void add(Welford& lane, float v, float reciprocal) {
 template <Norm NORM, bool EQUAL>
 __device__ __forceinline__ Welford combine(const Welford& lower, const Welford& higher) {
   if constexpr (NORM == Norm::rms) return {0.0f, __fadd_rn(lower.m2, higher.m2), 0.0f};
+  if constexpr (NORM == kTwoSums) return {__fadd_rn(lower.mean, higher.mean), __fadd_rn(lower.m2, higher.m2), 0.0f};
   const float total = __fadd_rn(higher.count, lower.count);
   float of_higher = 0.5f, of_lower = 0.5f;
   if constexpr (!EQUAL) {
@@ -63,7 +68,7 @@ __device__ __forceinline__ Welford select(bool condition, const Welford& a, cons
 
 template <Norm NORM, bool EQUAL>
 __device__ __forceinline__ Welford partner(const Welford& state, int thread_bit) {
-  return {NORM == Norm::layer ? __shfl_xor_sync(0xffffffffu, state.mean, thread_bit) : 0.0f,
+  return {NORM != Norm::rms ? __shfl_xor_sync(0xffffffffu, state.mean, thread_bit) : 0.0f,
           __shfl_xor_sync(0xffffffffu, state.m2, thread_bit),
           NORM == Norm::layer && !EQUAL ? __shfl_xor_sync(0xffffffffu, state.count, thread_bit) : state.count};
 }

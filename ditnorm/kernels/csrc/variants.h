@@ -60,6 +60,12 @@ struct NormSite {
   }
 };
 
+struct NormBackward {
+  DType x;
+  int lanes;
+  Widths widths;
+};
+
 struct AcrossHeads {
   DType x;
   int lanes;
@@ -141,6 +147,16 @@ constexpr NormSite kQuantizedNormSites[] = {
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    2, kWithRow,  0, {3}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    1, kWithRow,  3, {6, 10}},
+};
+
+// The gradients of the rows of a norm site, for each dtype of the modulations and each law.
+constexpr NormBackward kNormBackward[] = {
+  // x   lanes above tiles
+  {bf16, 2,    0, {2, 3, 4}},
+  {bf16, 1,    4, {6, 8, 10, 12}},
+  {f16,  2,    0, {4}},
+  {f16,  1,    4, {6, 12}},
+  {f32,  1,    0, {4, 6, 12}},
 };
 
 constexpr AcrossHeads kAcrossHeads[] = {

@@ -1,0 +1,3 @@
+#include "norm_backward.cuh"
+
+template int ditnorm::launch_norm_backward<float>(const SiteBackward&, DType, void*);

@@ -1,0 +1,39 @@
+// The gradient of a row that LayerNorm or RMSNorm has normed, in the order of ATen's
+// layer_norm_grad_input_kernel_vectorized, whose lanes and reduction are those of statistics.cuh.
+// The fused multiply-adds are those that nvcc contracts there (read off its machine code).
+//
+//   g = dn * weight                                     dn: the gradient of the norm's result
+//   sum = sum of g,  dot = sum of g * (v - mean) * rstd
+//   dv = (D * g - (v - mean) * rstd * dot - sum) * rstd / D    RMSNorm: no sum, and mean is 0
+#pragma once
+#include "statistics.cuh"
+
+namespace ditnorm {
+
+// What the elements of a lane add to its sums: `sum` in the place of a mean, `dot` in that of m2.
+__device__ __forceinline__ void add_gradient(Welford& lane, float dn, float weight, float v, const Statistics& statistics) {
+  const float g = __fmul_rn(dn, weight);
+  lane.mean = __fadd_rn(lane.mean, g);
+  lane.m2 = __fmaf_rn(__fmul_rn(g, __fsub_rn(v, statistics.mean)), statistics.rstd, lane.m2);
+}
+
+// Of one row, all that its elements share.
+struct RowGradient {
+  Statistics statistics;
+  float sum, dot, width, factor;
+  bool centred;
+
+  __device__ __forceinline__ float of(float dn, float weight, float v) const {
+    const float n = __fmul_rn(__fsub_rn(v, statistics.mean), statistics.rstd);
+    float gradient = __fmaf_rn(__fmul_rn(width, weight), dn, -__fmul_rn(n, dot));
+    if (centred) gradient = __fsub_rn(gradient, sum);
+    return __fmul_rn(gradient, factor);
+  }
+};
+
+__device__ __forceinline__ RowGradient row_gradient(const Statistics& statistics, const Welford& sums, int64_t elements, bool centred) {
+  const float width = static_cast<float>(elements);
+  return {statistics, sums.mean, sums.m2, width, __fmul_rn(__frcp_rn(width), statistics.rstd), centred};
+}
+
+}  // namespace ditnorm

@@ -1,0 +1,3 @@
+#include "qk_launch.cuh"
+
+template int ditnorm::launch_qk_kernels<float, true>(const HeadProblem&, void*);

@@ -1,0 +1,75 @@
+"""The gradients of the rows of a norm site in plain PyTorch: the specification, the path where no
+kernel runs, and what a second differentiation goes through.
+
+    g  = dy * (1 + scale) * weight
+    dv = (g - mean(g) - n * mean(g * n)) * rstd     n = norm(v), v being x or r; RMSNorm: no mean(g)
+    d_residual = dr + dv,  dx = gate * (dr + dv)
+
+Under ``"eager"`` each gradient rounds where autograd of upstream's expression rounds it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import (
+    NormScaleShift,
+    NormScaleShiftBackward,
+    ScaleResidual,
+    ScaleResidualBackward,
+    ScaleResidualNormScaleShift,
+    ScaleResidualNormScaleShiftBackward,
+)
+from .reference import modulation, upcast
+
+
+def norm_scale_shift_backward(call: NormScaleShiftBackward) -> Tensor:
+    """``dx``, contiguous, in the dtype of ``x``."""
+    return _of_rows(call.site, call.x, call.dy, call.dr).to(call.x.dtype).contiguous()
+
+
+def scale_residual_norm_scale_shift_backward(call: ScaleResidualNormScaleShiftBackward) -> tuple[Tensor, Tensor]:
+    """``(d_residual, dx)``, both contiguous, in the dtype of ``r``."""
+    total = _of_rows(call.site, call.r, call.dy, call.dr)
+    d_residual = total.to(call.r.dtype)
+    d_branch = (d_residual if call.rounding == "eager" else total) * _gate(call.site)
+    return d_residual.contiguous(), d_branch.to(call.r.dtype).contiguous()
+
+
+def scale_residual_backward(call: ScaleResidualBackward) -> Tensor:
+    """``dx``, contiguous, in the dtype of ``dr``."""
+    return (call.dr * _gate(call.site)).to(call.dr.dtype).contiguous()
+
+
+def _gate(site: ScaleResidual | ScaleResidualNormScaleShift) -> Any:
+    return modulation(site, "gate", upcast(site))
+
+
+def _of_rows(site: NormScaleShift | ScaleResidualNormScaleShift, v: Tensor, dy: Tensor, dr: Tensor | None) -> Tensor:
+    """What comes back to the rows ``v`` that were normed."""
+    law = upcast(site)
+    scale = modulation(site, "scale", law)
+    dn = dy if law is None else dy.to(law)
+    if scale is not None:
+        dn = dn * (1 + scale)
+    dv = norm_gradient(dn, v, site.weight, site.eps, centred=site.norm != "rms")
+    if site.rounding == "eager":
+        dv = dv.to(v.dtype)
+    return dv if dr is None else dr + dv
+
+
+def norm_gradient(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """The gradient of ``v`` where ``dn`` is that of its LayerNorm or, if not ``centred``, RMSNorm,
+    over the last dim; in float32 or wider.
+    """
+    dtype = torch.promote_types(torch.float32, v.dtype)
+    v, g = v.to(dtype), dn.to(dtype)
+    if weight is not None:
+        g = g * weight.to(dtype)
+    if centred:
+        v = v - v.mean(-1, keepdim=True)
+        g = g - g.mean(-1, keepdim=True)
+    rstd = (v.square().mean(-1, keepdim=True) + eps).rsqrt()
+    n = v * rstd
+    return (g - n * (g * n).mean(-1, keepdim=True)) * rstd

@@ -1,0 +1,98 @@
+"""The gradients of query and key through their rotation and norm in plain PyTorch: as
+:mod:`ditnorm.ops.reference_backward`.
+
+    (da, db) = (d_a * cos + d_b * sin, d_b * cos - d_a * sin)     for each pair of neighbours
+    g = d * weight,  dx = (g - n * mean(g * n)) * rstd            n = x * rstd, over what is normed
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calls import JointQKNormRopeBackward, QKNormRopeBackward
+from .reference_backward import norm_gradient
+from .reference_qk import per_head, token_count
+
+
+def qk_norm_rope_backward(call: QKNormRopeBackward) -> tuple[Tensor, Tensor]:
+    """``(d_query, d_key)``, contiguous, in the shapes of query and key."""
+    options = (call.cos, call.sin, call.head_dim, call.norm, call.eps, call.rounding)
+    d_query = _norm_rope_backward(call.d_query, call.query, call.query_weight, *options)
+    d_key = _norm_rope_backward(call.d_key, call.key, call.key_weight, *options)
+    return d_query.contiguous(), d_key.contiguous()
+
+
+def joint_qk_norm_rope_backward(call: JointQKNormRopeBackward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(d_query, d_key, d_encoder_query, d_encoder_key)``, contiguous, in the shapes of those."""
+    options: tuple[Any, ...] = (call.head_dim, call.norm, call.eps, call.rounding)
+    tokens, encoder_tokens = call.query.shape[1], call.encoder_query.shape[1]
+    first, encoder_first = (encoder_tokens, 0) if call.encoder_first else (0, tokens)
+    own, encoder = slice(first, first + tokens), slice(encoder_first, encoder_first + encoder_tokens)
+    tables: tuple[Any, ...] = (call.encoder_cos, call.encoder_sin, *options)
+    gradients = (
+        _norm_rope_backward(call.d_query[:, own], call.query, call.query_weight, call.cos, call.sin, *options),
+        _norm_rope_backward(call.d_key[:, own], call.key, call.key_weight, call.cos, call.sin, *options),
+        _norm_rope_backward(call.d_query[:, encoder], call.encoder_query, call.encoder_query_weight, *tables),
+        _norm_rope_backward(call.d_key[:, encoder], call.encoder_key, call.encoder_key_weight, *tables),
+    )
+    d_query, d_key, d_encoder_query, d_encoder_key = (gradient.contiguous() for gradient in gradients)
+    return d_query, d_key, d_encoder_query, d_encoder_key
+
+
+def _norm_rope_backward(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    rounding: str,
+) -> Tensor:
+    """``d`` [B, S, H, d] -> the gradient of ``x`` [B, S, H * d]."""
+    if rounding == "single":
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = _norm_rope_backward(
+            d.to(dtype), x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager"
+        )
+        return wide.to(x.dtype)
+    if cos is not None:
+        tokens = token_count(cos)
+        turned = _rotate_backward(d[:, :tokens], cos, sin)
+        d = turned if tokens == d.shape[1] else torch.cat([turned, d[:, tokens:]], dim=1)
+    across = weight is not None and weight.shape[0] != head_dim
+    rows = x if across else x.unflatten(-1, (-1, head_dim))
+    d = d.flatten(2) if across else d
+    if norm == "rms":
+        gradient = norm_gradient(d, rows, weight, eps, centred=False).to(x.dtype)
+    else:
+        gradient = _diffusers_rms_norm_backward(d, rows, weight, eps)
+    return gradient if across else gradient.flatten(2)
+
+
+def _rotate_backward(d: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
+    """Of ``rotate``: the products of real tables are rounded before their sum."""
+    if sin is None:
+        pairs = torch.view_as_complex(d.float().contiguous().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * per_head(cos).conj()).flatten(3).type_as(d)
+    cos, sin = per_head(cos), per_head(sin)
+    if cos.shape[-1] == d.shape[-1]:
+        (cos_a, cos_b), (sin_a, sin_b) = (table.unflatten(-1, (-1, 2)).unbind(-1) for table in (cos, sin))
+    else:
+        cos_a = cos_b = cos
+        sin_a = sin_b = sin
+    a, b = d.unflatten(-1, (-1, 2)).unbind(-1)
+    da = (a * cos_a).to(d.dtype) + (b * sin_b).to(d.dtype)
+    db = (b * cos_b).to(d.dtype) - (a * sin_a).to(d.dtype)
+    return torch.stack([da, db], dim=-1).flatten(3)
+
+
+def _diffusers_rms_norm_backward(d: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Of diffusers' ``RMSNorm``, whose two uses of ``x`` each round their gradient."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    v, dn = x.to(wide), (d if weight is None else d * weight).to(wide)
+    rstd = torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
+    d_square = -0.5 * (dn * v).sum(-1, keepdim=True) * rstd.pow(3) / x.shape[-1]
+    return (dn * rstd).to(x.dtype) + (d_square * (2 * v)).to(x.dtype)

@@ -1,0 +1,1 @@
+"""The parts of ``bench_training.py``: what is trained, what a step costs, how it is shown."""

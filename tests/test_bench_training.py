@@ -1,0 +1,48 @@
+"""The benchmark of training runs, at a small size, and reports what it measured."""
+
+import json
+
+import bench_training
+import pytest
+from bench.models import variants
+from bench.models.catalogue import MODELS
+from bench.training import steps
+from bench.training.plans import MODELS as TRAINED
+from bench.training.plans import PLANS
+from support.real_sizes import shrunk
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs ``bench_training.py`` with shrunk models: status and report."""
+    monkeypatch.setattr(bench_training, "MODELS", shrunk(MODELS))
+    monkeypatch.setattr(steps, "TIMED_SECONDS", 0)
+
+    def run(*options):
+        status = bench_training.main(["--out", str(tmp_path), *options])
+        return status, json.loads((tmp_path / "training.json").read_text())
+
+    return run
+
+
+def test_quick_run_trains_every_model_in_every_way_with_the_losses_of_eager(bench, capsys):
+    status, report = bench("--quick", "--layers", "1", "--profile")
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert list(report["models"]) == list(TRAINED)
+    for entry in report["models"].values():
+        assert list(entry["plans"]) == [plan.name for plan in PLANS]
+        for columns in entry["plans"].values():
+            assert list(columns) == ["eager", "patched"]
+            assert columns["patched"]["losses"] == columns["eager"]["losses"]
+            assert all(column["step_ms"] > 0 and 0 < column["other_share"] < 1 for column in columns.values())
+        assert entry["title"] in output
+
+
+def test_full_run_has_every_variant(bench, monkeypatch):
+    monkeypatch.setattr(variants, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="aot_eager"))
+    status, report = bench("--models", "wan2.1-1.3b", "--layers", "1", "--plans", "LoRA")
+    assert status == 0
+    (entry,) = report["models"].values()
+    expected = [variant.name for variant in variants.VARIANTS if variant is not variants.PRECOMPUTED]
+    assert list(entry["plans"]["LoRA"]) == expected
