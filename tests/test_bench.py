@@ -44,15 +44,15 @@ def bench(monkeypatch, tmp_path):
 
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
     """One of every kind of inputs."""
-    chosen = ["qwen-image", "qwen-image-2.1", "wan2.1-1.3b", "wan2.2-ti2v-5b", "hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium"]
+    chosen = ["qwen-image", "qwen-image-2.1", "flux.1-dev", "chroma", "wan2.1-1.3b", "wan2.2-ti2v-5b"]
+    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium"]
     status, report = bench("--quick", "--models", *chosen)
     output = capsys.readouterr().out
     assert status == 0, output
     assert list(report["models"]) == chosen
     for name, entry in report["models"].items():
-        precomputed = (
-            [variants.PRECOMPUTED.name] if name in ("qwen-image", "hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium") else []
-        )
+        tables = ("qwen-image", "flux.1-dev", "hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium")
+        precomputed = [variants.PRECOMPUTED.name] if name in tables else []
         assert list(entry["columns"]) == ["eager", "patched", *precomputed]
         assert all(entry["columns"][name]["table_s"] > 0 for name in precomputed)
         assert all(entry["columns"][name]["steps_identical"] == steps.COMPARED for name in precomputed)
@@ -256,6 +256,8 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
         ("hunyuan-video-480p", 27030, 3072),
         ("hunyuan-video-720p", 118800, 3072),
         ("hunyuan-video-1.5", 49290, 2048),
+        ("flux.1-dev", 4096, 3072),
+        ("chroma", 4096, 3072),
     ],
 )
 def test_published_sizes(name, tokens, width):

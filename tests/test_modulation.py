@@ -10,8 +10,8 @@ from torch import nn
 import ditnorm
 from ditnorm.patching.restoring import tables
 
-MODULATED = [name for name in tiny.MODELS if name.startswith(("qwen-image", "hunyuan", "sd3")) and "2.1" not in name]
-NOTHING_TO_GAIN = ["wan-t2v", "wan-ti2v", "qwen-image-2.1"]
+MODULATED = [name for name in tiny.MODELS if name.startswith(("qwen-image", "hunyuan", "sd3", "flux", "longcat")) and "2.1" not in name]
+NOTHING_TO_GAIN = ["wan-t2v", "wan-ti2v", "qwen-image-2.1", "chroma"]
 
 
 def table_of(model: nn.Module) -> Any:

@@ -24,6 +24,7 @@ NAMES = [
     "hunyuan-video-1.5",
     "hunyuan-image",
     "sd3.5-medium",
+    "flux",
 ]
 
 

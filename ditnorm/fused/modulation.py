@@ -41,6 +41,8 @@ class ModulatedModel:
     """The module that makes the embedding. Each tensor that it returns is one."""
     takers: tuple[str, ...]
     """Its ModuleLists of blocks and its modules that take it."""
+    times: int = 1
+    """By what it multiplies the timestep before it embeds it."""
     halved_if: str | None = None
     """The attribute of the model that doubles the batch of the embedding, the second half for
     timestep 0; then ``halved``,

@@ -77,15 +77,17 @@ class ModulationTable:
     Threads take turns at look-ups. Rows that a thread may still read are not given to others.
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype_of: DtypeOf) -> None:
+    def __init__(
+        self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype_of: DtypeOf, times: int
+    ) -> None:
         """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of
         the embedding only.
 
-        ``dtype_of``: the dtype of a model's activations.
+        ``dtype_of``: the dtype of a model's activations. ``times``: see :class:`ModulatedModel`.
         """
         self.model, self.embedding = model, embedding
         self.holders = list(holders)
-        self.dtype_of = dtype_of
+        self.dtype_of, self.times = dtype_of, times
         upstream: Any = origin_of(type(embedding)) or type(embedding)
         self.inputs = tuple(inspect.signature(upstream.forward).parameters)[1:]
         self.timesteps: Tensor | None = None
@@ -120,7 +122,7 @@ class ModulationTable:
         """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't
         known.
         """
-        kept = ("model", "embedding", "holders", "dtype_of", "inputs", "timesteps", "_capacity")
+        kept = ("model", "embedding", "holders", "dtype_of", "times", "inputs", "timesteps", "_capacity")
         counters = ("hits", "misses", "schedules", "changes", "seconds")
         return {name: self.__dict__[name] for name in (*kept, *counters)}
 
@@ -220,13 +222,13 @@ class ModulationTable:
         value = timestep.flatten()[0]
         for timesteps in self._known_schedules():
             timesteps = timesteps.to(timestep.device)
-            for form, taken in enumerate(_as_models_take_them(timesteps, timestep.dtype)):
+            for form, taken in enumerate(_as_models_take_them(timesteps, timestep.dtype, self.times)):
                 found = (taken == value).nonzero().flatten().tolist()
                 if found:
                     now = found[0]
                     rest = [self._embedded(given, value, taken, step, output) for step in range(now, len(taken))]
                     if timestep.dtype is not self.dtype:  # as HunyuanVideo's latents, and timesteps, are from step 2 on
-                        taken = _as_models_take_them(timesteps, self.dtype)[form]
+                        taken = _as_models_take_them(timesteps, self.dtype, self.times)[form]
                         rest += [self._embedded(given, value, taken, step, output) for step in range(now + 1, len(taken))]
                     return rest
         return []
@@ -472,13 +474,14 @@ def _bits(t: Tensor) -> Tensor:
     return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _as_models_take_them(timesteps: Tensor, dtype: torch.dtype, times: int) -> list[Tensor]:
     """What pipelines make of the timesteps of a scheduler before a model gets them, in each way
-    that there is.
+    that there is, ``times`` what the model makes of that.
     """
     if not dtype.is_floating_point:
-        return [timesteps.to(dtype)]
-    return [timesteps.to(dtype), timesteps.to(dtype) / 1000, (timesteps / 1000).to(dtype)]
+        return [timesteps.to(dtype) * times]
+    forms = [timesteps.to(dtype), timesteps.to(dtype) / 1000, (timesteps / 1000).to(dtype)]
+    return forms if times == 1 else [form * times for form in forms]
 
 
 def _progress(items: Iterator[Any], total: int) -> Iterator[Any]:

@@ -22,18 +22,21 @@ MODULATED = (
         forward=frozenset({"e8317afd3bb3"}),  # 0.37.0 to 0.42.1
         embedding="time_text_embed",
         takers=_TAKERS,
+        times=1000,
     ),
     ModulatedModel(
         names=frozenset({"LongCatImageTransformer2DModel"}),
         forward=frozenset({"aab2231144ae"}),  # 0.37.0 to 0.42.1
         embedding="time_embed",
         takers=_TAKERS,
+        times=1000,
     ),
     ModulatedModel(
         names=frozenset({"FluxControlNetModel"}),
         forward=frozenset({"f2d56eb02110"}),  # 0.37.0 to 0.42.1
         embedding="time_text_embed",
         takers=("transformer_blocks", "single_transformer_blocks"),
+        times=1000,
     ),
 )
 

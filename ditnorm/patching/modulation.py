@@ -70,7 +70,8 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
     if not plans:
         families = sorted({unit.body.family for _, units in found.values() for unit in units if unit.is_block})
         names = ", ".join(type(model).__name__ for model, _ in found.values())
-        raise ValueError(f"nothing to gain in {names}: the modulations of {', '.join(families)} are tables, or small already")
+        because = "tables, or small already, or handed on in a way that ditnorm doesn't know"
+        raise ValueError(f"nothing to gain in {names}: the modulations of {', '.join(families)} are {because}")
     obstacles = [f"{plan.name}: {reason}" for plan in plans if (reason := _obstacle(plan)) is not None]
     if obstacles:
         raise RuntimeError("ditnorm: nothing was changed: " + "; ".join(obstacles))
@@ -175,7 +176,7 @@ def _set_up(plan: Plan) -> ModulationTable:
         send_home(module)
         holders.append((name, module, name.endswith(halves) if halves else False))
     embedding = plan.embedding
-    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, verification.stream_dtype)
+    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, verification.stream_dtype, plan.facts.times)
     upstream: Any = type(embedding)
     set_class(embedding, generated.subclass(RowEmbedding, upstream, "eager"))
     _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)

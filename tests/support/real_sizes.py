@@ -17,6 +17,8 @@ _TEXT = {
 }
 _ROPE = {
     "QwenImageTransformer2DModel": "axes_dims_rope",
+    "FluxTransformer2DModel": "axes_dims_rope",
+    "ChromaTransformer2DModel": "axes_dims_rope",
     "QwenImage21Transformer2DModel": "axes_dims_rope",
     "HunyuanVideoTransformer3DModel": "rope_axes_dim",
     "HunyuanVideo15Transformer3DModel": "rope_axes_dim",
@@ -28,6 +30,8 @@ def shrunk(models: dict[str, Any]) -> dict[str, Any]:
     result = {}
     for name, real in models.items():
         config = {**real.config, **_SMALL, **{key: value for key, value in _TEXT.items() if key in real.config}}
+        if "approximator_hidden_dim" in config:
+            config["approximator_hidden_dim"] = 32
         if "ffn_dim" in config:
             config["ffn_dim"] = 64
         if real.cls in _ROPE:
