@@ -2,10 +2,10 @@
 libraries' kernels, and plain copies.
 
     python scripts/bench_ops.py                   everything, 6 minutes on an H100 with every other
-    library
+                                                  library
     python scripts/bench_ops.py --quick           about a minute
     python scripts/bench_ops.py --cells nss/4096  the cells whose names contain this, e.g.
-    nss/4096x3072/sample/bf16
+                                                  nss/4096x3072/sample/bf16
 
 Every contestant is captured in a CUDA graph of the same calls over the same random inputs, as many
 as exceed the L2 cache twice, and the graphs are replayed in rotating order. Needs a GPU, nvcc, and

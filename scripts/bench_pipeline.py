@@ -1,7 +1,7 @@
-"""Times a whole pipeline, stage by stage, without and with ditnorm.
+r"""Times a whole pipeline, stage by stage, without and with ditnorm.
 
-    python scripts/bench_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480
-    --frames 81
+    python scripts/bench_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
+        --size 832x480 --frames 81
 
 ``--model`` is any checkpoint in diffusers' format that ditnorm supports; the default is the tiny
 Qwen-Image of this repository, whose prompt embeddings come ready. ``--compile`` compiles the

@@ -2,7 +2,7 @@
 libraries' kernels, and plain copies.
 
     python scripts/bench_qk.py              everything, 4 minutes on an H100 with every other
-    library
+                                            library
     python scripts/bench_qk.py --quick      about a minute
     python scripts/bench_qk.py --cells Wan  the cells whose names contain this
 

@@ -2,9 +2,10 @@
 rounding, compiled, and patched + compiled.
 
     python scripts/bench_transformers.py [--models NAME ...] [--layers N] [--quick] [--profile]
-    [--accuracy] [--out DIR]
-    python scripts/bench_transformers.py --quantization NAME ...    with quantised weights; NAME is
-    float8-row, float8-tensor or int8-row
+                                         [--accuracy] [--out DIR]
+    python scripts/bench_transformers.py --quantization NAME ...
+
+With --quantization the weights are quantised: float8-row, float8-tensor or int8-row.
 
 Everything runs in one process with the same weights and inputs. The latents after each of the first
 steps are compared, too: those of patched must equal those of eager bit for bit. With --accuracy,

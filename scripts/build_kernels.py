@@ -1,9 +1,9 @@
 """Compiles the CUDA kernels with nvcc and g++ alone: no PyTorch, no package of any kind.
 
-    python scripts/build_kernels.py                         ditnorm/kernels/_C.so, for this
-    machine's GPU or for all architectures
-    python scripts/build_kernels.py --cpu-sim [--sanitize]  the same kernels for the host
-    (csrc/cpu_sim.h), for tests without a GPU
+    python scripts/build_kernels.py             ditnorm/kernels/_C.so, for this machine's GPU or
+                                                for all architectures
+    python scripts/build_kernels.py --cpu-sim   the same kernels for the host (csrc/cpu_sim.h), for
+                                                tests without a GPU; --sanitize: under sanitizers
 
 Environment: CXX (default g++), DITNORM_NVCC or CUDA_HOME (where nvcc is), DITNORM_CUDA_ARCHS
 ("80,90": what to compile for). The build hook (hatch_build.py) also reads DITNORM_CUDA: auto

@@ -2,8 +2,9 @@
 
 python scripts/op_tables.py                         after docs/ops.json or docs/qk.json changed
 python scripts/op_tables.py --results bench-output  copies what bench_ops.py and bench_qk.py wrote
-there to docs/ first python scripts/op_tables.py --check                 changes nothing; fails
-where a table is out of date
+                                                    there to docs/ first
+python scripts/op_tables.py --check                 changes nothing; fails where a table is out of
+                                                    date
 """
 
 import argparse

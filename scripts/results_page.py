@@ -1,7 +1,8 @@
 """Writes the page of results from what ``bench_transformers.py`` measured.
 
-python scripts/results_page.py bench-output/transformers.json     copies the JSON and its chart to
-docs/ and writes docs/results.md
+python scripts/results_page.py bench-output/transformers.json
+
+Copies the JSON and its chart to docs/ and writes docs/results.md.
 """
 
 import argparse

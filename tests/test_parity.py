@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 import ditnorm
 
-SCRIPTS = ["qwen_image", "wan", "hunyuan_video"]
+SCRIPTS = ["qwen_image", "wan", "hunyuan_video", "sd3"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def _quick_compiler(monkeypatch):
 
     def compile_blocks(model):
         for module in model.modules():
-            if type(module).__name__ in model._repeated_blocks:
+            if type(module).__name__ in (model._repeated_blocks or model._no_split_modules):
                 compiled(module)
 
     monkeypatch.setattr(parity, "compile_blocks", compile_blocks)

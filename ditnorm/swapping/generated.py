@@ -7,8 +7,8 @@ is stored on instances.
 How to use it, for a body of any kind (a mixin with a ``forward``)::
 
     cls = subclass(body, origin_of(type(module)) or type(module), "eager")
-    set_class(module, cls)  # of hook_chains; unpatching is set_class(module,
-    origin_of(type(module)))
+    set_class(module, cls)  # of hook_chains
+    set_class(module, origin_of(type(module)))  # unpatches it
 
 The body finds its law in ``self.rounding`` and upstream's method in ``super().forward``. It must
 return upstream's value when it is called as upstream calls it, since patching and unpatching go

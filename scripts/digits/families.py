@@ -42,29 +42,18 @@ Prompts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Family:
-    """One of the tiny pipelines."""
+class TinyPipeline:
+    """A tiny pipeline of diffusers' own classes."""
 
     name: str
     pipeline: str
     """The name of its class."""
     build: Callable[[], DiffusionPipeline]
     """Makes it with random weights in the transformer, in float32."""
-    latents: Callable[[], tuple[Tensor, Tensor]]
-    """The training data: latents ``[N, 1, F, H, W]`` and labels ``[N]``."""
-    velocity: Callable[[ModelMixin, Tensor, Tensor, Prompts], Tensor]
-    """What the transformer makes of noisy latents ``[B, 1, F, H, W]`` at timesteps ``[B]``, 0 to
-    1000: the velocity, of the same shape.
-    """
     size: Mapping[str, int]
     """Size arguments of the pipeline's call, in pixels and frames."""
     arguments: Callable[[Prompts], dict[str, Any]]
     """Arguments of the pipeline's call for these prompts."""
-
-    @property
-    def folder(self) -> Path:
-        """Where this repository has the trained pipeline."""
-        return FOLDER / self.name
 
     def call_arguments(self, labels: Sequence[int], pipe: DiffusionPipeline, folder: Path) -> dict[str, Any]:
         """Arguments with which the pipeline of ``folder`` draws the digits ``labels``, but for seed
@@ -73,6 +62,23 @@ class Family:
         dtype, device = pipe.transformer.dtype, pipe._execution_device
         prompts = {name: table[list(labels)].to(device, dtype) for name, table in load_file(folder / PROMPTS).items()}
         return {**self.arguments(prompts), **self.size}
+
+
+@dataclass(frozen=True)
+class Family(TinyPipeline):
+    """One that is trained to draw digits."""
+
+    latents: Callable[[], tuple[Tensor, Tensor]]
+    """The training data: latents ``[N, 1, F, H, W]`` and labels ``[N]``."""
+    velocity: Callable[[ModelMixin, Tensor, Tensor, Prompts], Tensor]
+    """What the transformer makes of noisy latents ``[B, 1, F, H, W]`` at timesteps ``[B]``, 0 to
+    1000: the velocity, of the same shape.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Where this repository has the trained pipeline."""
+        return FOLDER / self.name
 
 
 def draw(family: Family, folder: Path, pipe: DiffusionPipeline, labels: Sequence[int], steps: int) -> Tensor:
@@ -241,22 +247,22 @@ _WAN_VAE: dict[str, Any] = {
     "latents_mean": [0.0],
     "latents_std": [1.0],
 }
-_IMAGE = {"height": dataset.SIDE * dataset.SIDE, "width": dataset.SIDE * dataset.SIDE}
+IMAGE = {"height": dataset.SIDE * dataset.SIDE, "width": dataset.SIDE * dataset.SIDE}
 _VIDEO = {"height": dataset.SIDE * dataset.SIDE, "width": dataset.SIDE * dataset.WIDTH, "num_frames": dataset.FRAMES}
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("qwen-image", "QwenImagePipeline", _qwen_image, dataset.images, _qwen_image_velocity, _IMAGE, _qwen_image_arguments),
-        Family("wan", "WanPipeline", _wan, dataset.videos, _wan_velocity, _VIDEO, _wan_arguments),
+        Family("qwen-image", "QwenImagePipeline", _qwen_image, IMAGE, _qwen_image_arguments, dataset.images, _qwen_image_velocity),
+        Family("wan", "WanPipeline", _wan, _VIDEO, _wan_arguments, dataset.videos, _wan_velocity),
         Family(
             "hunyuan-video",
             "HunyuanVideoPipeline",
             _hunyuan_video,
-            dataset.videos,
-            _hunyuan_video_velocity,
             _VIDEO,
             _hunyuan_video_arguments,
+            dataset.videos,
+            _hunyuan_video_velocity,
         ),
     )
 }

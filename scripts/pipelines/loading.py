@@ -9,7 +9,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from digits.families import FAMILIES, PROMPTS, Family
+from digits.families import FAMILIES, PROMPTS, TinyPipeline
+from digits.untrained import UNTRAINED
 from PIL import Image
 
 PICTURE_OPTIONAL = {"QwenImage21Pipeline"}
@@ -62,12 +63,12 @@ def place(pipe: DiffusionPipeline, device: torch.device, *, offload: bool = Fals
     return pipe
 
 
-def tiny_family(model: str) -> Family | None:
-    """The family, if ``model`` is a folder that ``train_tiny.py`` wrote."""
+def tiny_pipeline(model: str) -> TinyPipeline | None:
+    """What ``model`` is, if it is a folder of a tiny pipeline."""
     if not (Path(model) / PROMPTS).is_file():
         return None
     named = DiffusionPipeline.load_config(model)["_class_name"]
-    return next((family for family in FAMILIES.values() if named == family.pipeline), None)
+    return next((tiny for tiny in (*FAMILIES.values(), *UNTRAINED.values()) if named == tiny.pipeline), None)
 
 
 def call_arguments(
@@ -86,14 +87,14 @@ def call_arguments(
     A tiny pipeline draws one picture for each digit of the prompt, all ten by default.
     :exc:`CannotRun` for what the pipeline doesn't take.
     """
-    family = tiny_family(model)
+    tiny = tiny_pipeline(model)
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {}
-    if family is not None:
+    if tiny is not None:
         digits = "0123456789" if prompt is None else prompt
         if not (digits.isascii() and digits.isdigit()):
             raise CannotRun(f"--prompt: {model} draws the digits of its prompt, such as 2026; got {prompt!r}")
-        arguments |= family.call_arguments([int(digit) for digit in digits], pipe, Path(model))
+        arguments |= tiny.call_arguments([int(digit) for digit in digits], pipe, Path(model))
     else:
         arguments["prompt"] = default_prompt if prompt is None else prompt
     if image is not None:

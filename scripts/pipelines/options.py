@@ -17,14 +17,15 @@ from .loading import CannotRun, call_arguments, load, place
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def add_options(parser: argparse.ArgumentParser, *, tiny: Path, pipelines: str, out: str) -> None:
-    """``tiny``: the folder of the checkpoint that is used where none is named. ``pipelines``: of
-    which kind one may be.
+def add_options(parser: argparse.ArgumentParser, *, tiny: Path | None, pipelines: str, out: str) -> None:
+    """``tiny``: the folder of the checkpoint that is used where none is named; None: there is none.
+    ``pipelines``: of which kind one may be.
     """
+    default = "a tiny one with random weights" if tiny is None else f"the tiny {tiny.name}"
     parser.add_argument(
         "--model",
-        default=str(tiny),
-        help=f"folder or Hugging Face id of a checkpoint in diffusers' format (default: the tiny {tiny.name}); its pipeline is {pipelines}",
+        default=None if tiny is None else str(tiny),
+        help=f"folder or Hugging Face id of a checkpoint in diffusers' format (default: {default}); its pipeline is {pipelines}",
     )
     parser.add_argument("--prompt", help="for a tiny model: the digits to draw")
     parser.add_argument("--image", type=Path, metavar="PATH", help="the picture to start from or to edit, for pipelines that take one")

@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from common.execution import compile_blocks, forget_compiled, free, full_float32
 from common.quantization import QUANTIZATIONS, quantize
 from common.tables import environment, environment_line, text_table
 from digits.families import FOLDER
+from digits.untrained import UNTRAINED, checkpoint
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -38,7 +40,9 @@ class Subject:
 
     title: str
     tiny: str
-    """Folder of its tiny model under ``examples/digits``."""
+    """Its tiny pipeline: a folder under ``examples/digits``, or one of
+    :mod:`digits.untrained`.
+    """
     pipelines: tuple[str, ...]
     prompt: str
 
@@ -103,7 +107,8 @@ def parse(subject: Subject, argv: Sequence[str] | None) -> tuple[argparse.Argume
         description=f"Generate with a {subject.title} pipeline with and without ditnorm, from the same seed, and compare. "
         "Exit status: 0 parity holds, 1 it doesn't, 2 it couldn't be run."
     )
-    add_options(parser, tiny=FOLDER / subject.tiny, pipelines=f"one of {', '.join(subject.pipelines)}", out="parity-output")
+    tiny = None if subject.tiny in UNTRAINED else FOLDER / subject.tiny
+    add_options(parser, tiny=tiny, pipelines=f"one of {', '.join(subject.pipelines)}", out="parity-output")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="eager", help="ditnorm's (default: %(default)s)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="torchao's, of the linear layers of the blocks")
     parser.add_argument("--compile", action="store_true", help="compare patched + compiled with compiled, too")
@@ -238,7 +243,10 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     """Runs one family's script; returns the exit status."""
     parser, options = parse(subject, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with usage_errors(parser):
+    shown = options.model or "random weights"
+    with ExitStack() as stack, usage_errors(parser):
+        if options.model is None:
+            options.model = stack.enter_context(checkpoint(subject.tiny))
         if options.quantization is not None and options.dtype != "bfloat16":
             raise CannotRun("--quantization: of models in bfloat16")
         name = pipeline_class(options.model, options.image is not None).__name__
@@ -253,7 +261,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
         "command": shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]),
         "environment": environment(device),
         "pipeline": name,
-        "model": options.model,
+        "model": shown,
         "rounding": options.rounding,
         "precompute_modulation": options.precompute_modulation,
         "dtype": options.dtype,
@@ -268,7 +276,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> int:
     header += [] if result.parity.frames.lpips is None else ["LPIPS"]
     precomputed = ", modulations precomputed" * options.precompute_modulation
     kind = options.quantization or options.dtype
-    print(f"\n{name}, {options.model}, {kind}, rounding {options.rounding}{precomputed}\n{environment_line(device)}\n")
+    print(f"\n{name}, {shown}, {kind}, rounding {options.rounding}{precomputed}\n{environment_line(device)}\n")
     print(text_table([header, *(difference.row() for difference in result.rows())]))
     print("\n".join(["", *(f"not compared: {note}" for note in result.notes)]))
     print(f"parity {'holds' if good else 'DOES NOT HOLD'}: {rule}\nside by side: {path}")

@@ -1,13 +1,14 @@
 """How other libraries' kernels norm and rotate query and key.
 
 sglang           its fused CUDA kernels, into new tensors: one for both streams and the values
-(Qwen-Image's), one for query and key sglang in place  the latter over its own inputs, as its models
-call it
+                 (Qwen-Image's), one for query and key
+sglang in place  the latter over its own inputs, as its models call it
 sglang CuTe      across heads, in place, query and key one after the other: Wan's; it writes this
-layout in no other way sglang triton    its fused kernel that rounds where eager PyTorch does, query
-and key one after the other comfy-kitchen    its fused kernel, stream by stream, then the
-concatenations that joint attention needs; across heads, where it has no
-                 norm, PyTorch's rms_norm and then its rotation
+                 layout in no other way
+sglang triton    its fused kernel that rounds where eager PyTorch does, query and key one after the
+                 other
+comfy-kitchen    its fused kernel, stream by stream, then the concatenations that joint attention
+                 needs; across heads, where it has no norm, PyTorch's rms_norm and then its rotation
 
 Each takes the rotary tables in its own form, made before the measurement, as models make them once
 a forward. No peer can leave tokens unrotated: those have tables of no rotation, which are read

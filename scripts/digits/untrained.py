@@ -1,0 +1,66 @@
+"""Tiny pipelines of the families that have no trained one in ``examples/digits``: with random
+weights, so that what they draw means nothing, and is still the same with ditnorm and without.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+
+from .families import HEAD_DIM, HEADS, IMAGE, POOLED_DIM, TEXT_DIM, Prompts, TinyPipeline, save
+
+
+@contextmanager
+def checkpoint(name: str) -> Iterator[str]:
+    """The folder of a pipeline with random weights, for as long as the context lasts."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        save(UNTRAINED[name].build(), Path(folder))
+        yield folder
+
+
+def _sd3() -> DiffusionPipeline:
+    """With a second attention in the first block, as Medium has it."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        joint_attention_dim=TEXT_DIM,
+        caption_projection_dim=HEADS * HEAD_DIM,
+        pooled_projection_dim=POOLED_DIM,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(4, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=1,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    encoders = (f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    absent = dict.fromkeys(encoders)
+    return StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
+
+
+def _sd3_arguments(prompts: Prompts) -> dict[str, Any]:
+    return {**prompts, "guidance_scale": 1.0}
+
+
+UNTRAINED = {pipeline.name: pipeline for pipeline in (TinyPipeline("sd3", "StableDiffusion3Pipeline", _sd3, IMAGE, _sd3_arguments),)}
