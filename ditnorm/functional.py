@@ -17,8 +17,9 @@ broadcast, unfused.
 Dtypes: float32, float16, bfloat16, each tensor its own. ``y`` has the dtype of ``x``, ``r`` that of
 ``residual``. Calls with a float64 among them run unfused.
 
-``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``) or ``"fp32_layer"`` (diffusers'
-``FP32LayerNorm``).
+``norm``: ``"layer"``, ``"rms"`` (``torch.nn.functional.rms_norm``), ``"fp32_layer"`` (diffusers'
+``FP32LayerNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``; ``"eager"`` is fused where
+everything has one dtype and there are no tables, and its bits are promised up to a width of 8160).
 ``eps``: by default that of torch's function, 1e-5 for LayerNorm, the resolution of float32 for
 RMSNorm.
 
@@ -67,6 +68,8 @@ _REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)
 _norm_scale_shift = kernels.ops.norm_scale_shift.default
 _scale_residual_norm_scale_shift = kernels.ops.scale_residual_norm_scale_shift.default
 _scale_residual = kernels.ops.scale_residual.default
+_norm_scale_residual = kernels.ops.norm_scale_residual.default
+_norm_scale_residual_norm_scale_shift = kernels.ops.norm_scale_residual_norm_scale_shift.default
 _qk_norm_rope = kernels.ops.qk_norm_rope.default
 _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 _quantize = kernels.ops.quantize.default
@@ -173,6 +176,64 @@ def scale_residual(
         return _scale_residual(*tensors, *codes)
     except _REJECTED:
         return _rejected("scale_residual", tensors, (rounding,))
+
+
+def norm_scale_residual(
+    residual: Tensor,
+    x: Tensor,
+    x_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    eps: float = 1e-5,
+    rounding: str = "single",
+) -> Tensor:
+    """``r = residual + gate * norm(x)``, the norm being diffusers' ``RMSNorm`` with ``x_weight``
+    [D]. Shapes, dtypes and errors: see the module.
+
+    Source: the end of ``ZImageTransformerBlock`` in diffusers.
+    """
+    tensors, options = (residual, x, x_weight, gate, index), (eps, rounding)
+    try:
+        codes = (eps, _ROUNDING[rounding])
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("norm_scale_residual", tensors, options, codes)
+        if _traced_by_dynamo() and _unfused("norm_scale_residual", tensors, options):
+            return _rejected("norm_scale_residual", tensors, options)
+        return _norm_scale_residual(*tensors, *codes)
+    except _REJECTED:
+        return _rejected("norm_scale_residual", tensors, options)
+
+
+def norm_scale_residual_norm_scale_shift(
+    residual: Tensor,
+    x: Tensor,
+    x_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    index: Tensor | None = None,
+    eps: float = 1e-5,
+    rounding: str = "single",
+) -> tuple[Tensor, Tensor]:
+    """``(y, r)``: ``r = residual + gate * norm(x)``, ``y = norm(r) * (1 + scale) + shift``, both
+    norms being diffusers' ``RMSNorm``, with ``x_weight`` and ``weight`` [D] and one ``eps``.
+    Shapes, dtypes and errors: see the module.
+
+    Source: the middle of ``ZImageTransformerBlock``, ``Lumina2TransformerBlock`` in diffusers.
+    """
+    tensors, options = (residual, x, x_weight, gate, scale, shift, weight, index), (eps, rounding)
+    try:
+        codes = (eps, _ROUNDING[rounding])
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+            return _differentiable("norm_scale_residual_norm_scale_shift", tensors, options, codes)
+        if _traced_by_dynamo() and _unfused("norm_scale_residual_norm_scale_shift", tensors, options):
+            return _rejected("norm_scale_residual_norm_scale_shift", tensors, options)
+        return _norm_scale_residual_norm_scale_shift(*tensors, *codes)
+    except _REJECTED:
+        return _rejected("norm_scale_residual_norm_scale_shift", tensors, options)
 
 
 def qk_norm_rope(
@@ -441,7 +502,8 @@ def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
 def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
     transformed = checks.transformed()  # a compiler chooses itself what to save
     kernel, autocast = getattr(kernels.ops, name).default, any_autocast_enabled() and options[-1] == "eager"
-    if not transformed and not autocast and kernels.serves(tensors[0]) and ROWS[name].serves(tensors):
+    rows = ROWS.get(name)
+    if not transformed and not autocast and rows is not None and kernels.serves(tensors[0]) and rows.serves(tensors, options):
         return Fused.apply(name, kernel, codes, *tensors)
     op = OPS[name]
     call = op.call(*tensors, *options)

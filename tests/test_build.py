@@ -126,7 +126,7 @@ def test_no_kernel_spills_or_uses_local_memory(stack_and_local: dict[tuple[str, 
 def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str, set[str]]) -> None:
     narrow = []
     for name, used in opcodes.items():
-        if re.search(r"generic_(backward_)?kernel|any_(qk|qk_backward|quantize|activation)_kernel|probe_kernel", name):
+        if re.search(r"generic_(backward_)?kernel|any_(qk|qk_backward|quantize|activation|mean_norm)_kernel|probe_kernel", name):
             continue  # for all that the fast ones don't take
         if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernelI|amax_kernelI)", name):
             # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The

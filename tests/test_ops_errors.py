@@ -78,7 +78,7 @@ def test_residual(op: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"norm": "batch"}, ValueError, r"norm: expected one of 'layer', 'rms', 'fp32_layer', got 'batch'"),
+        ({"norm": "batch"}, ValueError, r"norm: expected one of 'layer', 'rms', 'fp32_layer', 'diffusers_rms', got 'batch'"),
         ({"eps": "small"}, TypeError, r"eps: expected a float, got str"),
         ({"weight": t(B, D)}, ValueError, r"weight: expected shape \[64\] \(the last dim of x\), got \[2, 64\]"),
         ({"bias": t(D + 1)}, ValueError, r"bias: expected shape \[64\] \(the last dim of x\), got \[65\]"),

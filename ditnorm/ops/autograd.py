@@ -58,9 +58,13 @@ class RowGradients:
     """Of the gradients of the results, what was kept and the op's numbers: those of the rows, by
     their places.
     """
+    without: str | None = None
+    """A norm whose gradients no kernel makes."""
 
-    def serves(self, tensors: Tensors) -> bool:
+    def serves(self, tensors: Tensors, options: Tensors) -> bool:
         """Whether a kernel makes all gradients that are wanted: those of rows, all of one dtype."""
+        if self.without is not None and self.without in options:
+            return False
         dtype = tensors[self.rows[0]].dtype
         for place, t in enumerate(tensors):
             if t is not None and (t.dtype is not dtype if place in self.rows else t.requires_grad):
@@ -143,10 +147,10 @@ def _without(*places: int) -> Callable[[Tensors, Any], Tensors]:
 
 
 ROWS: Mapping[str, RowGradients] = {
-    "norm_scale_shift": RowGradients((0,), _without(4), _norm),
+    "norm_scale_shift": RowGradients((0,), _without(4), _norm, "diffusers_rms"),
     # r is kept, not what it is the sum of: the stream of residuals is alive anyway.
     "scale_residual_norm_scale_shift": RowGradients(
-        (0, 1), lambda tensors, outputs: (outputs[1], *tensors[2:6], *tensors[7:]), _residual_norm
+        (0, 1), lambda tensors, outputs: (outputs[1], *tensors[2:6], *tensors[7:]), _residual_norm, "diffusers_rms"
     ),
     "scale_residual": RowGradients((0, 1), _without(0, 1), _residual),
     "qk_norm_rope": RowGradients((0, 1), _without(), _qk),

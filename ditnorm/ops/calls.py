@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .quantization import LAWS, Law
 
-NORMS = ("layer", "rms", "fp32_layer")
+NORMS = ("layer", "rms", "fp32_layer", "diffusers_rms")
 QK_NORMS = ("rms", "diffusers_rms")
 ROUNDINGS = ("single", "eager")
 
@@ -70,6 +70,46 @@ class ScaleResidual(NamedTuple):
     gate_table: Tensor | None
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     rounding: Rounding
+
+
+class NormScaleResidual(NamedTuple):
+    """``r = residual + gate * norm(x)``, of diffusers' RMSNorm."""
+
+    residual: Tensor
+    x: Tensor
+    x_weight: Tensor | None
+    gate: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    eps: float
+    rounding: Rounding
+
+    @property
+    def site(self) -> ScaleResidual:
+        """What follows the norm of ``x``."""
+        return ScaleResidual(self.residual, self.x, self.gate, None, self.index, self.rounding)
+
+
+class NormScaleResidualNormScaleShift(NamedTuple):
+    """``r = residual + gate * norm(x)``, ``y = norm(r) * (1 + scale) + shift``, of diffusers'
+    RMSNorm.
+    """
+
+    residual: Tensor
+    x: Tensor
+    x_weight: Tensor | None
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    eps: float
+    rounding: Rounding
+
+    @property
+    def site(self) -> ScaleResidualNormScaleShift:
+        """What follows the norm of ``x``."""
+        modulated = (self.residual, self.x, self.gate, self.scale, self.shift, self.weight)
+        return ScaleResidualNormScaleShift(*modulated, None, None, None, None, self.index, "diffusers_rms", self.eps, self.rounding)
 
 
 class QKNormRope(NamedTuple):
@@ -324,6 +364,8 @@ def default_eps(norm: str, x: Tensor) -> float:
     return torch.finfo(torch.float64 if x.dtype is torch.float64 else torch.float32).eps
 
 
+SandwichCall = NormScaleResidual | NormScaleResidualNormScaleShift
+"""A call at a site whose branch is normed before it is added."""
 QuantizedSiteCall = NormScaleShiftQuantize | ScaleResidualNormScaleShiftQuantize
 SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
 """A call at a norm site of a block."""

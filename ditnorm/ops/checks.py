@@ -19,6 +19,7 @@ from .calls import (
     NormScaleShift,
     NormScaleShiftBackward,
     QKCall,
+    SandwichCall,
     ScaleResidual,
     ScaleResidualBackward,
     ScaleResidualNormScaleShiftBackward,
@@ -108,12 +109,49 @@ def unfused(call: SiteCall) -> str | None:
     dtype = x.dtype
     if residual.dtype is not dtype:
         return f'residual: rounding="eager" is fused in the dtype of x, {dtype}, got {residual.dtype}'
+    if not isinstance(call, ScaleResidual) and call.norm == "diffusers_rms":
+        return _of_one_dtype({name: getattr(call, name) for name in (*modulations(call), "weight", "bias")}, dtype) or _tabled(call)
     if upcast(call) is torch.float32:
         return None
     for name, (m, _) in modulations(call).items():
         if m is not None and m.dtype is not dtype:
             return f'{name}: rounding="eager" is fused in the dtype of x, {dtype}, or float32, got {m.dtype}'
     return None
+
+
+def _of_one_dtype(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> str | None:
+    for name, t in tensors.items():
+        if t is not None and t.dtype is not dtype:
+            return f'{name}: rounding="eager" is fused in the dtype of x with diffusers\' RMSNorm, {dtype}, got {t.dtype}'
+    return None
+
+
+def _tabled(call: SiteCall) -> str | None:
+    for name, (_, table) in modulations(call).items():
+        if table is not None:
+            return f'{name}_table: rounding="eager" is fused without tables with diffusers\' RMSNorm'
+    return None
+
+
+def check_sandwich(call: SandwichCall) -> None:
+    """As :func:`check`."""
+    check(call.site)
+    if call.x_weight is not None:
+        _tensor("x_weight", call.x_weight, _FLOATS)
+    _vector("x_weight", call.x_weight, call.x)
+    _devices({"x_weight": call.x_weight}, call.x, "x")
+    if not isinstance(call.eps, (int, float)):
+        raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
+
+
+def unfused_sandwich(call: SandwichCall) -> str | None:
+    """Why no kernel takes a call that :func:`check_sandwich` has passed, or None."""
+    if call.x_weight is not None and call.x_weight.dtype in DOUBLES:
+        return f"x_weight: no kernel takes {call.x_weight.dtype}"
+    reason = unfused(call.site)
+    if reason is not None or call.rounding == "single":
+        return reason
+    return _of_one_dtype({"x_weight": call.x_weight, **{name: m for name, (m, _) in modulations(call.site).items()}}, call.x.dtype)
 
 
 def in_double(call: SiteCall | QKCall) -> str | None:
@@ -144,7 +182,7 @@ def index_range(call: Any) -> None:
     index = getattr(call, "index", None)
     if index is None or transformed() or type(index) is not Tensor or index.device.type != "cpu" or index.numel() == 0:
         return
-    rows = next(m.shape[-2] for m, _ in modulations(call).values() if m is not None)
+    rows = next(m.shape[-2] for m, _ in modulations(getattr(call, "site", call)).values() if m is not None)
     first, last = (int(value) for value in index.aminmax()) if index.dtype is not torch.bool else (0, int(index.any()))
     if first < 0 or last >= rows:
         raise IndexError(f"index: values from {first} to {last}, but the modulation has {rows} rows")

@@ -21,7 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import NormScaleShift, ScaleResidual, ScaleResidualNormScaleShift, SiteCall, modulations
+from .calls import (
+    HALVES,
+    NormScaleResidual,
+    NormScaleResidualNormScaleShift,
+    NormScaleShift,
+    SandwichCall,
+    ScaleResidual,
+    ScaleResidualNormScaleShift,
+    SiteCall,
+    modulations,
+)
 
 
 def norm_scale_shift(call: NormScaleShift, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -55,6 +65,30 @@ def scale_residual(call: ScaleResidual) -> Tensor:
     return _gated_residual(gated, law)
 
 
+def norm_scale_residual(call: NormScaleResidual) -> Tensor:
+    """``r``, as of :func:`scale_residual`."""
+    law = _sandwich_law(call)
+    return _gated_residual(call.site._replace(x=_normed_branch(call, law)), law)
+
+
+def norm_scale_residual_norm_scale_shift(call: NormScaleResidualNormScaleShift) -> tuple[Tensor, Tensor]:
+    """``(y, r)``, as of :func:`scale_residual_norm_scale_shift`."""
+    law = _sandwich_law(call)
+    r = _gated_residual(call.site._replace(x=_normed_branch(call, law)), law)
+    return _modulated_norm(call.site, r, law, None), r
+
+
+def _sandwich_law(call: SandwichCall) -> torch.dtype | None:
+    return upcast(call.site) if call.rounding == "single" else None
+
+
+def _normed_branch(call: SandwichCall, law: torch.dtype | None) -> Tensor:
+    x, weight = call.x, call.x_weight
+    if law is None:
+        return diffusers_rms_norm(x, weight, None, call.eps)
+    return diffusers_rms_norm(x.to(law), None if weight is None else weight.to(law), None, call.eps)
+
+
 def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torch.dtype | None) -> Tensor:
     residual, x, gate = call.residual, call.x, modulation(call, "gate", law)
     # Without a gate upstream adds the two as they are.
@@ -84,6 +118,10 @@ def normalize(x: Tensor, call: NormScaleShift | ScaleResidualNormScaleShift) -> 
     ``x`` if the norm or its affine is.
     """
     weight, bias, wide = call.weight, call.bias, x.dtype
+    if call.norm == "diffusers_rms":
+        if call.rounding == "single":
+            weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+        return diffusers_rms_norm(x, weight, bias, call.eps)
     if call.norm == "fp32_layer":
         wide = torch.float32
     elif any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):
@@ -98,6 +136,17 @@ def normalize(x: Tensor, call: NormScaleShift | ScaleResidualNormScaleShift) -> 
     return n if wide is dtype else n.to(dtype)
 
 
+def diffusers_rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The ``RMSNorm`` of diffusers, which rounds to the dtype of its weight, where that is a narrow
+    one, before it multiplies by it.
+    """
+    n = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return n.to(x.dtype)
+    n = (n.to(weight.dtype) if weight.dtype in HALVES else n) * weight
+    return n if bias is None else n + bias
+
+
 def upcast(call: SiteCall) -> torch.dtype | None:
     """The dtype that a call casts everything to first, or None where every operation runs in the
     dtype of its operands.
@@ -105,6 +154,8 @@ def upcast(call: SiteCall) -> torch.dtype | None:
     given = [(m, table) for m, table in modulations(call).values() if m is not None]
     if call.rounding == "single":
         return torch.float64 if any(t.dtype is torch.float64 for t in call if isinstance(t, Tensor)) else torch.float32
+    if not isinstance(call, ScaleResidual) and call.norm == "diffusers_rms":
+        return None
     if any(table is not None for _, table in given):
         return torch.float32
     if call.x.dtype is torch.float64 or (not isinstance(call, NormScaleShift) and call.residual.dtype is not call.x.dtype):

@@ -154,20 +154,20 @@ def _combine(mine: Welford, other: Welford) -> Welford:
     return Welford(mean.masked_fill(empty, 0), m2.masked_fill(empty, 0), count)
 
 
-def mean_of_squares(x: Tensor) -> Tensor:
-    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D] (``Reduce.cuh``, one warp a
-    row).
+def mean_of_squares(x: Tensor, lanes: int = 32) -> Tensor:
+    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D] (``Reduce.cuh``), each by so
+    many lanes.
     """
     n, d = x.shape
     squares = x.float().cpu() ** 2
-    lanes = 32
     if d >= 128 and d % GROUP == 0:
         grouped = torch.nn.functional.pad(squares, (0, -d % (lanes * GROUP))).unflatten(1, (-1, lanes, GROUP))
         sums = [sum_in_order(grouped[..., j].unbind(1)) for j in range(GROUP)]
     else:
         while lanes > d:
             lanes //= 2
-        sums = list(torch.nn.functional.pad(squares, (0, -d % lanes)).unflatten(1, (-1, lanes)).unbind(1))
+        turns = torch.nn.functional.pad(squares, (0, -d % (lanes * GROUP))).unflatten(1, (-1, GROUP, lanes))
+        sums = [sum_in_order(turns[:, :, j].unbind(1)) for j in range(GROUP)]
     total = sum_in_order(sums)
     while total.shape[-1] > 1:
         mine, other = total.chunk(2, dim=-1)
@@ -176,14 +176,27 @@ def mean_of_squares(x: Tensor) -> Tensor:
     return total[:, 0] * factor
 
 
+def mean_lanes(n: int, d: int) -> int:
+    """How many lanes ATen has for each of ``n`` rows of ``d`` elements in that order: more than a
+    warp where the rows are few.
+    """
+
+    def last_power_of_2(number: int) -> int:
+        return min(1 << (number.bit_length() - 1), 512)
+
+    across = last_power_of_2(d // GROUP if d >= 128 and d % GROUP == 0 else d)
+    height = min(last_power_of_2(n), 512 // min(across, 32))
+    return min(across, 512 // height)
+
+
 def sum_in_order(terms: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float, lanes: int = 32) -> Tensor:
     """Diffusers' ``RMSNorm.forward``, as on CUDA."""
     rows = x.reshape(-1, x.shape[-1])
-    n = rows * reciprocal_root(mean_of_squares(rows), eps)[:, None]
+    n = rows * reciprocal_root(mean_of_squares(rows, lanes), eps)[:, None]
     if weight is None:
         return n.to(x.dtype).view(x.shape)
     return (n.to(weight.dtype) * weight).view(x.shape)

@@ -25,6 +25,7 @@ constexpr Code kCodes[] = {
     {"norm", "layer", norms::layer},
     {"norm", "rms", norms::rms},
     {"norm", "fp32_layer", norms::fp32_layer},
+    {"norm", "diffusers_rms", norms::diffusers_rms},
     {"qk_norm", "rms", qk_norms::rms},
     {"qk_norm", "diffusers_rms", qk_norms::diffusers_rms},
     {"rounding", "single", roundings::single},

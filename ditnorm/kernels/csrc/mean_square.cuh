@@ -108,15 +108,16 @@ struct MeanOrder {
   int width, lanes;
   bool grouped;
 
-  __device__ __forceinline__ explicit MeanOrder(int width) : width(width), lanes(32), grouped(width >= kGrouped && width % 4 == 0) {
+  __device__ __forceinline__ explicit MeanOrder(int width) : MeanOrder(width, 32) {
     while (!grouped && lanes > width) lanes /= 2;
   }
+  __device__ __forceinline__ MeanOrder(int width, int lanes) : width(width), lanes(lanes), grouped(width >= kGrouped && width % 4 == 0) {}
 
   template <class F>
   __device__ __forceinline__ float of_lane(int lane, const F& term) const {
     float sums[4] = {};
     if (grouped) {
-      for (int first = lane * 4; first < width; first += 32 * 4) {
+      for (int first = lane * 4; first < width; first += lanes * 4) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[j] = __fadd_rn(sums[j], term(first + j));
       }
@@ -151,6 +152,27 @@ __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v
     const float value = v(j);
     return __fmul_rn(value, value);
   });
+}
+
+// The same by a block, where ATen has `lanes` lanes for a row, at most kMostMeanLanes: of few rows.
+constexpr int kMostMeanLanes = 512;
+
+template <class V>
+__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v, int lanes, float (&sums)[kMostMeanLanes]) {
+  const MeanOrder order(width, lanes);
+  const auto square = [&](int j) {
+    const float value = v(j);
+    return __fmul_rn(value, value);
+  };
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // what stood in sums has been read
+  for (int lane = thread; lane < lanes; lane += threads) sums[lane] = order.of_lane(lane, square);
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    for (int lane = thread; lane < half; lane += threads) sums[lane] = __fadd_rn(sums[lane], sums[lane + half]);
+  }
+  __syncthreads();
+  return sums[0];
 }
 
 // The squares of N elements of a row in shared memory (of which load_pack doesn't read), added to

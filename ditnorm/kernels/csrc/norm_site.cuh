@@ -23,6 +23,7 @@ int launch_fast_kernel(const Problem& p, void* stream) {
 
 template <Op OP>
 int launch_norm_site(const Problem& p, void* stream) {
+  if (p.norm == Norm::diffusers_rms) return mean_norm(p, stream);
   if (const int result = launch_fast_kernel<OP>(p, stream); result != kNotServed) return result;
   return p.norm == Norm::layer ? launch_generic_kernel<OP, Norm::layer>(p, stream) : launch_generic_kernel<OP, Norm::rms>(p, stream);
 }

@@ -17,7 +17,7 @@ using Optional = std::optional<Tensor>;
 // and HALVES of ditnorm/ops/calls.py. (LAWS: quantize.h.) The library is refused where the two
 // sides differ (ditnorm_code).
 namespace norms {
-enum Code : int64_t { layer, rms, fp32_layer };
+enum Code : int64_t { layer, rms, fp32_layer, diffusers_rms };
 }
 namespace qk_norms {
 enum Code : int64_t { rms, diffusers_rms };

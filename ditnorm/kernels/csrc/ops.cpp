@@ -59,6 +59,7 @@ class Call {
     const Tensor& source = dense(*t);
     m.data = source.data();
     m.dtype = float_dtype(source);
+    any_table_ |= table.has_value();
     any_float32_ |= m.dtype == DType::f32 || table;
     if (!any_modulation_) law_ = m.dtype;
     mixed_ |= m.dtype != law_;
@@ -101,8 +102,12 @@ class Call {
   }
 
   void norm(int64_t norm, double eps) {
-    check(norm == norms::layer || norm == norms::rms || norm == norms::fp32_layer, "ditnorm: norm");
-    problem.norm = norm == norms::rms ? Norm::rms : Norm::layer;  // the kernels' statistics are float32 in any case
+    check(norm >= norms::layer && norm <= norms::diffusers_rms, "ditnorm: norm");
+    problem.norm = norm == norms::rms             ? Norm::rms
+                   : norm == norms::diffusers_rms ? Norm::diffusers_rms
+                                                  : Norm::layer;  // the kernels' statistics are float32 in any case
+    const int64_t rows = problem.batch * problem.tokens;
+    problem.mean_factor = static_cast<float>(rows) / static_cast<float>(rows * problem.width);
     problem.eps = static_cast<float>(eps);
     fp32_norm_ = norm == norms::fp32_layer;
   }
@@ -116,6 +121,12 @@ class Call {
     check(gradient.dtype == problem.x.dtype, "ditnorm: a gradient must have the dtype of its tensor");
   }
 
+  // Of diffusers' RMSNorm: x is normed before it is added to the residual.
+  void norm_x(const Optional& weight) {
+    vector(problem.x_weight, weight);
+    problem.norms_x = true;
+  }
+
   // After everything else. See law_dtype of ditnorm/ops/.
   void rounding(int64_t rounding) {
     check(!indexed_ || any_modulation_, "ditnorm: index without a modulation");
@@ -123,7 +134,14 @@ class Call {
     if (rounding == roundings::single) return;
     const DType t = problem.x.dtype;
     check(problem.residual.data == nullptr || problem.residual.dtype == t, "ditnorm: eager rounding needs residual and x of one dtype");
-    if (any_float32_ || (!any_modulation_ && fp32_norm_)) return;
+    if (problem.norm == Norm::diffusers_rms) {  // every operation is one of T's
+      for (const Vector* vector : {&problem.weight, &problem.bias, &problem.x_weight}) {
+        check(vector->data == nullptr || vector->dtype == t, "ditnorm: eager rounding needs weights of the dtype of x");
+      }
+      check(!any_table_, "ditnorm: eager rounding takes no tables with diffusers' RMSNorm");
+    } else if (any_float32_ || (!any_modulation_ && fp32_norm_)) {
+      return;
+    }
     check(!any_modulation_ || (law_ == t && !mixed_), "ditnorm: eager rounding needs modulations of the dtype of x, or float32");
     problem.round_each = t != DType::f32;
   }
@@ -183,7 +201,7 @@ class Call {
   Tensor copies_[kMaxCopies];
   int copied_ = 0;
   int32_t device_type_, device_index_;
-  bool indexed_ = false, any_modulation_ = false, any_float32_ = false, mixed_ = false, fp32_norm_ = false;
+  bool indexed_ = false, any_modulation_ = false, any_float32_ = false, any_table_ = false, mixed_ = false, fp32_norm_ = false;
   DType law_ = DType::f32;
 };
 
@@ -343,6 +361,42 @@ Tensor scale_residual_backward_op(const Tensor& dr, const Optional& gate, const 
   return dx;
 }
 
+Tensor norm_scale_residual_op(const Tensor& residual, const Tensor& x, const Optional& x_weight, const Optional& gate,
+                              const Optional& index, double eps, int64_t rounding) {
+  Call call(x);
+  call.residual(x, residual);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, {});
+  call.norm(norms::diffusers_rms, eps);
+  call.norm_x(x_weight);
+  call.rounding(rounding);
+  Tensor r = empty_like(residual);
+  call.problem.r = r.data();
+  call.run(&mean_norm);
+  return r;
+}
+
+std::tuple<Tensor, Tensor> norm_scale_residual_norm_scale_shift_op(const Tensor& residual, const Tensor& x, const Optional& x_weight,
+                                                                   const Optional& gate, const Optional& scale, const Optional& shift,
+                                                                   const Optional& weight, const Optional& index, double eps,
+                                                                   int64_t rounding) {
+  Call call(x);
+  call.residual(x, residual);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, {});
+  call.modulation(call.problem.scale, scale, {});
+  call.modulation(call.problem.shift, shift, {});
+  call.affine(weight, {});
+  call.norm(norms::diffusers_rms, eps);
+  call.norm_x(x_weight);
+  call.rounding(rounding);
+  Tensor y = empty_like(x), r = empty_like(residual);
+  call.problem.y = y.data();
+  call.problem.r = r.data();
+  call.run(&mean_norm);
+  return {std::move(y), std::move(r)};
+}
+
 }  // namespace
 
 Ops norm_site_ops() {
@@ -353,6 +407,8 @@ Ops norm_site_ops() {
       op<&norm_scale_shift_backward_op>("norm_scale_shift_backward"),
       op<&scale_residual_norm_scale_shift_backward_op>("scale_residual_norm_scale_shift_backward"),
       op<&scale_residual_backward_op>("scale_residual_backward"),
+      op<&norm_scale_residual_op>("norm_scale_residual"),
+      op<&norm_scale_residual_norm_scale_shift_op>("norm_scale_residual_norm_scale_shift"),
       op<&norm_scale_shift_quantize_op>("norm_scale_shift_quantize"),
       op<&scale_residual_norm_scale_shift_quantize_op>("scale_residual_norm_scale_shift_quantize"),
   };

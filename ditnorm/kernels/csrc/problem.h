@@ -7,7 +7,7 @@ namespace ditnorm {
 
 enum class DType : int32_t { f32, f16, bf16, i64, i32, i16, i8, u8 };  // u8 also reads bool
 
-enum class Norm : int32_t { layer, rms };
+enum class Norm : int32_t { layer, rms, diffusers_rms };
 
 struct Rows {  // [batch, tokens, width], last dim dense
   const void* data;
@@ -34,6 +34,9 @@ struct Index {  // [batch, tokens]; token s reads row index[s] of each modulatio
   int64_t batch_stride, token_stride;
   int64_t rows;
 };
+
+// The widest rows that a warp holds between two of its norms.
+constexpr int64_t kMostMeanWidth = 4096;
 
 constexpr int kNotServed = -1;  // in place of a cudaError_t: no fast kernel serves the problem
 
@@ -62,6 +65,11 @@ struct Problem {
   // False: float32 throughout.
   bool round_each;
   Quantized quantized;  // y in its place
+  // Of Norm::diffusers_rms: x itself may be normed too, with a weight of its own, before it is added
+  // to the residual. Without a y nothing else is.
+  bool norms_x;
+  Vector x_weight;
+  float mean_factor;  // 1 / width, as ATen computes it
 };
 
 // The gradients of a norm site's rows, given those of its results. All rows are of one dtype.
@@ -128,6 +136,8 @@ int scale_residual_norm_scale_shift(const Problem& problem, void* stream);
 int scale_residual(const Problem& problem, void* stream);
 int norm_backward(const SiteBackward& problem, void* stream);
 int scale_residual_backward(const SiteBackward& problem, void* stream);
+// The norm sites of Norm::diffusers_rms.
+int mean_norm(const Problem& problem, void* stream);
 // With y quantised. kNotServed where there is no kernel that does both.
 int norm_scale_shift_quantize(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift_quantize(const Problem& problem, void* stream);
