@@ -44,7 +44,7 @@ def bench(monkeypatch, tmp_path):
 
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
     """One of every kind of inputs."""
-    chosen = ["qwen-image", "qwen-image-2.1", "flux.1-dev", "chroma", "wan2.1-1.3b", "wan2.2-ti2v-5b"]
+    chosen = ["qwen-image", "qwen-image-2.1", "flux.1-dev", "chroma", "flux.2-dev", "wan2.1-1.3b", "wan2.2-ti2v-5b"]
     chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium"]
     status, report = bench("--quick", "--models", *chosen)
     output = capsys.readouterr().out
@@ -258,6 +258,9 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
         ("hunyuan-video-1.5", 49290, 2048),
         ("flux.1-dev", 4096, 3072),
         ("chroma", 4096, 3072),
+        ("flux.2-dev", 4096, 6144),
+        ("flux.2-klein-4b", 4096, 3072),
+        ("flux.2-klein-9b", 4096, 4096),
     ],
 )
 def test_published_sizes(name, tokens, width):

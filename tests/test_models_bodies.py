@@ -15,7 +15,7 @@ from ditnorm import models
 from ditnorm.fused import adaln
 from ditnorm.fused.block import FusedUnit
 from ditnorm.fused.module import FusedModule
-from ditnorm.models import chroma, flux, hunyuan_video, ovis_image, qwen_image, qwen_image21, wan
+from ditnorm.models import chroma, flux, flux2, hunyuan_video, ovis_image, qwen_image, qwen_image21, wan
 from ditnorm.patching.units import find_units
 
 UPSTREAM = [
@@ -59,6 +59,8 @@ UPSTREAM = [
     ("transformers.transformer_bria_fibo.BriaFiboSingleTransformerBlock", flux.BriaFiboSingleTransformerBlock),
     ("transformers.transformer_ovis_image.OvisImageTransformerBlock", flux.FluxTransformerBlock),
     ("transformers.transformer_ovis_image.OvisImageSingleTransformerBlock", ovis_image.OvisImageSingleTransformerBlock),
+    ("transformers.transformer_flux2.Flux2TransformerBlock", flux2.Flux2TransformerBlock),
+    ("transformers.transformer_flux2.Flux2SingleTransformerBlock", flux2.Flux2SingleTransformerBlock),
     ("transformers.transformer_chroma.ChromaTransformerBlock", chroma.ChromaTransformerBlock),
     ("transformers.transformer_chroma.ChromaSingleTransformerBlock", chroma.ChromaSingleTransformerBlock),
     ("transformers.transformer_chroma.ChromaAdaLayerNormZeroPruned", chroma.ChromaAdaLayerNormZeroPruned),
@@ -140,7 +142,7 @@ def test_a_changed_fp32_layer_norm_is_refused(monkeypatch):
 
 
 def test_families_are_named_as_users_know_them():
-    assert {"FLUX.1", "HunyuanVideo", "Qwen-Image", "Wan"} <= set(models.families())
+    assert {"FLUX.1", "FLUX.2", "HunyuanVideo", "Qwen-Image", "Wan"} <= set(models.families())
 
 
 def test_importing_ditnorm_does_not_import_diffusers():

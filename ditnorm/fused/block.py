@@ -56,4 +56,4 @@ class FusedUnit(FusedModule):
 class FusedBlock(FusedUnit):
     """A transformer block. A new model is one file in :mod:`ditnorm.models` with such bodies."""
 
-    anywhere = (FusedGELU, QuantizedLinear, FusedFeedForward)
+    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, QuantizedLinear, FusedFeedForward)

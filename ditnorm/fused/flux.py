@@ -1,6 +1,6 @@
 """FLUX.1's attention, and the halves of its blocks that its relatives share."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from .quantized_linear import dense_for, law_for
 
 Rotary = tuple[Tensor, Tensor]
 
-_CONTIGUOUS = "contiguous"
-_OF_OTHER_PROCESSORS = frozenset({"ip_adapter_masks", "ip_hidden_states"})
-"""Arguments that upstream drops without a word where the processor has none of that name."""
+# How a processor hands the streams to the last projections: copied, since these have other bits for
+# what isn't contiguous; or as they are, the text after the image or before it.
+_CONTIGUOUS, _AS_IS, TEXT_FIRST = "contiguous", "as it is", "text first"
 
 
 class FluxAttention(FusedAttention):
@@ -32,13 +32,15 @@ class FluxAttention(FusedAttention):
     processors = {
         "FluxAttnProcessor": {"f22ef9044dc6": _CONTIGUOUS, "58ebc71f6c94": _CONTIGUOUS},  # 0.37.0 to 0.39.0; 0.40.0 to 0.42.1
         "BriaFiboAttnProcessor": {"f22ef9044dc6": _CONTIGUOUS},  # 0.37.0 to 0.42.1, as the next
-        "LongCatImageAttnProcessor": {"ea7746a9c1f9": None},
-        "BriaAttnProcessor": {"ea7746a9c1f9": None},
-        "OvisImageAttnProcessor": {"ea7746a9c1f9": None},
+        "LongCatImageAttnProcessor": {"ea7746a9c1f9": _AS_IS},
+        "BriaAttnProcessor": {"ea7746a9c1f9": _AS_IS},
+        "OvisImageAttnProcessor": {"ea7746a9c1f9": _AS_IS},
     }
     helpers = {"apply_rotary_emb": frozenset({"16054305ef24"})}  # 0.37.0 to 0.42.1
     norm = "rms"
     rotary = "per_element"
+    ignored: ClassVar[frozenset[str]] = frozenset({"ip_adapter_masks", "ip_hidden_states"})
+    """Arguments that upstream drops without a word where the processor has none of that name."""
 
     def forward(
         self,
@@ -53,7 +55,7 @@ class FluxAttention(FusedAttention):
         known = self.fuses()
         if (
             known is None
-            or not kwargs.keys() <= _OF_OTHER_PROCESSORS
+            or not kwargs.keys() <= self.ignored
             or not self.fits(op, self.takes(hidden_states, encoder_hidden_states, image_rotary_emb))
         ):
             kwargs["image_rotary_emb"] = image_rotary_emb
@@ -102,6 +104,9 @@ class FluxAttention(FusedAttention):
             return attended
         image, words, to_add_out = attended[:, text:], attended[:, :text], self.to_add_out
         to_out, dropout = self.to_out
+        if known.form == TEXT_FIRST:
+            words = to_add_out(words)
+            return dropout(to_out(image)), words
         if known.form == _CONTIGUOUS:
             image = dropout(to_out(dense_for(image, to_out)))
             return image, to_add_out(dense_for(words, to_add_out))
@@ -135,23 +140,18 @@ def _tokens(rotary: Rotary | None, part: slice) -> Rotary | None:
     return None if rotary is None else (rotary[0][part], rotary[1][part])
 
 
-def laws(block: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> tuple[dict[str, Law], dict[str, Law]]:
-    """By which laws the attention module of a dual-stream block takes the two streams quantised, as
-    arguments of their norms.
-    """
-    attn = block.attn
+def laws(attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> tuple[Law | None, Law | None]:
+    """By which laws the attention module of a dual-stream block takes the two streams quantised."""
     own, added = _projections(attn)
-    law, text_law = law_in(attn, x, *own), law_in(attn, text, *added)
-    if (law is None and text_law is None) or not kwargs.keys() <= _OF_OTHER_PROCESSORS or not attn.takes(x, text, rotary):
-        return {}, {}
-    return law_argument(block.norm1, law), law_argument(block.norm1_context, text_law)
+    found = law_in(attn, x, *own), law_in(attn, text, *added)
+    return found if found == (None, None) or (kwargs.keys() <= attn.ignored and attn.takes(x, text, rotary)) else (None, None)
 
 
 def law_joined(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Law]:
     """The same for a single-stream block, whose MLP reads what its attention does."""
     attn = block.attn
     law = law_in(attn, x, *_projections(attn)[0])
-    taken = law is not None and kwargs.keys() <= _OF_OTHER_PROCESSORS and attn.takes(x, None, rotary)
+    taken = law is not None and kwargs.keys() <= attn.ignored and attn.takes(x, None, rotary)
     return law_argument(block.norm, law) if taken and law_for(x, block.proj_mlp) is law else {}
 
 

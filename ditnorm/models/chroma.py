@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fused.adaln import law_argument
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.flux import FluxAttention, Rotary, after_attention, laws, single_stream
 from ..fused.promotion import modulated
@@ -100,9 +101,9 @@ class ChromaTransformerBlock(FusedBlock):
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_mask, joint_attention_kwargs
             )
         kwargs = joint_attention_kwargs or {}
-        given, c_given = laws(self, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
-        x, *modulation = self.norm1(hidden_states, emb=temb[:, :6], **given)
-        c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb[:, 6:], **c_given)
+        law, c_law = laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
+        x, *modulation = self.norm1(hidden_states, emb=temb[:, :6], **law_argument(self.norm1, law))
+        c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb[:, 6:], **law_argument(self.norm1_context, c_law))
 
         outputs = self.attn(
             hidden_states=x,

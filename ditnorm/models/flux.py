@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
+from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.block import FusedBlock
 from ..fused.flux import FluxAttention, Rotary, after_attention, laws, single_stream
 from ..fused.modulation import ModulatedModel
@@ -69,9 +69,9 @@ class FluxTransformerBlock(FusedBlock):
         if not self.intact():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[misc]
         kwargs = joint_attention_kwargs or {}
-        given, c_given = laws(self, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
-        x, *modulation = self.norm1(hidden_states, emb=temb, **given)
-        c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb, **c_given)
+        law, c_law = laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
+        x, *modulation = self.norm1(hidden_states, emb=temb, **law_argument(self.norm1, law))
+        c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb, **law_argument(self.norm1_context, c_law))
 
         outputs = self.attn(hidden_states=x, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb, **kwargs)
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
@@ -142,7 +142,7 @@ class BriaFiboSingleAttention(FluxAttention):
     """diffusers' ``Attention`` with Bria's processor, as a single-stream block of FIBO has it."""
 
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
-    processors = {"diffusers.models.transformers.transformer_bria:BriaAttnProcessor": {"ea7746a9c1f9": None}}  # as that
+    processors = {"diffusers.models.transformers.transformer_bria:BriaAttnProcessor": {"ea7746a9c1f9": "as it is"}}  # as that
     norm = "diffusers_rms"
 
     def forward(  # type: ignore[override]

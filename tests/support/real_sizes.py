@@ -15,7 +15,9 @@ _TEXT = {
     "text_embed_2_dim": 16,
     "image_embed_dim": 16,
 }
+_AXES = {"Flux2Transformer2DModel": (4, 4, 4, 4)}
 _ROPE = {
+    "Flux2Transformer2DModel": "axes_dims_rope",
     "QwenImageTransformer2DModel": "axes_dims_rope",
     "FluxTransformer2DModel": "axes_dims_rope",
     "ChromaTransformer2DModel": "axes_dims_rope",
@@ -35,7 +37,7 @@ def shrunk(models: dict[str, Any]) -> dict[str, Any]:
         if "ffn_dim" in config:
             config["ffn_dim"] = 64
         if real.cls in _ROPE:
-            config[_ROPE[real.cls]] = (4, 6, 6)
+            config[_ROPE[real.cls]] = _AXES.get(real.cls, (4, 6, 6))
         config |= dict.fromkeys(real.measured, 2)
         if "caption_projection_dim" in config:
             config["caption_projection_dim"] = 32
