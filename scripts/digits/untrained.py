@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -27,6 +32,47 @@ def checkpoint(name: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         save(UNTRAINED[name].build(), Path(folder))
         yield folder
+
+
+_VAE: dict[str, Any] = {
+    "latent_channels": 4,
+    "block_out_channels": (4, 8, 8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 1,
+}
+_FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": HEADS,
+    "attention_head_dim": HEAD_DIM,
+    "joint_attention_dim": TEXT_DIM,
+}
+
+
+def _flux() -> DiffusionPipeline:
+    transformer = FluxTransformer2DModel(**_FLUX, pooled_projection_dim=POOLED_DIM, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
+    vae = AutoencoderKL(**_VAE, scaling_factor=1.0, shift_factor=0.0)
+    absent = dict.fromkeys(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2"))
+    return FluxPipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
+
+
+def _flux_arguments(prompts: Prompts) -> dict[str, Any]:
+    return dict(prompts)
+
+
+def _flux2() -> DiffusionPipeline:
+    """FLUX.2 Klein."""
+    transformer = Flux2Transformer2DModel(**_FLUX, guidance_embeds=False, axes_dims_rope=(8, 8, 8, 8))
+    absent = dict.fromkeys(("text_encoder", "tokenizer"))
+    return Flux2KleinPipeline(
+        transformer=transformer, vae=AutoencoderKLFlux2(**_VAE), scheduler=FlowMatchEulerDiscreteScheduler(), is_distilled=True, **absent
+    )
+
+
+def _flux2_arguments(prompts: Prompts) -> dict[str, Any]:
+    return {"prompt_embeds": prompts["prompt_embeds"], "guidance_scale": 1.0}
 
 
 def _sd3() -> DiffusionPipeline:
@@ -45,15 +91,7 @@ def _sd3() -> DiffusionPipeline:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(4, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=1,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
+    vae = AutoencoderKL(**_VAE, scaling_factor=1.0, shift_factor=0.0)
     encoders = (f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
     absent = dict.fromkeys(encoders)
     return StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
@@ -63,4 +101,11 @@ def _sd3_arguments(prompts: Prompts) -> dict[str, Any]:
     return {**prompts, "guidance_scale": 1.0}
 
 
-UNTRAINED = {pipeline.name: pipeline for pipeline in (TinyPipeline("sd3", "StableDiffusion3Pipeline", _sd3, IMAGE, _sd3_arguments),)}
+UNTRAINED = {
+    pipeline.name: pipeline
+    for pipeline in (
+        TinyPipeline("flux", "FluxPipeline", _flux, IMAGE, _flux_arguments),
+        TinyPipeline("flux2", "Flux2KleinPipeline", _flux2, IMAGE, _flux2_arguments),
+        TinyPipeline("sd3", "StableDiffusion3Pipeline", _sd3, IMAGE, _sd3_arguments),
+    )
+}

@@ -13,7 +13,7 @@ from digits.families import FAMILIES, PROMPTS, TinyPipeline
 from digits.untrained import UNTRAINED
 from PIL import Image
 
-PICTURE_OPTIONAL = {"QwenImage21Pipeline"}
+PICTURE_OPTIONAL = {"QwenImage21Pipeline", "Flux2Pipeline", "Flux2KleinPipeline"}
 """Pipelines that need no picture but take one. Signatures don't tell: Edit's has a default for it,
 with which its call fails.
 """

@@ -31,6 +31,8 @@ class QKCell:
     across: bool = False
     """Whether one norm goes across all heads."""
     dtype: str = "bf16"
+    flux: bool = False
+    """Whether heads have torch's RMSNorm, and the encoder's tokens are rotated, too."""
 
     @property
     def op(self) -> str:
@@ -46,7 +48,12 @@ class QKCell:
 
     @property
     def norm(self) -> str:
-        return "rms" if self.across else "diffusers_rms"
+        return "rms" if self.across or self.flux else "diffusers_rms"
+
+    @property
+    def encoder_rotary(self) -> str | None:
+        """As ``rotary``, for the second stream."""
+        return self.rotary if self.flux or self.rotary == "complex" else None
 
     @property
     def row_bytes(self) -> int:
@@ -65,7 +72,7 @@ class QKCell:
     def bytes(self) -> int:
         """Bytes that a call has to move: rows and tables."""
         rotated = 0 if self.rotary is None else (self.tokens if self.rotated is None else self.rotated)
-        if self.rotary == "complex":
+        if self.encoder_rotary is not None:
             rotated += self.encoder
         # Wan's tables hold each value twice, and lines are read whole.
         return 2 * self.row_bytes + rotated * self.head_dim * 4 * (1 if self.rotary == "complex" else 2)
@@ -83,7 +90,7 @@ class QKCell:
 
         made = stream("", self.tokens, self._tables(self.tokens if self.rotated is None else self.rotated, device))
         if self.encoder:
-            made |= stream("encoder_", self.encoder, self._tables(self.encoder, device) if self.rotary == "complex" else None)
+            made |= stream("encoder_", self.encoder, self._tables(self.encoder, device) if self.encoder_rotary is not None else None)
         return made
 
     def _tables(self, tokens: int, device: str) -> Any:
@@ -101,6 +108,8 @@ class QKCell:
 CELLS = (
     QKCell("Qwen-Image 1024x1024, joint", 4096, 24, encoder=128),
     QKCell("Qwen-Image 512x512, joint", 1024, 24, encoder=128),
+    QKCell("FLUX.1 1024x1024, joint", 4096, 24, encoder=512, rotary="per_element", flux=True),
+    QKCell("FLUX.1 1024x1024, single", 4608, 24, rotary="per_element", flux=True),
     QKCell("HunyuanVideo 848x480x65, dual", 27030, 24, encoder=256, rotary="per_element"),
     QKCell("HunyuanVideo 848x480x65, single", 27286, 24, rotary="per_element", rotated=27030),
     QKCell("Wan2.1-1.3B 480p, self", 32760, 12, rotary="per_pair", across=True),
@@ -114,6 +123,7 @@ CELLS = (
     QKCell("heads of 40", 27030, 75, 40),
     QKCell("fp16", 27030, 24, dtype="fp16"),
     QKCell("fp32", 27030, 24, dtype="fp32"),
+    QKCell("fp32, torch's norm", 4608, 24, rotary="per_element", dtype="fp32", flux=True),
     QKCell("across heads, fp32", 32760, 12, rotary="per_pair", across=True, dtype="fp32"),
     QKCell("norm alone", 27030, 24, rotary=None),
 )
