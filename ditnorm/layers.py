@@ -95,7 +95,9 @@ class _Norm(Swapped, nn.Module):
         return f"{super().extra_repr()}, rounding={self.rounding!r}"
 
 
-class _NormScaleShift(_Norm):
+class NormScaleShiftLayer(_Norm):
+    """What the layers of ``norm(x) * (1 + scale) + shift`` share, whichever norm it is."""
+
     def forward(
         self,
         x: Tensor,
@@ -148,7 +150,7 @@ class _NormScaleShift(_Norm):
         return reference.norm_scale_shift(call, super().__call__)
 
 
-class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
+class LayerNormScaleShift(NormScaleShiftLayer, nn.LayerNorm):
     """``LayerNorm(x) * (1 + scale) + shift`` (adaLN, arXiv:2212.09748) in one kernel.
 
     Args: those of ``torch.nn.LayerNorm``, ``normalized_shape`` being the last dim D, and
@@ -173,7 +175,7 @@ class LayerNormScaleShift(_NormScaleShift, nn.LayerNorm):
         self._configure(rounding)
 
 
-class RMSNormScaleShift(_NormScaleShift, nn.RMSNorm):
+class RMSNormScaleShift(NormScaleShiftLayer, nn.RMSNorm):
     """``RMSNorm(x) * (1 + scale) + shift`` (arXiv:1910.07467) in one kernel.
 
     Args: those of ``torch.nn.RMSNorm``, ``normalized_shape`` being the last dim D, and

@@ -10,7 +10,7 @@ from torch import nn
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
 from ..swapping.swapped import Swapped
-from .norms import dtype_of, layer_for, layers_at, norm_call
+from .norms import dtype_of, layer_for, layers_at, norm_call, shape_of
 from .sites import FusedCall, Site
 
 
@@ -184,8 +184,9 @@ class FusedModule(Swapped):
             child: Any = module.get_submodule(path)
             if issubclass(expected, FusedModule) and expected.sites:
                 return expected.width(child)
-            if hasattr(child, "normalized_shape"):
-                return child.normalized_shape[-1]
+            shape = shape_of(child)
+            if shape is not None:
+                return shape[-1]
         raise TypeError(f"{cls.__name__} has no norm")
 
 

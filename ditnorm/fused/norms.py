@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import (
     LayerNormScaleShift,
+    NormScaleShiftLayer,
     ScaleResidualIdentity,
     ScaleResidualLayerNormScaleShift,
     ScaleResidualNormScaleShift,
@@ -27,12 +28,32 @@ class ScaleResidualFP32LayerNormScaleShift(ScaleResidualLayerNormScaleShift):
     norm = "fp32_layer"
 
 
+class DiffusersRMSNormScaleShift(NormScaleShiftLayer):
+    """``RMSNorm(x) * (1 + scale) + shift`` of diffusers' ``RMSNorm``."""
+
+    norm = "diffusers_rms"
+
+    def extra_repr(self) -> str:
+        return f"rounding={self.rounding!r}"
+
+
+class ScaleResidualDiffusersRMSNormScaleShift(ScaleResidualNormScaleShift):
+    """:class:`ScaleResidualNormScaleShift` of diffusers' ``RMSNorm``."""
+
+    norm = "diffusers_rms"
+
+    def extra_repr(self) -> str:
+        return f"rounding={self.rounding!r}"
+
+
 _LAYERS: dict[tuple[type, str | None], type] = {
     (LayerNormScaleShift, "layer"): LayerNormScaleShift,
     (LayerNormScaleShift, "fp32_layer"): FP32LayerNormScaleShift,
     (ScaleResidualNormScaleShift, "layer"): ScaleResidualLayerNormScaleShift,
     (ScaleResidualNormScaleShift, "fp32_layer"): ScaleResidualFP32LayerNormScaleShift,
     (ScaleResidualNormScaleShift, "identity"): ScaleResidualIdentity,
+    (DiffusersRMSNormScaleShift, "diffusers_rms"): DiffusersRMSNormScaleShift,
+    (ScaleResidualDiffusersRMSNormScaleShift, "diffusers_rms"): ScaleResidualDiffusersRMSNormScaleShift,
 }
 
 
@@ -46,7 +67,7 @@ def layer_for(expected: type, norm: nn.Module, upstream: type, modulated: bool) 
     layer = _LAYERS.get((expected, kind))
     if layer is None or (layer is ScaleResidualIdentity and modulated):
         return None, f"no fused layer stands in for {upstream.__module__}.{upstream.__qualname__} here"
-    if len(getattr(norm, "normalized_shape", (1,))) != 1:
+    if len(shape_of(norm) or (1,)) != 1:
         return None, "it norms over more than the last dim"
     return layer, None
 
@@ -62,6 +83,12 @@ def norm_call(layer: Any, norm: Any, width: int, dtype: torch.dtype, table: torc
         return Site("scale_residual", width, dtype, table=table)
     op = "scale_residual_norm_scale_shift" if issubclass(layer, ScaleResidualNormScaleShift) else "norm_scale_shift"
     return Site(op, width, dtype, layer.norm, norm.eps, dtype_of(norm.weight), dtype_of(norm.bias), table, modulated)
+
+
+def shape_of(norm: Any) -> tuple[int, ...] | None:
+    """What a norm goes over; None of a module that has no shape of a norm."""
+    shape = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
+    return shape if isinstance(shape, tuple) else None
 
 
 def dtype_of(t: Tensor | None) -> torch.dtype | None:

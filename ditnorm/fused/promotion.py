@@ -40,5 +40,12 @@ def promoted(residual: Tensor, gate: Tensor, rounding: str) -> Tensor:
     return residual.to(torch.promote_types(residual.dtype, gate.dtype))
 
 
+def no_shift(scale: Tensor) -> Tensor:
+    """For a norm without a shift. Adding it changes no bit, not even of -0; scale and shift
+    together are what the fast kernels of a LayerNorm take.
+    """
+    return torch.full_like(scale, -0.0)
+
+
 def _unchanged(x: Tensor) -> Tensor:
     return x

@@ -59,7 +59,7 @@ class Site:
 
     @property
     def fused(self) -> bool:
-        return True
+        return self.norm != "diffusers_rms" or self.weight in (None, self.dtype)
 
     def same_bits(self, device: torch.device) -> bool:
         """Each row has its own mean and scale; they are modulated by views of one tensor as in a

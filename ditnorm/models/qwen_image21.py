@@ -11,7 +11,7 @@ from ..functional import qk_norm_rope, scale_residual
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
-from ..fused.promotion import modulated, promoted
+from ..fused.promotion import modulated, no_shift, promoted
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 
@@ -91,13 +91,6 @@ def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:
     return torch.stack([modulation[-1:].expand_as(modulation[:-1]), modulation[:-1]], dim=1)
 
 
-def _no_shift(scale: Tensor) -> Tensor:
-    """Adding it changes no bit, not even of -0. Scale and shift together are what the fast kernels
-    take.
-    """
-    return torch.full_like(scale, -0.0)
-
-
 class QwenImage21TransformerBlock(FusedBlock):
     """diffusers' ``QwenImage21TransformerBlock``: ``hidden_states`` [B, S, D]; ``modulation`` [B, 4
     * D].
@@ -140,10 +133,10 @@ class QwenImage21TransformerBlock(FusedBlock):
                 key_valid,
             )
         scale1, gate1, scale2, gate2 = _rows(modulation, target_token_mask).chunk(4, dim=-1)
-        gate1, gate2, no_shift = gate1.tanh(), gate2.tanh(), _no_shift(scale1)
+        gate1, gate2, shift = gate1.tanh(), gate2.tanh(), no_shift(scale1)
 
         attn_output = self.attn(
-            hidden_states=modulated(self.img_norm1, hidden_states, scale1, no_shift, target_token_mask),
+            hidden_states=modulated(self.img_norm1, hidden_states, scale1, shift, target_token_mask),
             attention_mask=attention_mask,
             rotary_emb=rotary_emb,
             layer_cache=layer_cache,
@@ -155,7 +148,7 @@ class QwenImage21TransformerBlock(FusedBlock):
         hidden_states = promoted(hidden_states, gate1, self.rounding)
         law = law_in_feed_forward(self.img_mlp, hidden_states)
         img_modulated, hidden_states = self.img_norm2(
-            hidden_states, attn_output, gate=gate1, scale=scale2, shift=no_shift, index=target_token_mask, law=law
+            hidden_states, attn_output, gate=gate1, scale=scale2, shift=shift, index=target_token_mask, law=law
         )
         hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), gate2, index=target_token_mask, rounding=self.rounding)
         return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
@@ -176,4 +169,4 @@ class QwenImage21AdaLayerNormContinuous(FusedUnit):
         if not self.intact():
             return super().forward(hidden_states, conditioning_embedding, target_token_mask)  # type: ignore[misc]
         scale = _rows(self.linear(self.silu(conditioning_embedding).to(hidden_states.dtype)), target_token_mask)
-        return modulated(self.norm, hidden_states, scale, _no_shift(scale), target_token_mask)
+        return modulated(self.norm, hidden_states, scale, no_shift(scale), target_token_mask)

@@ -1,0 +1,162 @@
+"""Z-Image: Turbo, Base, Edit and Omni."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import qk_norm_rope
+from ..fused.activation import silu_gated
+from ..fused.attention import FusedAttention, weight_of
+from ..fused.block import FusedUnit
+from ..fused.module import FusedModule
+from ..fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift
+from ..fused.promotion import modulated, no_shift
+from ..fused.quantized_linear import quantized_for
+from ..fused.sandwich import SandwichBlock
+from ..layers import LayerNormScaleShift
+
+_SELECTS = {"select_per_token": frozenset({"9880bcee7d35"})}
+
+
+class ZImageAttention(FusedAttention):
+    """diffusers' ``Attention`` with Z-Image's processor: one stream."""
+
+    fingerprints = {"forward": frozenset({"f24e3a146064"})}
+    processors = {"diffusers.models.transformers.transformer_z_image:ZSingleStreamAttnProcessor": {"6074245aeee3": None}}
+    helpers = {}
+    norm = "diffusers_rms"
+    rotary = "complex"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        kwargs = dict(cross_attention_kwargs)
+        freqs_cis = kwargs.pop("freqs_cis", None)
+        aligned = freqs_cis is None or freqs_cis.shape[1] == hidden_states.shape[1]
+        if kwargs or self.fuses() is None or not self.fits("qk_norm_rope", aligned):
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
+        shared = quantized_for(hidden_states, self.to_q, self.to_k, self.to_v)
+        query, key, value = self.to_q(shared), self.to_k(shared), self.to_v(shared)
+        query, key = qk_norm_rope(
+            query,
+            key,
+            weight_of(self.norm_q),
+            weight_of(self.norm_k),
+            freqs_cis,
+            head_dim=query.shape[-1] // self.heads,
+            norm="diffusers_rms",
+            eps=self.eps(),
+            rounding=self.rounding,
+        )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None, :]
+        processor = self.processor
+        hidden_states = self.upstream("dispatch_attention_fn")(
+            query,
+            key,
+            value.unflatten(-1, (self.heads, -1)),
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
+        )
+        output = self.to_out[0](hidden_states.flatten(2, 3).to(query.dtype))
+        return self.to_out[1](output) if len(self.to_out) > 1 else output
+
+
+class ZImageFeedForward(FusedModule):
+    """diffusers' ``FeedForward`` of Z-Image: [..., D] -> [..., D]."""
+
+    fingerprints = {"forward": frozenset({"ced537828999"}), "_forward_silu_gating": frozenset({"07067d2d0ac3"})}
+    optional = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.intact():
+            return super().forward(x)  # type: ignore[misc]
+        shared = quantized_for(x, self.w1, self.w3)
+        return self.w2(silu_gated(self.w1(shared), self.w3(shared), rounding=self.rounding))
+
+
+def _rows(noisy: Tensor, clean: Tensor) -> Tensor:
+    """[B, N] each -> [B, 2, N]: the rows that a mask of noisy tokens selects from."""
+    return torch.stack([clean, noisy], dim=1)
+
+
+class ZImageTransformerBlock(SandwichBlock):
+    """diffusers' ``ZImageTransformerBlock``: ``x`` [B, S, D], ``adaln_input`` [B, N].
+
+    With ``noise_mask`` [B, S] tokens where it is 1 are modulated as of ``adaln_noisy``, the others
+    as of ``adaln_clean``.
+    """
+
+    family = "Z-Image"
+    names = frozenset({"ZImageTransformerBlock"})
+    fingerprints = {"forward": frozenset({"83affbd9b5f6"})}
+    functions = _SELECTS
+    sites = {
+        "attention_norm1": DiffusersRMSNormScaleShift,
+        "attention_norm2": DiffusersRMSNormScaleShift,
+        "ffn_norm1": ScaleResidualDiffusersRMSNormScaleShift,
+        "ffn_norm2": DiffusersRMSNormScaleShift,
+        "attention": ZImageAttention,
+        "feed_forward": ZImageFeedForward,
+    }
+    branches = {"attention_norm2": "ffn_norm1", "ffn_norm2": None}
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor,
+        freqs_cis: Tensor,
+        adaln_input: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        adaln_noisy: Tensor | None = None,
+        adaln_clean: Tensor | None = None,
+    ) -> Tensor:
+        if not self.intact():
+            return super().forward(x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)  # type: ignore[misc]
+        scale_msa = gate_msa = scale_mlp = gate_mlp = index = None
+        if self.modulation:
+            if noise_mask is not None:
+                modulation = _rows(self.adaLN_modulation(adaln_noisy), self.adaLN_modulation(adaln_clean))
+                index = noise_mask == 1
+            else:
+                modulation = self.adaLN_modulation(adaln_input).unsqueeze(1)
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)
+            gate_msa, gate_mlp = gate_msa.tanh(), gate_mlp.tanh()
+
+        attn_in = self.attention_norm1(x) if scale_msa is None else self.attention_norm1(x, scale=scale_msa, index=index)
+        attn_out = self.attention(attn_in, attention_mask=attn_mask, freqs_cis=freqs_cis)
+        ffn_in, x = self.add_and_norm("attention_norm2", x, attn_out, gate_msa, scale_mlp, index)
+        return self.add("ffn_norm2", x, self.feed_forward(ffn_in), gate_mlp, index)
+
+
+class ZImageFinalLayer(FusedUnit):
+    """diffusers' ``FinalLayer`` of Z-Image: ``x`` [B, S, D], ``c`` [B, N]."""
+
+    family = "Z-Image"
+    fingerprints = {"forward": frozenset({"5b4cd01b7f95"})}
+    functions = _SELECTS
+    sites = {"norm_final": LayerNormScaleShift}
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        c_noisy: Tensor | None = None,
+        c_clean: Tensor | None = None,
+    ) -> Tensor:
+        if not self.intact() or (noise_mask is None and c is None):
+            return super().forward(x, c, noise_mask, c_noisy, c_clean)  # type: ignore[misc]
+        if noise_mask is not None:
+            scale, index = _rows(self.adaLN_modulation(c_noisy), self.adaLN_modulation(c_clean)), noise_mask == 1
+        else:
+            scale, index = self.adaLN_modulation(c).unsqueeze(1), None
+        return self.linear(modulated(self.norm_final, x, scale, no_shift(scale), index))

@@ -1,0 +1,75 @@
+"""Z-Image, patched: Turbo and Base, Omni."""
+
+import pytest
+import torch
+from support import model_checks, tiny
+
+from ditnorm import kernels, patch_model, report
+
+NAMES = [name for name in tiny.MODELS if name.startswith("z-image")]
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_output_is_bit_identical(name, dtype, batch, device):
+    model_checks.bit_identical(name, dtype, batch, device)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
+    model_checks.no_less_accurate(name, dtype, device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatching_restores_the_model(name):
+    model_checks.restored(name, torch.bfloat16)
+
+
+def test_gradients_are_those_of_the_unpatched_model():
+    model_checks.same_gradients("z-image")
+
+
+@pytest.mark.parametrize("norms", [("attention_norm2",), ("ffn_norm1",), ("attention_norm2", "ffn_norm2")])
+def test_a_hook_on_a_norm_sees_its_values(norms):
+    """Where the norm of a branch, or the one behind it, is watched, each is a call of its own."""
+    model, arguments = tiny.load("z-image", torch.bfloat16), tiny.inputs("z-image", 1, torch.bfloat16)
+    seen = []
+    for norm in norms:
+        model.layers[0].get_submodule(norm).register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    expected = tiny.run(model, arguments)
+    before = kernels.counts()
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+    calls = {op: n - before[op, "reference"] for (op, path), n in kernels.counts().items() if path == "reference"}
+    assert calls["norm_scale_residual_norm_scale_shift"] == 4 - 1
+    assert calls["norm_scale_residual"] == 4 - ("ffn_norm2" in norms)
+    for ours, theirs in zip(seen[len(norms) :], seen[: len(norms)], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_norms_of_different_eps_are_calls_of_their_own():
+    model, arguments = tiny.load("z-image", torch.bfloat16), tiny.inputs("z-image", 1, torch.bfloat16)
+    model.layers[1].attention_norm2.eps = 0.1
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+def test_all_blocks_are_fused_and_every_call_is_verified():
+    model = patch_model(tiny.load("z-image", torch.bfloat16), strict=True)
+    assert "4 of 4 blocks" in str(report(model))
+    assert "bit-identical" in str(report(model))
+
+
+def test_weights_kept_in_another_dtype_give_upstreams_results():
+    """A float32 weight of a branch's norm makes a float32 stream."""
+    model, arguments = tiny.load("z-image", torch.bfloat16), tiny.inputs("z-image", 1, torch.bfloat16)
+    for block in model.layers:
+        block.attention_norm2.float()
+        block.ffn_norm2.float()
+    model.all_final_layer["2-1"].linear.float()
+    expected = tiny.run(model, arguments)
+    assert expected.dtype is torch.float32
+    assert torch.equal(tiny.run(patch_model(model), arguments), expected)
