@@ -51,7 +51,7 @@ from torch import Tensor
 
 from . import kernels
 from .ops import checks, checks_qk
-from .ops.autograd import ROWS, Fused, Recompute
+from .ops.autograd import GRADIENTS, Fused, Recompute
 from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS, default_eps
 from .ops.quantization import CODES, Law, Quantized
 from .ops.table import OPS
@@ -502,8 +502,8 @@ def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
 def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
     transformed = checks.transformed()  # a compiler chooses itself what to save
     kernel, autocast = getattr(kernels.ops, name).default, any_autocast_enabled() and options[-1] == "eager"
-    rows = ROWS.get(name)
-    if not transformed and not autocast and rows is not None and kernels.serves(tensors[0]) and rows.serves(tensors, options):
+    gradients = GRADIENTS.get(name)
+    if not transformed and not autocast and gradients is not None and kernels.serves(tensors[0]) and gradients.serves(tensors, options):
         return Fused.apply(name, kernel, codes, *tensors)
     op = OPS[name]
     call = op.call(*tensors, *options)

@@ -38,7 +38,7 @@ def norm_scale_shift(call: NormScaleShift, norm: Callable[[Tensor], Tensor] | No
     """``y``, contiguous, in the dtype of ``x``, or where dtypes are mixed in the one that
     upstream's has. ``norm``: in place of its own.
     """
-    return _modulated_norm(call, call.x, upcast(call), norm)
+    return modulated_norm(call, call.x, upcast(call), norm)
 
 
 def scale_residual_norm_scale_shift(
@@ -52,7 +52,7 @@ def scale_residual_norm_scale_shift(
     """
     law = upcast(call)
     r = _gated_residual(call, law)
-    return _modulated_norm(call, r, law, norm), r
+    return modulated_norm(call, r, law, norm), r
 
 
 def scale_residual(call: ScaleResidual) -> Tensor:
@@ -75,7 +75,7 @@ def norm_scale_residual_norm_scale_shift(call: NormScaleResidualNormScaleShift) 
     """``(y, r)``, as of :func:`scale_residual_norm_scale_shift`."""
     law = _sandwich_law(call)
     r = _gated_residual(call.site._replace(x=_normed_branch(call, law)), law)
-    return _modulated_norm(call.site, r, law, None), r
+    return modulated_norm(call.site, r, law, None), r
 
 
 def _sandwich_law(call: SandwichCall) -> torch.dtype | None:
@@ -98,7 +98,7 @@ def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torc
     return r.to(residual.dtype).contiguous()
 
 
-def _modulated_norm(
+def modulated_norm(
     call: NormScaleShift | ScaleResidualNormScaleShift, x: Tensor, law: torch.dtype | None, norm: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     scale, shift = modulation(call, "scale", law), modulation(call, "shift", law)

@@ -14,7 +14,7 @@ namespace ditnorm {
 
 // T, M, ROUND: as in row_kernel.cuh. Tables, an affine and a gate are found at run time.
 template <class T, class M, bool ROUND, class TILES, class SHAPE>
-__global__ void __launch_bounds__(SHAPE::kThreads) norm_backward_kernel(const SiteBackward b) {
+__global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) norm_backward_kernel(const SiteBackward b) {
   using R = Row<T, M, Extras::none, false, ROUND, TILES, SHAPE>;
   using Place = typename R::Place;
   constexpr int N = Place::N, kStep = Place::kStep;
@@ -133,7 +133,7 @@ class NormBackwardLaunch {
   bool try_width() {
     constexpr const NormBackward& kRow = variants::kNormBackward[ROW];
     if constexpr (kRow.x == dtype_of<T>) {
-      using Width = Tiles<kRow.widths.list[WIDTH].tiles, kRow.widths.full(WIDTH)>;
+      using Width = Tiles<kRow.widths.list[WIDTH].tiles, kRow.widths.full(WIDTH), kRow.widths.list[WIDTH].blocks>;
       using Threads = Shape<kRow.lanes, kWithRow>;
       if (!Width::serves(b_.site.width)) return false;
       const dim3 grid(static_cast<unsigned>(b_.site.tokens), static_cast<unsigned>(b_.site.batch));

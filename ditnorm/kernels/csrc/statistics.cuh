@@ -28,7 +28,7 @@ struct Welford {
 };
 
 // In place of a norm: what is reduced is two sums.
-constexpr Norm kTwoSums = static_cast<Norm>(2);
+constexpr Norm kTwoSums = static_cast<Norm>(100);
 
 // The n-th element of a lane; `reciprocal` is 1 / n. The caller keeps count.
 template <Norm NORM>
