@@ -145,8 +145,8 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
 # ---- The shared library
 
 
-def test_library_is_at_most_7_mb(library: Path) -> None:
-    assert library.stat().st_size <= 7e6  # of which the quantising kernels take 1.4
+def test_library_is_at_most_10_mb(library: Path) -> None:
+    assert library.stat().st_size <= 10e6  # of which the quantising kernels take 1.4, those of gradients 2.5
 
 
 def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:

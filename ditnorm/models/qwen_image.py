@@ -106,10 +106,11 @@ class QwenImageAttention(FusedAttention):
         )
         joint = joint.flatten(2, 3).to(query.dtype)
         text_tokens = encoder_hidden_states.shape[1]
-        image = self.to_out[0](dense_for(joint[:, text_tokens:], self.to_out[0]))
+        text, image = joint.split((text_tokens, joint.shape[1] - text_tokens), dim=1)  # whose gradients are joined in one copy
+        image = self.to_out[0](dense_for(image, self.to_out[0]))
         if len(self.to_out) > 1:
             image = self.to_out[1](image)  # dropout
-        return image, self.to_add_out(dense_for(joint[:, :text_tokens], self.to_add_out))
+        return image, self.to_add_out(dense_for(text, self.to_add_out))
 
 
 def _laws(

@@ -56,22 +56,24 @@ inline Split split_heads(int64_t heads, int64_t threads_of_head, int64_t items) 
   return {items, chunks, static_cast<unsigned>(parts(threads, 32) * 32)};
 }
 
-// Goes through kAcrossHeads. Returns kNotServed where none of its kernels serves rows of this
-// width.
+// Goes through kAcrossHeads, or kAcrossHeadsBackward. Returns kNotServed where none of its kernels
+// serves rows of this width.
 template <class T, bool ROUND, bool BACKWARD>
 class AcrossLaunch {
  public:
   AcrossLaunch(const HeadProblem& p, int64_t width, dim3 grid, void* stream) : p_(p), width_(width), grid_(grid), stream_(stream) {}
 
   int run() {
-    try_all(std::make_integer_sequence<int, std::size(variants::kAcrossHeads)>{});
+    try_all(std::make_integer_sequence<int, BACKWARD ? std::size(variants::kAcrossHeadsBackward) : std::size(variants::kAcrossHeads)>{});
     return result_;
   }
 
  private:
+  static constexpr const AcrossHeads& heads(int i) { return BACKWARD ? variants::kAcrossHeadsBackward[i] : variants::kAcrossHeads[i]; }
+
   template <int... HEADS>
   void try_all(std::integer_sequence<int, HEADS...>) {
-    (void)(try_widths<HEADS>(std::make_integer_sequence<int, variants::kAcrossHeads[HEADS].widths.count()>{}) || ...);
+    (void)(try_widths<HEADS>(std::make_integer_sequence<int, heads(HEADS).widths.count()>{}) || ...);
   }
   template <int HEADS, int... WIDTHS>
   bool try_widths(std::integer_sequence<int, WIDTHS...>) {
@@ -79,7 +81,7 @@ class AcrossLaunch {
   }
   template <int HEADS, int WIDTH>
   bool try_width() {
-    constexpr const AcrossHeads& kHeads = variants::kAcrossHeads[HEADS];
+    constexpr const AcrossHeads& kHeads = heads(HEADS);
     if constexpr (kHeads.x == dtype_of<T>) {
       using Row = Tiles<kHeads.widths.list[WIDTH].tiles, kHeads.widths.full(WIDTH)>;
       if (!Row::serves(width_)) return false;

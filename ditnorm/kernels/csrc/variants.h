@@ -152,11 +152,10 @@ constexpr NormSite kQuantizedNormSites[] = {
 // The gradients of the rows of a norm site, for each dtype of the modulations and each law.
 constexpr NormBackward kNormBackward[] = {
   // x   lanes above tiles
-  {bf16, 2,    0, {2, 3, 4}},
+  {bf16, 2,    0, {3, 4}},
   {bf16, 1,    4, {6, 8, 10, 12}},
-  {f16,  2,    0, {4}},
-  {f16,  1,    4, {6, {12, 2}}},
-  {f32,  1,    0, {4, 6, 12}},
+  {f16,  1,    0, {6, {12, 2}}},
+  {f32,  1,    0, {6, 12}},
 };
 
 constexpr AcrossHeads kAcrossHeads[] = {
@@ -166,6 +165,15 @@ constexpr AcrossHeads kAcrossHeads[] = {
   {f16,  2,    0, {4}},
   {f16,  1,    4, {6, 10, 12}},
   {f32,  1,    0, {2, 3, 6, 12}},
+};
+
+// Its gradients. Fewer: a row may take a wider kernel than it needs.
+constexpr AcrossHeads kAcrossHeadsBackward[] = {
+  // x   lanes above tiles
+  {bf16, 2,    0, {3}},
+  {bf16, 1,    3, {6, 10, 12}},
+  {f16,  1,    0, {6, 12}},
+  {f32,  1,    0, {6, 12}},
 };
 // clang-format on
 

@@ -1,0 +1,1 @@
+"""The parts of ``bench_gradients.py``: its cells and its contestants."""
