@@ -96,11 +96,14 @@ __device__ __forceinline__ float head_sum_of_products(const float (&u)[N], const
 // The squares of a head. MEAN: in the order of this file; else in that of ATen's RMSNorm.
 template <int HEAD, bool MEAN, int N>
 __device__ __forceinline__ float head_sum_of_squares(const float (&v)[N]) {
-  if constexpr (MEAN) return head_sum_of_products<HEAD>(v, v);
-  float sums[N / 4];
+  if constexpr (MEAN) {
+    return head_sum_of_products<HEAD>(v, v);
+  } else {
+    float sums[N / 4];
 #pragma unroll
-  for (int i = 0; i < N / 4; ++i) sums[i] = lane_sum_of_squares(v + i * 4);
-  return head_sum_of_lanes<HEAD, N>(sums);
+    for (int i = 0; i < N / 4; ++i) sums[i] = lane_sum_of_squares(v + i * 4);
+    return head_sum_of_lanes<HEAD, N>(sums);
+  }
 }
 
 // Which elements a lane takes, and how many lanes there are.

@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kLanes / LANES) across_backward_kernel(const H
   const Welford whole = reduce<Norm::rms, Counts::equal>(lanes, of_statistics);
   const Statistics statistics = {0.0f, rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps))};
   // Rotated anew where it is needed: that is cheaper than registers for all of it.
-  const auto load = [&](float (&values)[N], float (&dn)[N], float (&weights)[N], auto i) {
+  // (References to arrays as parameters would crash nvcc 13.0.)
+  const auto load = [&](auto& values, auto& dn, auto& weights, auto i) {
     to_floats(values, v[i]);
     to_floats(dn, d[i]);
     if (rotated) rotate_back<T, ROUND>(dn, angles, at.stream.rotary.contracted);
