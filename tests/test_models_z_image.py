@@ -73,3 +73,28 @@ def test_weights_kept_in_another_dtype_give_upstreams_results():
     expected = tiny.run(model, arguments)
     assert expected.dtype is torch.float32
     assert torch.equal(tiny.run(patch_model(model), arguments), expected)
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+def test_the_blocks_of_a_controlnet_are_fused(modulated):
+    from diffusers.models.controlnets.controlnet_z_image import ZImageControlTransformerBlock
+
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList(ZImageControlTransformerBlock(i, 48, 3, 3, 1e-5, True, modulated, block_id=i) for i in range(2))
+    for parameter in blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    blocks.to(torch.bfloat16)
+    c, x = torch.randn(2, 1, 40, 48).bfloat16()
+    angles = torch.randn(1, 40, 8)
+    more = (None, torch.polar(torch.ones_like(angles), angles), torch.randn(1, 48).bfloat16() if modulated else None)
+
+    @torch.no_grad()
+    def run():
+        return blocks[1](blocks[0](c, x, *more), x, *more)
+
+    expected = run()
+    patch_model(blocks, strict=True)
+    before = kernels.counts()
+    assert torch.equal(run(), expected)
+    calls = {op: n - before[op, path] for (op, path), n in kernels.counts().items() if n != before[op, path]}
+    assert calls == dict.fromkeys(("norm_scale_shift", "qk_norm_rope", "norm_scale_residual", "norm_scale_residual_norm_scale_shift"), 2)

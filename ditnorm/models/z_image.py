@@ -1,4 +1,4 @@
-"""Z-Image: Turbo, Base, Edit and Omni."""
+"""Z-Image: Turbo, Base, Edit, Omni, ControlNet."""
 
 from typing import Any
 
@@ -16,14 +16,17 @@ from ..fused.quantized_linear import quantized_for
 from ..fused.sandwich import SandwichBlock
 from ..layers import LayerNormScaleShift
 
-_SELECTS = {"select_per_token": frozenset({"9880bcee7d35"})}
+_SELECTS = {"select_per_token": frozenset({"9880bcee7d35"})}  # 0.37.0 to 0.42.1
 
 
 class ZImageAttention(FusedAttention):
     """diffusers' ``Attention`` with Z-Image's processor: one stream."""
 
-    fingerprints = {"forward": frozenset({"f24e3a146064"})}
-    processors = {"diffusers.models.transformers.transformer_z_image:ZSingleStreamAttnProcessor": {"6074245aeee3": None}}
+    fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
+    processors = {
+        "diffusers.models.transformers.transformer_z_image:ZSingleStreamAttnProcessor": {"6074245aeee3": None},
+        "diffusers.models.controlnets.controlnet_z_image:ZSingleStreamAttnProcessor": {"6074245aeee3": None},
+    }
     helpers = {}
     norm = "diffusers_rms"
     rotary = "complex"
@@ -73,7 +76,7 @@ class ZImageAttention(FusedAttention):
 class ZImageFeedForward(FusedModule):
     """diffusers' ``FeedForward`` of Z-Image: [..., D] -> [..., D]."""
 
-    fingerprints = {"forward": frozenset({"ced537828999"}), "_forward_silu_gating": frozenset({"07067d2d0ac3"})}
+    fingerprints = {"forward": frozenset({"ced537828999"}), "_forward_silu_gating": frozenset({"07067d2d0ac3"})}  # 0.37.0 to 0.42.1
     optional = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class ZImageTransformerBlock(SandwichBlock):
 
     family = "Z-Image"
     names = frozenset({"ZImageTransformerBlock"})
-    fingerprints = {"forward": frozenset({"83affbd9b5f6"})}
+    fingerprints = {"forward": frozenset({"83affbd9b5f6"})}  # 0.37.0 to 0.42.1
     functions = _SELECTS
     sites = {
         "attention_norm1": DiffusersRMSNormScaleShift,
@@ -121,27 +124,60 @@ class ZImageTransformerBlock(SandwichBlock):
     ) -> Tensor:
         if not self.intact():
             return super().forward(x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)  # type: ignore[misc]
-        scale_msa = gate_msa = scale_mlp = gate_mlp = index = None
-        if self.modulation:
-            if noise_mask is not None:
-                modulation = _rows(self.adaLN_modulation(adaln_noisy), self.adaLN_modulation(adaln_clean))
-                index = noise_mask == 1
-            else:
-                modulation = self.adaLN_modulation(adaln_input).unsqueeze(1)
-            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)
-            gate_msa, gate_mlp = gate_msa.tanh(), gate_mlp.tanh()
+        if not self.modulation:
+            return self.layers(x, attn_mask, freqs_cis)
+        if noise_mask is None:
+            return self.layers(x, attn_mask, freqs_cis, self.adaLN_modulation(adaln_input).unsqueeze(1))
+        modulation = _rows(self.adaLN_modulation(adaln_noisy), self.adaLN_modulation(adaln_clean))
+        return self.layers(x, attn_mask, freqs_cis, modulation, noise_mask == 1)
 
-        attn_in = self.attention_norm1(x) if scale_msa is None else self.attention_norm1(x, scale=scale_msa, index=index)
+    def layers(
+        self, x: Tensor, attn_mask: Tensor, freqs_cis: Tensor, modulation: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Attention and feed-forward: ``modulation`` [B, 1, 4 * D], or rows [B, 2, 4 * D] that
+        ``index`` [B, S] selects from.
+        """
+        if modulation is None:
+            attn_out = self.attention(self.attention_norm1(x), attention_mask=attn_mask, freqs_cis=freqs_cis)
+            ffn_in, x = self.add_and_norm("attention_norm2", x, attn_out)
+            return self.add("ffn_norm2", x, self.feed_forward(ffn_in))
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)
+        gate_msa, gate_mlp = gate_msa.tanh(), gate_mlp.tanh()
+        attn_in = self.attention_norm1(x, scale=scale_msa, index=index)
         attn_out = self.attention(attn_in, attention_mask=attn_mask, freqs_cis=freqs_cis)
         ffn_in, x = self.add_and_norm("attention_norm2", x, attn_out, gate_msa, scale_mlp, index)
         return self.add("ffn_norm2", x, self.feed_forward(ffn_in), gate_mlp, index)
+
+
+class ZImageControlTransformerBlock(ZImageTransformerBlock):
+    """diffusers' ``ZImageControlTransformerBlock``: ``c`` [B, S, D] in the first block, a stack of
+    such in the others, with what is added to the model's stream.
+    """
+
+    names = frozenset({"ZImageControlTransformerBlock"})
+    fingerprints = {"forward": frozenset({"0ea63f38df30"})}  # 0.37.0 to 0.42.1
+    functions = {}
+
+    def forward(  # type: ignore[override]
+        self, c: Tensor, x: Tensor, attn_mask: Tensor, freqs_cis: Tensor, adaln_input: Tensor | None = None
+    ) -> Tensor:
+        if not self.intact() or (self.modulation and adaln_input is None):
+            return super(ZImageTransformerBlock, self).forward(c, x, attn_mask, freqs_cis, adaln_input)  # type: ignore[misc]
+        all_c: list[Tensor] = []
+        if self.block_id == 0:
+            c = self.before_proj(c) + x
+        else:
+            *all_c, c = torch.unbind(c)
+        modulation = self.adaLN_modulation(adaln_input).unsqueeze(1) if self.modulation else None
+        c = self.layers(c, attn_mask, freqs_cis, modulation)
+        return torch.stack([*all_c, self.after_proj(c), c])
 
 
 class ZImageFinalLayer(FusedUnit):
     """diffusers' ``FinalLayer`` of Z-Image: ``x`` [B, S, D], ``c`` [B, N]."""
 
     family = "Z-Image"
-    fingerprints = {"forward": frozenset({"5b4cd01b7f95"})}
+    fingerprints = {"forward": frozenset({"5b4cd01b7f95"})}  # 0.37.0 to 0.42.1
     functions = _SELECTS
     sites = {"norm_final": LayerNormScaleShift}
 

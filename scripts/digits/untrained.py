@@ -20,6 +20,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 
 from .families import HEAD_DIM, HEADS, IMAGE, POOLED_DIM, TEXT_DIM, Prompts, TinyPipeline, save
@@ -101,11 +103,33 @@ def _sd3_arguments(prompts: Prompts) -> dict[str, Any]:
     return {**prompts, "guidance_scale": 1.0}
 
 
+def _z_image() -> DiffusionPipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=HEADS * HEAD_DIM,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=HEADS,
+        n_kv_heads=HEADS,
+        cap_feat_dim=TEXT_DIM,
+        axes_dims=[HEAD_DIM // 2, HEAD_DIM // 4, HEAD_DIM // 4],
+        axes_lens=[256, 64, 64],
+    )
+    vae = AutoencoderKL(**_VAE, scaling_factor=1.0, shift_factor=0.0)
+    absent = dict.fromkeys(("text_encoder", "tokenizer"))
+    return ZImagePipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
+
+
+def _z_image_arguments(prompts: Prompts) -> dict[str, Any]:
+    return {"prompt_embeds": list(prompts["prompt_embeds"]), "guidance_scale": 0.0}
+
+
 UNTRAINED = {
     pipeline.name: pipeline
     for pipeline in (
         TinyPipeline("flux", "FluxPipeline", _flux, IMAGE, _flux_arguments),
         TinyPipeline("flux2", "Flux2KleinPipeline", _flux2, IMAGE, _flux2_arguments),
+        TinyPipeline("z-image", "ZImagePipeline", _z_image, IMAGE, _z_image_arguments),
         TinyPipeline("sd3", "StableDiffusion3Pipeline", _sd3, IMAGE, _sd3_arguments),
     )
 }

@@ -59,6 +59,8 @@ class RealModel:
         them.
         """
         output: Tensor = model(**arguments, return_dict=False)[0]
+        if isinstance(output, list):  # a picture each
+            output = torch.stack(output)
         return output[:, -self.tokens :] if len(self.latents) == 3 else output
 
     def build(self, layers: Mapping[str, int], device: torch.device) -> nn.Module:
