@@ -45,7 +45,7 @@ def bench(monkeypatch, tmp_path):
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
     """One of every kind of inputs."""
     chosen = ["qwen-image", "qwen-image-2.1", "flux.1-dev", "chroma", "flux.2-dev", "wan2.1-1.3b", "wan2.2-ti2v-5b"]
-    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium"]
+    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium", "z-image-turbo"]
     status, report = bench("--quick", "--models", *chosen)
     output = capsys.readouterr().out
     assert status == 0, output
@@ -261,6 +261,7 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
         ("flux.2-dev", 4096, 6144),
         ("flux.2-klein-4b", 4096, 3072),
         ("flux.2-klein-9b", 4096, 4096),
+        ("z-image-turbo", 4096, 3840),
     ],
 )
 def test_published_sizes(name, tokens, width):
@@ -268,7 +269,8 @@ def test_published_sizes(name, tokens, width):
     with torch.device("meta"):
         model = getattr(diffusers, real.cls)(**{**real.config, **real.layers(1)})
     assert real.tokens == tokens
-    assert real.config["num_attention_heads"] * real.config["attention_head_dim"] == width
+    heads, head_dim = real.config.get("num_attention_heads"), real.config.get("attention_head_dim")
+    assert (model.dim if heads is None else heads * head_dim) == width
     assert real.layers(None).keys() == real.layers(1).keys() <= real.config.keys()
     assert next(model.parameters()).is_meta
 

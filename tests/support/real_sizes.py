@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 _SMALL: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
+_Z_IMAGE: dict[str, Any] = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 4, 4]}
 _TEXT = {
+    "cap_feat_dim": 16,
     "joint_attention_dim": 16,
     "context_in_dim": 16,
     "text_dim": 16,
@@ -31,7 +33,8 @@ def shrunk(models: dict[str, Any]) -> dict[str, Any]:
     """Narrow models of few tokens and two layers of each kind."""
     result = {}
     for name, real in models.items():
-        config = {**real.config, **_SMALL, **{key: value for key, value in _TEXT.items() if key in real.config}}
+        small = _Z_IMAGE if real.cls == "ZImageTransformer2DModel" else _SMALL
+        config = {**real.config, **small, **{key: value for key, value in _TEXT.items() if key in real.config}}
         if "approximator_hidden_dim" in config:
             config["approximator_hidden_dim"] = 32
         if "ffn_dim" in config:
