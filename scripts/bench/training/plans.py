@@ -14,6 +14,7 @@ MODELS: Mapping[str, Mapping[str, int]] = {
     "qwen-image": {"num_layers": 8},
     "wan2.1-1.3b": {"num_layers": 6},
     "hunyuan-video-480p": {"num_layers": 2, "num_single_layers": 4},
+    "flux.1-dev": {"num_layers": 4, "num_single_layers": 8},
 }
 """Names of the catalogue, and so many layers that training all weights fits an 80 GB GPU."""
 
