@@ -35,10 +35,9 @@ Runs are under `torch.no_grad`, but for those that train.
 - **upstream fails**: so does the unpatched model, with the same error; the test shows it.
 - **-**: the family has no such feature.
 
-IP-Adapters have no row: diffusers has none for these families. Of the guiders of modular pipelines those have rows that change the model
-or run it again; the others only combine its predictions.
+Of the guiders of modular pipelines those have rows that change the model or run it again; the others only combine its predictions.
 
-Each row of Qwen-Image and HunyuanVideo is tested beside `precompute_modulation`, too, which comes before the feature or after it
+Each row of Qwen-Image, HunyuanVideo and SD3 is tested beside `precompute_modulation`, too, which comes before the feature or after it
 (`tests/test_modulation_matrix.py`): the same output, and a way back. Precomputing is refused where group offloading is on, and where a
 block isn't fused; if these come later, the table is given up with a warning.
 

@@ -116,11 +116,10 @@ class SD35AdaLayerNormZeroX(Modulating, FusedUnit):
             return super().forward(hidden_states, emb)  # type: ignore[misc]
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, shift_msa2, scale_msa2, gate_msa2 = emb.chunk(9, dim=1)
-        trained = torch.is_grad_enabled() and hidden_states.requires_grad and self.rounding == "eager"
-        if not trained and untouched(self.norm):
+        if untouched(self.norm) and not (torch.is_grad_enabled() and self.rounding == "eager"):
             x = modulated(self.norm, hidden_states, scale_msa, shift_msa, law=law)
             x2 = modulated(self.norm, hidden_states, scale_msa2, shift_msa2, law=law)
-        else:  # somebody sees it called once, or one backward pass goes through it
+        else:  # somebody sees it called once, or its gradient is that of one sum
             n = self.norm(hidden_states)
             x, x2 = modulate(n, scale_msa, shift_msa), modulate(n, scale_msa2, shift_msa2)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, x2, gate_msa2

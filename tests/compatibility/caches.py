@@ -11,7 +11,7 @@ from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
 from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig, _apply_smoothed_energy_guidance_hook
 from torch import Tensor, nn
 
-from .feature import Feature, Upstream, calls_of, forward, its_output, linears_called
+from .feature import Feature, Upstream, calls_of, forward, its_output, linears_called, without
 
 STEPS = 6
 _step = 0
@@ -117,19 +117,22 @@ def _remove_layer_skip(model: nn.Module) -> nn.Module:
 
 NOT_REGISTERED = Upstream("not registered", "diffusers has not registered the attention processor")
 
+_CACHED = without("SD3")  # whose model class has no enable_cache
+
 FEATURES = (
-    Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some"),
-    Feature("`MagCacheConfig`", _cache(_mag_cache), linears_called, _disable, run=_run, fused="some"),
-    Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run, fused="some"),
-    Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run, fused="some"),
-    Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run, fused="some"),
-    Feature("`SeaCacheConfig`", _cache(_sea_cache), linears_called, _disable, run=_run, fused="some"),
+    Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature("`MagCacheConfig`", _cache(_mag_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature("`SeaCacheConfig`", _cache(_sea_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
     Feature(
         "`TextKVCacheConfig`",
         _cache(diffusers.TextKVCacheConfig),
         calls_of(StateManager, "get_state"),
         _disable,
         run=_run,
+        families=_CACHED,
         note="upstream hooks these models and caches nothing: its blocks are NucleusMoE's",
     ),
     Feature(
@@ -141,7 +144,8 @@ FEATURES = (
         upstream={
             "Qwen-Image": Upstream(
                 "must match the size of tensor", "the hook returns the two streams in the order of other families' blocks"
-            )
+            ),
+            "SD3": Upstream("is invalid for input of size", "of SD3's, too"),
         },
     ),
     Feature("`LayerSkipConfig`, feed-forward", _layer_skip(skip_attention=False), linears_called, _remove_layer_skip),
@@ -150,7 +154,7 @@ FEATURES = (
         _layer_skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
         its_output,
         _remove_layer_skip,
-        upstream=dict.fromkeys(("Wan", "HunyuanVideo"), NOT_REGISTERED),
+        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "SD3"), NOT_REGISTERED),
     ),
     Feature("`SmoothedEnergyGuidanceConfig`, blurred queries", _blur_queries, its_output, _do_not_blur),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .feature import ORDERS, Feature, arguments_of, calls_of, forward, load, unchanged
+from .feature import ORDERS, Feature, arguments_of, calls_of, forward, load, unchanged, without
 
 
 def graphs(target: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
@@ -89,6 +89,8 @@ _FIRST_BLOCK = (
     "HunyuanVideo compiles one graph more than upstream: the model hands its first block a channel-strided stream, which upstream's blocks "
     "pass on as it is and ditnorm's make dense"
 )
+REPEATED = without("SD3")
+"""Families whose models name their repeated blocks."""
 _ALL = frozenset(ORDERS)
 _ALL_BUT_ONE = _ALL - {"patch before"}
 _HALF = _ALL - {"patch before", "patch after"}
@@ -113,6 +115,7 @@ FEATURES = (
         graphs,
         agrees=_one_more,
         compiles=True,
+        families=REPEATED,
         note=_FIRST_BLOCK,
     ),
     Feature(
@@ -122,6 +125,7 @@ FEATURES = (
         bound=no_less_accurate,
         agrees=_one_more,
         compiles=True,
+        families=REPEATED,
         note=_FIRST_BLOCK,
         slow=_ALL_BUT_ONE,
     ),

@@ -13,7 +13,7 @@ import torch
 from support import tiny
 from torch import Tensor, nn
 
-FAMILIES = {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"}
+FAMILIES = {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video", "SD3": "sd3.5-medium"}
 """Family -> its model in ``tiny.MODELS``."""
 DTYPE = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +86,11 @@ class Feature:
     note: str = ""
 
 
+def without(*families: str) -> tuple[str, ...]:
+    """The families that have a feature which these don't have."""
+    return tuple(family for family in FAMILIES if family not in families)
+
+
 def load(family: str, dtype: torch.dtype = DTYPE) -> nn.Module:
     """The tiny model of a family, on the GPU where there is one."""
     return tiny.load(FAMILIES[family], dtype).to(DEVICE)
@@ -102,6 +107,11 @@ def forward(model: nn.Module, family: str, step: int = 0, dtype: torch.dtype = D
     arguments = arguments_of(family, dtype=dtype, seed=seed)
     arguments["timestep"] = arguments["timestep"] * (1 - step / 16)
     return tiny.run(model, arguments)
+
+
+def halved(output: Any) -> Any:
+    """What a block returns, halved; SD3's last one returns None for the text."""
+    return tuple(o if o is None else o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
 
 
 def unchanged(target: Any, folder: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .feature import Feature, its_output
+from .feature import Feature, halved, its_output
 from .offload import blocks_of
 
 _STUCK = "nothing was unpatched: .*its forward was replaced by"
@@ -20,7 +20,7 @@ def _replace_forward(model: nn.Module, folder: Path) -> nn.Module:
     original = block.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _halved(original(*args, **kwargs))
+        return halved(original(*args, **kwargs))
 
     block.forward = MethodType(forward, block)  # type: ignore[method-assign]
     return model
@@ -29,10 +29,6 @@ def _replace_forward(model: nn.Module, folder: Path) -> nn.Module:
 def _restore_forward(model: nn.Module) -> nn.Module:
     del blocks_of(model)[1].forward
     return model
-
-
-def _halved(output: Any) -> Any:
-    return tuple(o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
 
 
 class Wrapper(nn.Module):
@@ -49,7 +45,7 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _halved(self.module(*args, **kwargs))
+        return halved(self.module(*args, **kwargs))
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:

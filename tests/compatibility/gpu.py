@@ -13,7 +13,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from torch import Tensor, nn
 
 from . import pipelines
-from .compiled import graphs, no_less_accurate, regional
+from .compiled import REPEATED, graphs, no_less_accurate, regional
 from .feature import ORDERS, Feature, Upstream, arguments_of, calls_of, forward, unchanged, weights_at_rest
 
 
@@ -130,6 +130,7 @@ FEATURES = (
         graphs,
         run_with=_marked,
         bound=no_less_accurate,
+        families=REPEATED,
         fused="any",
         agrees=lambda found, upstream: found <= upstream + 1,
         gpus=1,

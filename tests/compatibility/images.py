@@ -1,14 +1,16 @@
-"""Images as conditions: the embeddings that image-to-video models attend to. Those that come as
-tokens are in the tests of the models.
+"""Images as conditions: the embeddings that image-to-video models attend to, and IP-Adapters. Those
+that come as tokens are in the tests of the models.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from support import tiny
 from torch import Tensor, nn
 
-from .feature import DEVICE, DTYPE, Feature, its_output, unchanged
+from .feature import DEVICE, DTYPE, Feature, arguments_of, its_output, unchanged
 
 _MODELS = {"Wan": ("wan-i2v", "encoder_hidden_states_image"), "HunyuanVideo": ("hunyuan-video-1.5", "image_embeds")}
 
@@ -29,7 +31,43 @@ def _with_empty_image(model: nn.Module, family: str) -> Tensor:
     return tiny.run(model, {name: t.to(DEVICE) for name, t in arguments.items()})
 
 
+def _ip_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """As diffusers loads one: a processor with weights in every joint attention."""
+    torch.manual_seed(0)
+    for block in model.transformer_blocks:  # type: ignore[union-attr]
+        attention: Any = block.attn
+        processor = SD3IPAdapterJointAttnProcessor2_0(attention.inner_dim, 8, attention.inner_dim // attention.heads, 8)
+        attention.set_processor(processor.to(DEVICE, DTYPE))
+    return model
+
+
+def _no_ip_adapter(model: nn.Module) -> nn.Module:
+    for block in model.transformer_blocks:  # type: ignore[union-attr]
+        del block.attn.processor  # type: ignore[union-attr]
+        block.attn.set_processor(JointAttnProcessor2_0())  # type: ignore[union-attr]
+    return model
+
+
+def _with_prompt_image(model: nn.Module, family: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = {name: torch.randn(2, *shape, generator=generator).to(DEVICE, DTYPE) for name, shape in _IMAGE.items()}
+    return tiny.run(model, arguments_of(family) | {"joint_attention_kwargs": embeddings})
+
+
+_IMAGE = {"ip_hidden_states": (3, 8), "temb": (8,)}
+
 FEATURES = (
+    Feature(
+        "an IP-Adapter's processors",
+        _ip_adapter,
+        its_output,
+        _no_ip_adapter,
+        run_with=_with_prompt_image,
+        families=("SD3",),
+        fused="some",
+        refused=r"not fused: its processor .*SD3IPAdapterJointAttnProcessor2_0 is not one that ditnorm knows",
+        note="diffusers has none for the other families",
+    ),
     Feature(
         "embeddings of an image",
         unchanged,

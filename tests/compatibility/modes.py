@@ -64,7 +64,10 @@ FEATURES = (
         _autocast_dtype,
         run_with=_autocast(torch.float16),
         upstream={
-            "Qwen-Image": Upstream("prioritize", "PyTorch's autocast on the CPU doesn't take both kinds of half precision", "cpu"),
+            **dict.fromkeys(
+                ("Qwen-Image", "SD3"),
+                Upstream("prioritize", "PyTorch's autocast on the CPU doesn't take both kinds of half precision", "cpu"),
+            ),
             "HunyuanVideo": Upstream("mixed dtype", "PyTorch's layer norm on the CPU doesn't take fp16 with bf16 weights", "cpu"),
         },
     ),

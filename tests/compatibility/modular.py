@@ -27,7 +27,7 @@ from .feature import DEVICE, DTYPE, FAMILIES, Feature, calls_of, forward, linear
 
 _BLOCKS = {"Qwen-Image": QwenImageCoreDenoiseStep, "Wan": WanCoreDenoiseStep, "HunyuanVideo": HunyuanVideo15CoreDenoiseStep}
 _STEPS = 2
-_NOTE = "of HunyuanVideo diffusers has modular blocks for 1.5 only"
+_NOTE = "of HunyuanVideo diffusers has modular blocks for 1.5 only, of SD3 none"
 _HUNYUAN = "hunyuan-video-1.5"
 _CHANNELS = 4  # of HunyuanVideo-1.5's latents; its model also gets those of an image and their mask
 
@@ -147,6 +147,7 @@ def _guider(name: str, make: Callable[[str], Any], **more: Any) -> Feature:
         run=_generate,
         load=_load_pipeline,
         fused="any",
+        families=tuple(_BLOCKS),
         note=_NOTE,
         **more,
     )
@@ -162,6 +163,7 @@ FEATURES = (
         run_with=_generate,
         load=_load,
         passes=_STEPS,
+        families=tuple(_BLOCKS),
         note=_NOTE,
     ),
     _guider("ClassifierFreeGuidance", lambda fqn: ClassifierFreeGuidance(guidance_scale=2.0)),

@@ -13,23 +13,19 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from .feature import DEVICE, DTYPE, Feature, calls_of, its_output, weights_at_rest
+from .feature import DEVICE, DTYPE, Feature, calls_of, halved, its_output, weights_at_rest
 
 
 class Halving(accelerate.hooks.ModelHook):
     """Changes what it hooks, so that a lost hook shows."""
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        return _halved(output)
+        return halved(output)
 
 
 class DiffusersHalving(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        return _halved(output)
-
-
-def _halved(output: Any) -> Any:
-    return tuple(o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
+        return halved(output)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -90,8 +90,8 @@ CASES: dict[str, dict[str, str]] = {
     "Ulysses, uneven shards": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v"},
     "ring": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "Wan, per token": "wan-ti2v"},
     "tensor parallel": {"Qwen-Image": "qwen-image"},
-    "FSDP2": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"},
-    "DistributedDataParallel": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video"},
+    "FSDP2": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video", "SD3": "sd3.5-medium"},
+    "DistributedDataParallel": {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video", "SD3": "sd3.5-medium"},
 }
 """Kind -> family -> model: those that diffusers has a plan for."""
 

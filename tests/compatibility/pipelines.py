@@ -21,7 +21,12 @@ _PIPELINES = {
     "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
     "Wan": ("WanPipeline", {"text_encoder": None, "tokenizer": None}),
     "HunyuanVideo": ("HunyuanVideoPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
+    "SD3": (
+        "StableDiffusion3Pipeline",
+        {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")},
+    ),
 }
+_PICTURES = ("Qwen-Image", "SD3")
 _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 
 
@@ -43,7 +48,7 @@ def _family(pipe: Any) -> str:
 
 def generate(pipe: Any, family: str, steps: int = 2, **more: Any) -> Tensor:
     """The latents after some steps."""
-    size = {"height": 64, "width": 64} | ({} if family == "Qwen-Image" else {"num_frames": 5})
+    size = {"height": 64, "width": 64} | ({} if family in _PICTURES else {"num_frames": 5})
     arguments = prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0), "output_type": "latent"} | more
     return pipe(**arguments, num_inference_steps=steps, return_dict=False)[0]
 
@@ -60,6 +65,8 @@ def prompt(family: str) -> dict[str, Any]:
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_embeds_mask": mask, "true_cfg_scale": 1.0}
         case "Wan":
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "guidance_scale": 1.0}
+        case "SD3":
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "pooled_prompt_embeds": random(_POOLED_DIM), "guidance_scale": 1.0}
         case _:
             mask = torch.ones(1, _TEXT, device=DEVICE)
             return {
@@ -182,6 +189,18 @@ _VAES: dict[str, tuple[str, dict[str, Any]]] = {
         "AutoencoderKLHunyuanVideo",
         {"latent_channels": 4, "block_out_channels": (4, 8, 8, 8), "layers_per_block": 0, "norm_num_groups": 1},
     ),
+    "SD3": (
+        "AutoencoderKL",
+        {
+            "latent_channels": 4,
+            "block_out_channels": (4, 8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "norm_num_groups": 1,
+            "shift_factor": 0.0,
+            "sample_size": 32,
+        },
+    ),
 }
 
 
@@ -189,12 +208,13 @@ def _with_vae(family: str) -> Any:
     name, config = _VAES[family]
     torch.manual_seed(0)
     vae = getattr(diffusers, name)(**config)
-    return pipeline(family, vae.to(DEVICE).eval())  # bf16 convolutions are slow on the CPU
+    # bf16 convolutions are slow on the CPU, but SD3's pipeline casts nothing for its VAE.
+    return pipeline(family, vae.to(DEVICE, DTYPE if family == "SD3" else torch.float32).eval())
 
 
 def _decoded(pipe: Any, family: str) -> Tensor:
     """Two decoded pictures or videos."""
-    number = "num_images_per_prompt" if family == "Qwen-Image" else "num_videos_per_prompt"
+    number = "num_images_per_prompt" if family in _PICTURES else "num_videos_per_prompt"
     return generate(pipe, family, output_type="pt", **{number: 2})
 
 
@@ -203,6 +223,9 @@ def _vae_calls(method: str) -> Observe:
 
 
 def _tile(pipe: Any, folder: Path) -> Any:
+    if isinstance(pipe.vae, diffusers.AutoencoderKL):  # whose tiles have the size of its samples
+        pipe.vae.enable_tiling()
+        return pipe
     tiles = {f"tile_sample_{size}_{side}": pixels for size, pixels in (("min", 48), ("stride", 32)) for side in ("height", "width")}
     pipe.vae.enable_tiling(**tiles)
     return pipe

@@ -21,7 +21,7 @@ def test_the_committed_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_diffusers_has_no_ip_adapter_for_the_families_as_the_page_says() -> None:
+def test_diffusers_has_no_ip_adapter_for_the_other_families_as_the_page_says() -> None:
     families = ("QwenImage", "Wan", "HunyuanVideo", "HunyuanImage", "ChronoEdit")
     pipelines = [name for name in dir(diffusers) if name.startswith(families) and name.endswith("Pipeline")]
     assert {"QwenImagePipeline", "WanPipeline", "HunyuanVideoPipeline"} <= set(pipelines)

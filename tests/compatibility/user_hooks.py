@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .feature import Feature, its_output
+from .feature import Feature, halved, its_output
 from .offload import blocks_of
 
 _seen: list[Tensor] = []
@@ -58,12 +58,8 @@ def _change_head_norms(model: nn.Module, folder: Path) -> nn.Module:
 
 def _change_blocks(model: nn.Module, folder: Path) -> nn.Module:
     for block in blocks_of(model):
-        block.register_forward_hook(_halved)
+        block.register_forward_hook(lambda module, args, output: halved(output))
     return model
-
-
-def _halved(module: nn.Module, args: Any, output: Any) -> Any:
-    return tuple(o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
 
 
 def _change_model(model: nn.Module, folder: Path) -> nn.Module:
