@@ -10,13 +10,17 @@ constexpr int kLanes = 128;
 constexpr int kGroup = 4;
 constexpr int kTile = kLanes * kGroup;  // the elements that all lanes together take at a time
 
-// LANES: how many of ATen's lanes one thread stands in for.
+// LANES: how many of ATen's lanes one thread stands in for. With 4 a row is a warp's, and no thread
+// waits for another warp.
 // AHEAD: how many accesses ahead of its use a modulation is asked for, or one of the two constants
 // below.
-template <int LANES, int AHEAD>
+// ROWS: of one block, neighbours.
+template <int LANES, int AHEAD, int ROWS = 1>
 struct Shape {
   static constexpr int kLanesPerThread = LANES;
-  static constexpr int kThreads = kLanes / LANES;
+  static constexpr int kRows = ROWS;
+  static constexpr int kThreadsPerRow = kLanes / LANES;
+  static constexpr int kThreads = ROWS * kThreadsPerRow;
   static constexpr int kAhead = AHEAD;
   template <class T>
   static constexpr int kElements = LANES * kGroup * sizeof(T) < 16 ? LANES * kGroup : 16 / sizeof(T);  // of one access

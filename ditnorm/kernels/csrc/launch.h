@@ -44,6 +44,29 @@ bool waits_for_previous_kernel(Kernel kernel) {
 }
 #endif
 
+// How many blocks of `threads` threads run at the same time, for kernels that go from row to row.
+#ifdef __CUDACC__
+template <class Kernel>
+int resident_blocks(Kernel kernel, unsigned threads) {
+  constexpr int kDevices = 64, kWarps = 33;
+  static std::atomic<int> known[kDevices][kWarps];  // 0: not asked yet
+  int device, processors = 0, each = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
+  std::atomic<int>& answer = known[device][threads / 32];
+  if (answer.load(std::memory_order_relaxed) == 0) {
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), 0);
+    answer.store(std::max(1, processors * each), std::memory_order_relaxed);
+  }
+  return answer.load(std::memory_order_relaxed);
+}
+#else
+template <class Kernel>
+int resident_blocks(Kernel, unsigned) {
+  return 3;
+}
+#endif
+
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
 #ifdef __CUDACC__

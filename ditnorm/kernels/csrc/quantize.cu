@@ -2,20 +2,11 @@
 // product.
 #include "activations.cuh"
 #include "dispatch.cuh"
+#include "gelu_table.cuh"
 #include "launch.h"
 #include "quantize.cuh"
 
 namespace ditnorm {
-
-template <bool GELU, class T, int N>
-__device__ __forceinline__ Pack<T, N> activated(const Pack<T, N>& x) {
-  if constexpr (!GELU) return x;
-  float v[N];
-  to_floats(v, x);
-#pragma unroll
-  for (int j = 0; j < N; ++j) v[j] = gelu(v[j]);
-  return from_floats<T, N>(v);
-}
 
 // The largest |x| of all rows where the law has one scale: what the blocks of amax_kernel found.
 __device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
@@ -52,7 +43,45 @@ __global__ void __launch_bounds__(kMaxQuantizeThreads, ITEMS == 8 ? 1 : 0) quant
   if (p.partials == nullptr) bits = amax.bits();
   const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.out.law), p.out.law);
   if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
-  store_quantized(v, by, p.out.law, p.out.values + row * p.width + first, step, inside);
+  store_quantized(v, by, p.out.values + row * p.width + first, step, inside);
+}
+
+// Many rows of GELU, which takes more instructions than all the rest: each block has a table of its
+// results, and goes from row to row. What a thread has of the next one is on its way while it waits
+// for the others.
+__global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kernel(const QuantizeProblem p) {
+  using T = __nv_bfloat16;
+  constexpr int N = 16 / sizeof(T);
+  constexpr auto kEach = std::make_integer_sequence<int, kTableItems>{};
+  __shared__ GeluTable table;
+  __shared__ uint32_t exchange[2][kMaxWarps];
+  table.fill();
+  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
+  const int64_t rows = p.batch * p.tokens;
+  Pack<T, N> x[kTableItems], y[kTableItems];
+  const auto load = [&](int64_t row) {
+    const T* const source = static_cast<const T*>(p.x.data) + row * p.x.token_stride;
+    // Behind the row is its end once more: no branch waits, and the largest is the same.
+    each(kEach, [&](auto i) {
+      const int column = first + i * step < width ? first + i * step : width - N;
+      x[i] = load_row<Cache::streaming, T, N>(source + column);
+    });
+  };
+  wait_for_previous_kernel();
+  load(blockIdx.x);
+  __syncthreads();
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+    Amax<T> amax;
+    each(kEach, [&](auto i) {
+      y[i] = table.of(x[i]);
+      amax.take(y[i]);
+    });
+    load(row + gridDim.x < rows ? row + gridDim.x : row);
+    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
+    if (threadIdx.x == 0) p.out.scale[row] = by.scale;
+    store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; });
+  }
 }
 
 // The largest |x| of the rows of each block.
@@ -114,7 +143,7 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
     for (int64_t column = threadIdx.x; column < p.width; column += kAmaxThreads) {
       const float v = element<GELU>(p, x + column);
       p.out.values[row * p.width + column] =
-          static_cast<uint8_t>(p.out.law == Law::int8_row ? to_int8(v, by.reciprocal) : to_e4m3(by.quotient<false>(v)));
+          static_cast<uint8_t>(p.out.law == Law::int8_row ? to_int8(v, by.reciprocal) : to_e4m3(__fdiv_rn(v, by.scale)));
     }
   }
   if (!find) return;
@@ -122,9 +151,25 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
   if (threadIdx.x == 0) p.partials[blockIdx.x] = largest;
 }
 
+// Whether the table pays, and the rows lie evenly.
+bool table_serves(const QuantizeProblem& p) {
+  return p.partials == nullptr && p.batch * p.tokens >= kFewestTableRows && p.width >= kNarrowestTableRow &&
+         p.width <= kMaxTableThreads * kTableItems * 8 && (p.batch == 1 || p.x.batch_stride == p.tokens * p.x.token_stride);
+}
+
+int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
+  const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
+  const int64_t resident = resident_blocks(&gelu_table_quantize_kernel, threads);
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident)));
+  return launch(&gelu_table_quantize_kernel, grid, threads, stream, p);
+}
+
 template <class T, bool GELU>
 int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   constexpr int N = 16 / sizeof(T);
+  if constexpr (GELU && std::is_same_v<T, __nv_bfloat16>) {
+    if (table_serves(p)) return launch_gelu_table_kernel(p, stream);
+  }
   if (p.partials != nullptr) {
     const int error = launch(&amax_kernel<T, GELU>, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
     if (error != 0) return error;

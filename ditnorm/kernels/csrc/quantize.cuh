@@ -1,6 +1,9 @@
 // Quantising a row that lies in the registers of a block: the laws of ditnorm/ops/quantization.py,
 // rounding for rounding as ATen computes them on CUDA.
 #pragma once
+#include <algorithm>
+#include <cmath>
+
 #include "numerics.cuh"
 #include "quantize.h"
 #include "unroll.cuh"
@@ -22,6 +25,22 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
   float v;
   __builtin_memcpy(&v, &bits, sizeof v);
   return v;
+}
+
+// Of two uint16 each.
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return __vmaxu2(a, b);
+#else
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a & 0xffff0000u, b & 0xffff0000u);
+#endif
+}
+__device__ __forceinline__ uint32_t smaller_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return __vminu2(a, b);
+#else
+  return std::min(a & 0xffffu, b & 0xffffu) | std::min(a & 0xffff0000u, b & 0xffff0000u);
+#endif
 }
 
 // The largest |v| so far, as bits: those of positive numbers grow with them, and those of NaN stand
@@ -55,31 +74,33 @@ class Amax {
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
 
  private:
-  static __device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-    return __vmaxu2(a, b);
-#else
-    return larger(a & 0xffffu, b & 0xffffu) | larger(a & 0xffff0000u, b & 0xffff0000u);
-#endif
-  }
-
   uint32_t bits_ = 0;
 };
 
-// The largest of all threads' bits, in all of them. `exchange` has a place for each warp; of a
-// block that calls this twice, two of them. THREADS: of the block, 0 where that isn't known before.
-template <unsigned THREADS = 0>
-__device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchange)[kMaxWarps]) {
+__device__ __forceinline__ uint32_t reduce_max_of_warp(uint32_t bits) {
 #ifdef __CUDA_ARCH__
-  bits = __reduce_max_sync(0xffffffffu, bits);
+  return __reduce_max_sync(0xffffffffu, bits);
 #else
   for (int bit = 16; bit > 0; bit /= 2) bits = Amax<float>::larger(bits, __shfl_xor_sync(0xffffffffu, bits, bit));
+  return bits;
 #endif
+}
+
+// The largest of all threads' bits, in all of them. `exchange` has a place for each warp; of a
+// block that calls this twice, two of them. THREADS: of the row, of which each block has one unless
+// these are 32; 0 where that isn't known before.
+template <unsigned THREADS = 0>
+__device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchange)[kMaxWarps]) {
+  bits = reduce_max_of_warp(bits);
+  if constexpr (THREADS == 32) return bits;
   if (threadIdx.x % 32 == 0) exchange[threadIdx.x / 32] = bits;
   __syncthreads();
-  const unsigned warps = (THREADS == 0 ? blockDim.x : THREADS) / 32;
-  for (unsigned warp = 0; warp < warps; ++warp) bits = Amax<float>::larger(bits, exchange[warp]);
-  return bits;
+  if constexpr (THREADS == 0) {
+    return reduce_max_of_warp(threadIdx.x % 32 < blockDim.x / 32 ? exchange[threadIdx.x % 32] : 0);
+  } else {
+    for (unsigned warp = 0; warp < THREADS / 32; ++warp) bits = Amax<float>::larger(bits, exchange[warp]);
+    return bits;
+  }
 }
 
 // The scale of what has this largest |x|, in float32 as it is stored.
@@ -93,24 +114,69 @@ __device__ __forceinline__ float scale_of(float amax, Law law) {
   }
 }
 
-// What the elements of a row are divided by. Where nothing underflows, and scale and x have few
-// digits, two fused multiply-adds make the correctly rounded quotient out of the reciprocal
-// (Markstein, 1990).
-struct Divisor {
-  float scale, reciprocal;
-  bool refines;
+// How the elements of a row become its values.
+enum class Conversion {
+  int8,
+  int8_zeros,  // of a row whose scale is infinite or NaN
+  float8,      // one product with the reciprocal
+  float8_any_scale,
+  float8_bfl,
+};
 
-  template <bool REFINES>
-  __device__ __forceinline__ float quotient(float x) const {
-    if constexpr (!REFINES) return __fdiv_rn(x, scale);
-    const float near = __fmul_rn(x, reciprocal);
-    const float refined = __fmaf_rn(__fmaf_rn(-near, scale, x), reciprocal, near);
-    return float_of((bits_of(refined) & 0x7fffffffu) | (bits_of(x) & 0x80000000u));  // of a zero the sums lose the sign
-  }
+// What the elements of a row are divided by.
+//
+// e4m3 takes the rounded quotient of torchao, and rounds it at numbers of 5 digits. Where scale and
+// x have the digits of half precision, a quotient that isn't such a number is at least 2**-16 away
+// from it, and what it was computed with doesn't matter. One that is has to be met exactly, which
+// the product with the rounded reciprocal does if that is close enough: for 124 of the 128 scales
+// of bfloat16.
+struct Divisor {
+  float scale;
+  // Their sum is 1 / scale, and `rest` isn't negative, which would change the sign of a zero.
+  float reciprocal, rest;
+  float power;  // of 2, that x and scale are multiplied by before, lest something overflow
+  Conversion conversion;
 };
 
 __device__ __forceinline__ Divisor divide_by(float scale, Law law) {
-  return {scale, __frcp_rn(scale), law != Law::float8_row_bfl && scale > 0x1p-60f && scale < 0x1p100f};
+  constexpr float kNear = 0x1.08p-25f;  // times 31 / 16: half a unit in the last place
+  const bool finite = scale < INFINITY;
+  if (law == Law::int8_row) return {scale, __frcp_rn(scale), 0.0f, 1.0f, finite ? Conversion::int8 : Conversion::int8_zeros};
+  Divisor by{scale, __frcp_rn(scale), 0.0f, 1.0f, Conversion::float8};
+  if (unlikely(law == Law::float8_row_bfl && finite)) {
+    by.conversion = Conversion::float8_bfl;
+  } else if (unlikely(!(fabsf(__fmaf_rn(-scale, by.reciprocal, 1.0f)) <= kNear && scale > 0x1p-60f && scale < 0x1p60f))) {
+    by.conversion = Conversion::float8_any_scale;
+    by.power = scale < 1.0f ? 0x1p64f : 0x1p-64f;
+    const float scaled = __fmul_rn(scale, by.power);
+    by.reciprocal = __frcp_rn(scaled);
+    if (scale > 0.0f && finite) {
+      by.reciprocal = float_of(bits_of(by.reciprocal) - 1);
+      by.rest = __fmul_rn(__fmaf_rn(-scaled, by.reciprocal, 1.0f), by.reciprocal);
+    }
+  }
+  return by;
+}
+
+// `sign` has the sign.
+__device__ __forceinline__ float with_sign(float magnitude, float sign) {
+  return float_of((bits_of(magnitude) & 0x7fffffffu) | (bits_of(sign) & 0x80000000u));
+}
+
+// x / scale, or a number that e4m3 rounds as it.
+template <Conversion CONVERSION>
+__device__ __forceinline__ float quotient(float x, const Divisor& by) {
+  if constexpr (CONVERSION == Conversion::float8) return __fmul_rn(x, by.reciprocal);
+  if constexpr (CONVERSION == Conversion::float8_any_scale) {
+    x = __fmul_rn(x, by.power);
+    return __fmaf_rn(x, by.reciprocal, __fmul_rn(x, by.rest));
+  }
+  // The scale has all digits of float32. A step brings the quotient within a unit in the last
+  // place, another rounds it correctly (Markstein, 1990).
+  float q = __fmul_rn(x, by.reciprocal);
+  q = __fmaf_rn(__fmaf_rn(-q, by.scale, x), by.reciprocal, q);
+  q = __fmaf_rn(__fmaf_rn(-q, by.scale, x), by.reciprocal, q);
+  return with_sign(q, x);  // the sums lose that of a zero
 }
 
 // v clamped to +-448 and rounded to e4m3.
@@ -143,30 +209,68 @@ __device__ __forceinline__ uint32_t to_int8(float x, float reciprocal) {
   return static_cast<uint32_t>(rounded < -128 ? -128 : rounded > 127 ? 127 : rounded) & 0xffu;
 }
 
+// Four bytes of the eight in a and b, as PRMT selects them.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(a, b, selector);
+#else
+  uint32_t selected = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const uint32_t from = selector >> i / 2 & 7;
+    selected |= ((from < 4 ? a : b) >> from % 4 * 8 & 0xffu) << i;
+  }
+  return selected;
+#endif
+}
+
+// Of two int16 each.
+__device__ __forceinline__ uint32_t clamped_halves(uint32_t v, int16_t least, int16_t most) {
+  const auto twice = [](int16_t half) { return static_cast<uint16_t>(half) * 0x10001u; };
+#ifdef __CUDA_ARCH__
+  if (least != INT16_MIN) v = __vmaxs2(v, twice(least));
+  return __vmins2(v, twice(most));
+#else
+  const auto clamped = [&](uint32_t half) {
+    const auto value = static_cast<int16_t>(half);
+    return static_cast<uint16_t>(value < least ? least : value > most ? most : value);
+  };
+  return clamped(v & 0xffffu) | static_cast<uint32_t>(clamped(v >> 16)) << 16;
+#endif
+}
+
+// The nearest integer to v, which is a small one, in the low half.
+__device__ __forceinline__ uint32_t to_integer(float v) { return bits_of(__fadd_rn(v, 0x1.8p23f)); }
+
 // N elements, one byte each.
 template <int N>
 struct Bytes {
   uint32_t words[N / 4];
 };
 
-template <int N, bool REFINES>
+template <Conversion CONVERSION, int N>
 __device__ __forceinline__ Bytes<N> to_float8(const float (&v)[N], const Divisor& by) {
   Bytes<N> bytes;
 #pragma unroll
   for (int j = 0; j < N; j += 4) {
-    const auto q = [&](int i) { return by.template quotient<REFINES>(v[j + i]); };
+    const auto q = [&](int i) { return quotient<CONVERSION>(v[j + i], by); };
     bytes.words[j / 4] = to_e4m3(q(0), q(1)) | to_e4m3(q(2), q(3)) << 16;
   }
   return bytes;
 }
 
-template <int N>
+// Elements of T, by a finite scale. Where it has lost digits, which that of bfloat16 never has, a
+// quotient may be far from +-127.
+template <class T, int N>
 __device__ __forceinline__ Bytes<N> to_int8(const float (&v)[N], const Divisor& by) {
+  constexpr int16_t kLeast = std::is_same_v<T, __nv_bfloat16> ? INT16_MIN : -128;
   Bytes<N> bytes;
 #pragma unroll
   for (int j = 0; j < N; j += 4) {
-    const auto q = [&](int i) { return to_int8(v[j + i], by.reciprocal); };
-    bytes.words[j / 4] = q(0) | q(1) << 8 | q(2) << 16 | q(3) << 24;
+    const auto pair = [&](int i) {
+      const auto at = [&](int k) { return to_integer(__fmul_rn(v[j + k], by.reciprocal)); };
+      return clamped_halves(select_bytes(at(i), at(i + 1), 0x5410), kLeast, 127);
+    };
+    bytes.words[j / 4] = select_bytes(pair(0), pair(2), 0x6420);
   }
   return bytes;
 }
@@ -185,7 +289,7 @@ __device__ __forceinline__ void store_bytes(uint8_t* target, const Bytes<N>& byt
 // thread lies in the row; it begins at element i * step of `target`, which is the thread's own
 // first.
 template <class T, int N, int ACCESSES, class INSIDE>
-__device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES], const Divisor& by, Law law, uint8_t* target, int step,
+__device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES], const Divisor& by, uint8_t* target, int step,
                                                 INSIDE inside) {
   constexpr auto kEach = std::make_integer_sequence<int, ACCESSES>{};
   const auto store = [&](auto convert) {
@@ -196,12 +300,12 @@ __device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES
       store_bytes<N>(target + i * step, convert(values));
     });
   };
-  if (law == Law::int8_row) {
-    store([&](const float (&v)[N]) { return to_int8<N>(v, by); });
-  } else if (unlikely(!by.refines)) {
-    store([&](const float (&v)[N]) { return to_float8<N, false>(v, by); });
-  } else {
-    store([&](const float (&v)[N]) { return to_float8<N, true>(v, by); });
+  switch (by.conversion) {
+    case Conversion::int8: return store([&](const float (&v)[N]) { return to_int8<T>(v, by); });
+    case Conversion::float8: return store([&](const float (&v)[N]) { return to_float8<Conversion::float8>(v, by); });
+    case Conversion::int8_zeros: return store([&](const float (&)[N]) { return Bytes<N>{}; });
+    case Conversion::float8_bfl: return store([&](const float (&v)[N]) { return to_float8<Conversion::float8_bfl>(v, by); });
+    default: return store([&](const float (&v)[N]) { return to_float8<Conversion::float8_any_scale>(v, by); });
   }
 }
 

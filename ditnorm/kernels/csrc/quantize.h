@@ -9,6 +9,8 @@ namespace ditnorm {
 
 constexpr unsigned kMaxQuantizeThreads = 512, kAmaxThreads = 256;
 constexpr int64_t kMaxPartials = 1024;
+constexpr unsigned kMaxTableThreads = 576, kTableItems = 4;  // see gelu_table_quantize_kernel
+constexpr int64_t kFewestTableRows = 1024, kNarrowestTableRow = 2048;
 
 struct QuantizeProblem {
   int64_t batch, tokens, width;

@@ -57,9 +57,9 @@ class RowLaunch {
   bool try_width() {
     constexpr const NormSite& kSite = site(SITE);
     using Row = Tiles<kSite.widths.list[WIDTH].tiles, kSite.widths.full(WIDTH), kSite.widths.list[WIDTH].blocks>;
-    using Threads = Shape<kSite.lanes, kSite.ahead>;
+    using Threads = Shape<kSite.lanes, kSite.ahead, kSite.rows>;
     if (!Row::serves(p_.width)) return false;
-    const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
+    const dim3 grid(static_cast<unsigned>((p_.tokens + kSite.rows - 1) / kSite.rows), static_cast<unsigned>(p_.batch));
     result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
     return true;
   }

@@ -9,8 +9,9 @@
 //               l + 2, l + 1
 //   the warps   0 with 2 and 1 with 3, then 0 with 1        bits 6, 5
 //
-// A thread stands in for one lane, or for two neighbours. Both sides of a pair compute the result,
-// and no thread has to be told. The fused multiply-adds are those that nvcc contracts in ATen.
+// A thread stands in for one lane, for two neighbours, or for two neighbours and the two that are
+// 64 further. Both sides of a pair compute the result, and no thread has to be told. The fused
+// multiply-adds are those that nvcc contracts in ATen.
 #pragma once
 #include "lanes.h"
 #include "numerics.cuh"
@@ -86,13 +87,14 @@ __device__ __forceinline__ void combine_along(int thread_bit, Welford& state) {
 }
 
 // The same for a thread with two states: it keeps one, its partner the other, which is half the
-// work. From then on the bit of the thread's number says what the state's number said.
+// work. From then on the bit of the thread's number says which of the two it was.
 template <Norm NORM, bool EQUAL>
-__device__ __forceinline__ void split_along(int thread_bit, Welford (&states)[2]) {
+__device__ __forceinline__ Welford split_along(int thread_bit, const Welford& first, const Welford& second) {
   const bool upper = threadIdx.x & thread_bit;
-  const Welford own = select(upper, states[1], states[0]);
-  const Welford other = partner<NORM, EQUAL>(select(upper, states[0], states[1]), thread_bit);
-  states[0] = combine_ordered<NORM, EQUAL>(upper, own, other);
+  const Welford own = select(upper, second, first);
+  Welford other = partner<NORM, EQUAL>(select(upper, first, second), thread_bit);
+  if constexpr (EQUAL) other.count = own.count;
+  return combine_ordered<NORM, EQUAL>(upper, own, other);
 }
 
 // The states of ATen's four warps, in exchange.
@@ -130,9 +132,21 @@ __device__ __forceinline__ Welford reduce(Welford (&lanes)[LANES], Exchange& exc
     __syncthreads();
     const auto of = [&](int other) { return exchange.get<EQUAL>(other, state); };
     return combine<NORM, EQUAL>(combine<NORM, EQUAL>(of(0), of(2)), combine<NORM, EQUAL>(of(1), of(3)));
+  } else if constexpr (LANES == 4) {
+    // thread, state = lane / 2 % 32, lane % 2 + lane / 64 * 2
+    // Lane bit 4; lane bit 0 becomes thread bit 3.
+    state = split_along<NORM, kEqualInGroups>(8, state, lanes[1]);
+    const Welford other_half = split_along<NORM, kEqualInGroups>(8, lanes[2], lanes[3]);
+    // Lane bit 3; lane bit 6 becomes thread bit 2.
+    state = split_along<NORM, kEqualInGroups>(4, state, other_half);
+    along(2), along(1), along(8);
+    combine_along<NORM, EQUAL>(4, state);   // lane bit 6
+    combine_along<NORM, EQUAL>(16, state);  // lane bit 5
+    return state;
   } else {  // thread, state = lane / 2, lane % 2
     static_assert(LANES == 2);
-    split_along<NORM, kEqualInGroups>(8, lanes);  // lane bit 4; lane bit 0 becomes thread bit 3
+    // Lane bit 4; lane bit 0 becomes thread bit 3.
+    state = split_along<NORM, kEqualInGroups>(8, state, lanes[1]);
     along(4), along(2), along(1), along(8);
     if (threadIdx.x % 16 == 0) exchange.put<EQUAL>(threadIdx.x / 16, state);
     __syncthreads();

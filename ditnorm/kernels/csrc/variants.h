@@ -50,6 +50,7 @@ struct NormSite {
   Sharing sharing;
   int lanes, ahead;  // see Shape
   Widths widths;
+  int rows = 1;  // see Shape
 
   constexpr bool compiled_for(bool residual, DType x, DType modulation, bool rounded) const {
     return residual == this->residual && x == this->x && (modulation == x) == (this->modulation == ModulationDType::of_x) &&
@@ -135,16 +136,24 @@ constexpr NormSite kNormSites[] = {
 };
 
 // With y quantised: what models with quantised weights run in. What no row serves is quantised by a
-// kernel of its own.
+// kernel of its own. With a byte an element to write, and more to compute, these wait for
+// instructions, not for memory. A warp for each row has fewest: what is done once for a row is done
+// by one. With few rows it takes longest, though.
 constexpr NormSite kQuantizedNormSites[] = {
-  // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks}
+  // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks} rows
+  {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 2,         0, {4, 6}},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         0, {3, 6},         8},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         6, {{10, 3}},      4},
   {kNorm,         bf16, of_x,      exact,        any,    all,    2, 0,         0, {{3, 16}}},
   {kNorm,         bf16, of_x,      exact,        any,    all,    1, 1,         3, {6, 10}},
 
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    4, 1,         0, {3}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    2, 2,         3, {6}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    1, 5,         6, {10}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    2, kWithRow,  0, {3}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    1, kWithRow,  3, {6, 10}},
 };
