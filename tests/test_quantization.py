@@ -3,6 +3,7 @@ counts as equal to NaN.
 """
 
 import copy
+import gc
 import importlib
 import io
 import itertools
@@ -15,8 +16,9 @@ from support import quantised
 from torch import Tensor, nn
 
 from ditnorm import functional, kernels
+from ditnorm.fused.int8_product import is_exact_in_float32, padded_product
 from ditnorm.fused.quantized_linear import QuantizedLinear, law_for, quantized_for
-from ditnorm.fused.quantized_weights import law_of
+from ditnorm.fused.quantized_weights import law_of, operand_of
 from ditnorm.ops import quantization, reference_quantize
 from ditnorm.ops.calls import DequantizeProduct
 from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_ROW_BFL, FLOAT8_TENSOR, INT8_ROW, LAWS, Law, Quantized
@@ -145,6 +147,23 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
         assert differing.float().mean() < 0.01
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("law", [FLOAT8_ROW, INT8_ROW], ids=str)
+def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
+    """There is a kernel that looks it up in a table of most numbers."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for width in (2056, 4096):
+        x = (3 * torch.randn(1027, width)).to(torch.bfloat16)
+        x[::3] = every.repeat(width // 64)[: 343 * width].view(343, width).nan_to_num(0.0, 0.0, 0.0)
+        x[::5] = every.nan_to_num(0.0, 0.0, 0.0)[torch.randint(2**16, (206, 1))]
+        x[7, 5], x[8, 6], x[9] = float("nan"), -float("inf"), 0
+        x = x.to(device)
+        whole = functional.gelu_quantize(x, law)
+        parts = [functional.gelu_quantize(part, law) for part in x.split(512)]
+        assert equal(whole[:2], (torch.cat([part.values for part in parts]), torch.cat([part.scale for part in parts])))
+        assert equal(functional.gelu_quantize(x.view(13, 79, width), law)[:2], whole[:2])
+
+
 MODULATED = ((2, 5, 3072), (1, 3, 1536), (2, 2, 2048), (1, 2, 4096), (1, 2, 5120), (1, 2, 6144), (2, 3, 1152), (1, 3, 40), (1, 2, 13))
 
 
@@ -186,6 +205,25 @@ def test_a_norm_site_quantises_what_it_returns_otherwise(law: Law, rounding: str
         if "affine" not in case or "and" not in case:
             y = functional.norm_scale_shift(x, **options)
             assert equal(functional.norm_scale_shift_quantize(x, law=law, **options)[:2], expected(y, law)), (shape, dtype)
+
+
+MANY_ROWS = ((1, 2049, 3072), (3, 683, 1536), (1, 2051, 5120), (1, 2053, 1152), (1, 2050, 2432), (1, 2050, 1984))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("case", ["plain", "tables"])
+@pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
+def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tuple[int, ...], case: str, device: str) -> None:
+    """There are kernels for modulations that many rows share."""
+    law = FLOAT8_ROW if shape[1] % 2 else INT8_ROW
+    x = rows(shape, torch.bfloat16).clamp(-1e4, 1e4).to(device)
+    x[:, 7] = 0
+    modulation = {name: t.to(device) for name, t in modulations(shape, case, torch.bfloat16).items() if "gate" not in name}
+    options: dict[str, Any] = {"eps": 1e-6, "rounding": "eager", **modulation}
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    for norm in ("layer", "rms"):
+        y = functional.norm_scale_shift(x, **options, norm=norm)
+        assert equal(functional.norm_scale_shift_quantize(x, law=law, **options, norm=norm)[:2], expected(y, law))
 
 
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
@@ -250,6 +288,66 @@ def test_a_fused_linear_has_the_bits_of_torchao(law: Law, bias: bool) -> None:
             continue  # torchao raises an error
         with torch.no_grad():
             assert torch.equal(twin(x), linear(x)), shape
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 16])
+def test_int8_products_of_few_rows_have_rows_of_zeros_below(n_rows: int) -> None:
+    values, weight = (torch.randint(-128, 128, (n, 64), dtype=torch.int8) for n in (n_rows, 40))
+    assert torch.equal(padded_product(values, weight.t()), (values.int() @ weight.int().t()))
+
+
+def test_few_rows_are_multiplied_where_float32_would_be_exact() -> None:
+    """As torchao multiplies them. The weight may tell it for all activations; what is written into
+    it counts.
+    """
+    k = 2048
+    linear = quantized_linear_layer(INT8_ROW, n=8, k=k)
+    zeros, small, large = (torch.full((1, k), value, dtype=torch.int8) for value in (0, 64, -128))
+    operand = operand_of(linear.weight)
+    assert operand is not None
+    linear.weight.qdata.fill_(-64)
+    assert all(is_exact_in_float32(values, operand) for values in (zeros, small, large))
+    linear.weight.qdata.fill_(65)
+    assert is_exact_in_float32(zeros, operand)
+    assert is_exact_in_float32(small, operand)
+    assert not is_exact_in_float32(large, operand)
+    for value, weight in ((-128, -64), (64, 127)):
+        terms = torch.full((k,), float(value)) * weight
+        assert terms.abs().sum() <= 2**24
+        assert terms.cumsum(0)[-1].item() == k * value * weight
+
+
+@pytest.mark.parametrize("law", quantised.LAWS, ids=str)
+def test_an_operand_is_made_once_and_keeps_no_weight_alive(law: Law) -> None:
+    linear, other = quantized_linear_layer(law), quantized_linear_layer(law)
+    operand = operand_of(linear.weight)
+    assert operand is not None
+    assert operand_of(linear.weight) is operand
+    linear.weight, other.weight = other.weight, linear.weight
+    assert operand_of(other.weight) is operand
+    assert operand_of(linear.weight) is not operand
+    del other
+    gc.collect()
+    assert operand.source() is None
+
+
+def test_a_linear_whose_forward_was_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known by where its code comes from, which another PyTorch may have changed."""
+    linear = fused(quantized_linear_layer(FLOAT8_ROW))
+    x = rows((2, 17, 48), torch.bfloat16)
+    assert QuantizedLinear.unknown(nn.Linear) is None
+    seen = []
+
+    def shown(self: nn.Linear, input: Tensor) -> Tensor:
+        seen.append(input)
+        return F.linear(input, self.weight, self.bias)
+
+    with torch.no_grad():
+        expected = linear(x)
+        monkeypatch.setattr(nn.Linear, "forward", shown)
+        assert "was replaced by" in str(QuantizedLinear.unknown(nn.Linear))
+        assert torch.equal(linear(x), expected)
+    assert len(seen) == 1
 
 
 def counted(op: str) -> int:

@@ -46,7 +46,20 @@ SHAPES = (
     (2, 9, 40),
     (5, 13),
 )
-MODULATED = ((1, 4096, 3072), (2, 200, 1536), (1, 300, 5120), (1, 300, 2048), (1, 100, 4096), (1, 50, 6144), (2, 33, 1152))
+# Of more than 2048 rows, which have kernels of their own, and of fewer.
+MODULATED = (
+    (1, 4096, 3072),
+    (3, 701, 1536),
+    (1, 2050, 5120),
+    (1, 2051, 2048),
+    (2, 1100, 2432),
+    (2, 200, 1536),
+    (1, 300, 5120),
+    (1, 300, 2048),
+    (1, 100, 4096),
+    (1, 50, 6144),
+    (2, 33, 1152),
+)
 
 
 def rows(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "plain") -> Tensor:
@@ -121,7 +134,7 @@ def test_every_bfloat16(law: Law) -> None:
 @pytest.mark.parametrize("law", quantization.LAWS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gelu(law: Law, dtype: torch.dtype) -> None:
-    for shape in ((1, 1024, 12288), (2, 300, 8960), (1, 20, 14336), (3, 77)):
+    for shape in ((1, 1024, 12288), (2, 700, 8960), (1, 1030, 13824), (1, 1300, 2056), (2, 300, 8960), (1, 20, 14336), (3, 77)):
         x = (2 * rows(shape, torch.float32)).clamp(-30, 30).to(dtype)
         got = functional.gelu_quantize(x, law)
         assert differing(got[:2], quantization.quantize(F.gelu(x, approximate="tanh"), law)) == 0, shape
@@ -135,6 +148,13 @@ def test_gelu_of_every_number(dtype: torch.dtype) -> None:
         differing(functional.gelu_quantize(every, FLOAT8_ROW)[:2], quantization.quantize(F.gelu(every, approximate="tanh"), FLOAT8_ROW))
         == 0
     )
+
+
+def test_gelu_of_every_number_in_wide_rows() -> None:
+    """Which a table has."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=DEVICE).to(torch.int16).view(torch.bfloat16)[:, None].repeat(1, 2056)
+    expected = quantization.quantize(F.gelu(every, approximate="tanh"), FLOAT8_ROW)
+    assert differing(functional.gelu_quantize(every, FLOAT8_ROW)[:2], expected) == 0
 
 
 Modulations = dict[str, Any]
@@ -222,6 +242,31 @@ def outcome(linear: nn.Module, x: Tensor) -> Any:
         return linear(x)
     except RuntimeError as error:
         return error
+
+
+@pytest.mark.parametrize("kind", ["random", "constant", "large"])
+def test_int8_linears_of_few_rows(kind: str) -> None:
+    """Of which torchao multiplies float32 matrices. ``"large"``: sums that float32 has no digits
+    for.
+    """
+    torchao = pytest.importorskip("torchao.quantization")
+    for n, k in ((18432, 3072), (64, 4096), (9216, 3072)):
+        linear = nn.Linear(k, n, dtype=torch.bfloat16, device=DEVICE)
+        if kind == "random":
+            linear.weight.data.normal_(std=0.02)
+        elif kind == "constant":
+            linear.weight.data.fill_(0.02)
+        torchao.quantize_(linear, quantised.config(INT8_ROW))
+        if kind == "large":
+            linear.weight.qdata.random_(64, 128)
+        twin = copy.deepcopy(linear)
+        set_class(twin, subclass(QuantizedLinear, nn.Linear, "eager"))
+        for n_rows in (1, 2, 7, 16, 17):
+            x = rows((n_rows, k), torch.bfloat16)
+            if kind != "random":
+                x = x.abs().clamp(min=0.7 * x.abs().max().item())
+            with torch.no_grad():
+                assert differing((twin(x),), (linear(x),)) == 0, (n, k, n_rows)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)

@@ -142,6 +142,12 @@ class FusedModule(Swapped):
         return None if name is None else f"this version of {name} is unknown"
 
     @classmethod
+    def unknown(cls, upstream: type) -> str | None:
+        """Why the body doesn't know a class that it is not for."""
+        found = ", ".join(f"{name} {fingerprint(getattr(upstream, name))}" for name in cls.fingerprints if hasattr(upstream, name))
+        return f"{upstream.__module__}.{upstream.__qualname__} is not a version that ditnorm knows (fingerprint: {found})"
+
+    @classmethod
     def _unknown_function(cls, upstream: Any) -> str | None:
         found = {name: upstream.forward.__globals__.get(name) for name in cls.functions}
         return next((name for name, function in found.items() if fingerprint(function) not in cls.functions[name]), None)

@@ -31,6 +31,7 @@ class QKSite:
     eps: float
     weight: torch.dtype | None
     rotary: str | None
+    quantised: None = None
 
     @property
     def op(self) -> str:

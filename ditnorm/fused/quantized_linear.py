@@ -20,18 +20,19 @@ from ..ops import quantization, reference
 from ..ops.calls import NormScaleShift
 from ..ops.checks import same_bits
 from ..ops.quantization import INT8_ROW, Law, Quantized
+from ..swapping.originals import replaced, replaced_functional
 from ..swapping.swapped import untouched
-from ..swapping.torch_private import any_autocast_enabled
+from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm
+from .int8_product import int8_product
 from .module import FusedModule, upstream_of
-from .quantized_weights import law_of, quantises_activations
+from .quantized_weights import law_of, operand_of, quantises_activations
 from .sites import FusedCall
 
 _HALVES = (torch.bfloat16, torch.float16)
-_ROWS = 1024  # that a verification quantises
-_FEWEST_INT8_ROWS = 17  # of which PyTorch multiplies int8 matrices on a GPU
+_ROWS = 2304  # that a verification quantises: enough for the kernels of many rows
 
 _is_compiling = torch.compiler.is_compiling
-_LINEAR = F.linear
+_LINEAR = F.linear if replaced_functional("linear") is None else None
 
 
 class QuantizedLinear(FusedModule):
@@ -39,11 +40,21 @@ class QuantizedLinear(FusedModule):
     [..., out_features].
     """
 
-    fingerprints = {"forward": frozenset({"bef9ffac7d19"})}
+    fingerprints = {}
 
     optional = True
     reported_as = "matrix product"
     demanded = False
+
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Whether it is PyTorch's, and PyTorch's own."""
+        return cls.unknown(upstream) is None
+
+    @classmethod
+    def unknown(cls, upstream: type) -> str | None:
+        """What stands in PyTorch's place."""
+        return replaced(nn.Linear, "forward") if upstream is nn.Linear else f"{upstream.__qualname__} is not torch.nn.Linear"
 
     @classmethod
     def applies_to(cls, module: nn.Module) -> bool:
@@ -56,6 +67,8 @@ class QuantizedLinear(FusedModule):
     @classmethod
     def unsupported(cls, module: nn.Module) -> str | None:
         """Why torchao serves it."""
+        if scaled_mm is None or int_mm is None:
+            return "this PyTorch has other matrix products"
         law = law_of(module.weight)  # type: ignore[arg-type]
         if isinstance(law, str):
             return law
@@ -71,34 +84,36 @@ class QuantizedLinear(FusedModule):
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         parameters = self._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        bias = parameters["bias"]
         if isinstance(input, Quantized):
-            return product(input, weight, bias)
+            return product(input, operand_of(parameters["weight"]), bias)
         if _is_compiling() or not _serves(input) or not self.as_made():
             return super().forward(input)  # type: ignore[misc]
-        law = law_of(weight)
-        if type(law) is not Law or not _fits(law, input, weight, bias):
+        operand = operand_of(parameters["weight"])
+        if operand is None or not operand.takes(input, bias):
             return super().forward(input)  # type: ignore[misc]
-        return product(quantize(input, law), weight, bias)
+        return product(quantize(input, operand.law), operand, bias)
 
 
-def product(x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
-    """The matrix product as torchao calls it: [..., D] quantised by the law of ``weight`` [N, D] ->
-    [..., N].
+def product(x: Quantized, operand: Any, bias: Tensor | None) -> Tensor:
+    """The matrix product as torchao calls it: [..., D] quantised by the law of ``operand`` [N, D]
+    -> [..., N].
     """
+    dtype = x.dtype
     if x.law is INT8_ROW:
-        y = dequantize_product(torch._int_mm(x.values, weight.qdata.t()), x.scale, weight.scale, bias, x.dtype)
+        y = dequantize_product(int8_product(x.values, operand), x.scale, operand.scale, bias, dtype)
     else:
-        y = torch._scaled_mm(
+        y = scaled_mm(
             x.values,
-            weight.qdata.t(),
+            operand.values,
             scale_a=x.scale,
-            scale_b=weight.scale.t(),
+            scale_b=operand.scale,
             bias=bias,
-            out_dtype=x.dtype,
-            use_fast_accum=weight.mm_config.use_fast_accum,
+            out_dtype=dtype,
+            use_fast_accum=operand.fast,
         )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    shape = x.shape
+    return y if len(shape) == 2 else y.view(*shape[:-1], -1)
 
 
 def law_for(x: Tensor, *linears: Any) -> Law | None:
@@ -114,11 +129,10 @@ def law_for(x: Tensor, *linears: Any) -> Law | None:
     law: Law | None = None
     for linear in linears:
         parameters = linear._parameters
-        weight = parameters["weight"]
-        found = law_of(weight)
-        if type(found) is not Law or (law is not None and found is not law) or not _fits(found, x, weight, parameters["bias"]):
+        operand = operand_of(parameters["weight"])
+        if operand is None or not operand.takes(x, parameters["bias"]) or (law is not None and operand.law is not law):
             return None
-        law = found
+        law = operand.law
     return law
 
 
@@ -153,13 +167,6 @@ def _serves(x: Tensor) -> bool:
     return plain and not torch.is_grad_enabled() and not any_autocast_enabled()
 
 
-def _fits(law: Law, x: Tensor, weight: Any, bias: Tensor | None) -> bool:
-    width = weight.qdata.shape[1]
-    if x.shape[-1] != width or x.dim() < 2 or (bias is not None and bias.dtype is not x.dtype):
-        return False
-    return x.numel() > 0 and (law is not INT8_ROW or x.numel() >= _FEWEST_INT8_ROWS * width)
-
-
 @dataclass(frozen=True)
 class QuantizedProduct:
     """A quantised matrix product, with a quantiser of its activation."""
@@ -177,6 +184,10 @@ class QuantizedProduct:
         return "quantize"
 
     @property
+    def quantised(self) -> str | None:
+        return str(self.law)
+
+    @property
     def fused(self) -> bool:
         return self.dtype in _HALVES
 
@@ -190,7 +201,7 @@ class QuantizedProduct:
             return False
         if linear is None or linear.weight.device != device or law_of(linear.weight) is not self.law:
             return True  # offloaded: no weight to multiply with
-        fused = product(quantize(rows, self.law), linear.weight, linear.bias)
+        fused = product(quantize(rows, self.law), operand_of(linear.weight), linear.bias)
         return same_bits(fused, nn.Linear.forward(linear, rows))
 
     def _rows(self, device: torch.device) -> Tensor:
@@ -199,15 +210,18 @@ class QuantizedProduct:
         return (x * (2 * spread).exp()).to(self.dtype)
 
     def _same_values(self, rows: Tensor) -> bool:
-        """Of an activation as it is, and of what a norm makes of it."""
+        """Of an activation as it is, and of what a norm makes of it, with tables and without."""
         law = self.law
         scale, shift = rows[:2].chunk(2)
         norm: dict[str, Any] = {"norm": "layer", "eps": 1e-6, "rounding": "eager"}
-        normed = reference.norm_scale_shift(NormScaleShift(rows, scale, shift, None, None, None, None, None, **norm))
-        return all(
-            same_bits((found.values, found.scale), quantization.quantize(expected, law))
-            for found, expected in (
-                (quantize(rows, law), rows),
-                (norm_scale_shift_quantize(rows, scale, shift, law=law, **norm), normed),
-            )
-        )
+
+        def same(found: Quantized, expected: Tensor) -> bool:
+            return same_bits((found.values, found.scale), quantization.quantize(expected, law))
+
+        def same_behind_a_norm(*tables: Tensor | None) -> bool:
+            scale_table, shift_table = tables
+            call = NormScaleShift(rows, scale, shift, None, None, scale_table, shift_table, None, **norm)
+            found = norm_scale_shift_quantize(rows, scale, shift, scale_table=scale_table, shift_table=shift_table, law=law, **norm)
+            return same(found, reference.norm_scale_shift(call))
+
+        return same(quantize(rows, law), rows) and same_behind_a_norm(None, None) and same_behind_a_norm(*rows[2:4].float())

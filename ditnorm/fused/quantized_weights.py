@@ -1,5 +1,5 @@
 """By which law a quantised weight has its activations quantised, where a fused linear layer
-computes what the weight's own library does.
+computes what the weight's own library does, and the weight as a product takes it.
 
 A weight of torchao tells its configuration itself; how the installed version computes with it is
 known by fingerprint. What isn't known is named, and torchao serves it.
@@ -7,6 +7,7 @@ known by fingerprint. What isn't known is named, and torchao serves it.
 
 import functools
 import importlib
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,6 +77,61 @@ def law_of(weight: Tensor) -> Law | str:
     it.
     """
     return _reader(type(weight))(weight)
+
+
+class Operand:
+    """A weight [N, K] as a product takes it.
+
+    It is made once a weight: reading a configuration takes longer than a call should.
+    """
+
+    __slots__ = ("fast", "largest_sum", "law", "read", "scale", "source", "values", "width")
+
+    def __init__(self, weight: Any, law: Law) -> None:
+        source, key = weight.qdata, id(weight.qdata)
+        self.source: Callable[[], Tensor | None] = weakref.ref(source, lambda _: _operands.pop(key, None))
+        """``qdata`` itself, as long as somebody has it. (PyTorch moves no weight that somebody has
+        a weak reference to.)
+        """
+        self.read = weight.scale, weight.act_quant_kwargs
+        self.law = law
+        self.values: Tensor = source.data.t()
+        """[K, N]. No view of it, which would keep it alive."""
+        self.scale: Tensor = weight.scale if law is INT8_ROW else weight.scale.t()
+        """As the product of the law takes it."""
+        self.fast: bool = law is not INT8_ROW and weight.mm_config.use_fast_accum
+        """Whether float8 products may be added up with fewer digits."""
+        self.width: int = self.values.shape[0]
+        """K"""
+        self.largest_sum: tuple[int, int] | None = None
+        """See :func:`ditnorm.fused.int8_product.is_exact_in_float32`."""
+
+    def still(self, weight: Any) -> bool:
+        """Whether ``weight`` is what was read."""
+        scale, how = self.read
+        return self.source() is weight.qdata and weight.scale is scale and weight.act_quant_kwargs is how
+
+    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether an activation with the shape and dtype of ``x`` is quantised for it here."""
+        shape = x.shape
+        if len(shape) < 2 or shape[-1] != self.width or 0 in shape:
+            return False
+        return bias is None or bias.dtype is x.dtype
+
+
+_operands: dict[int, Operand] = {}
+
+
+def operand_of(weight: Any) -> Operand | None:
+    """The operand that ``weight`` is; None where its own library serves it."""
+    found = _operands.get(id(getattr(weight, "qdata", None)))
+    if found is not None and found.still(weight):
+        return found
+    law = law_of(weight)
+    if not isinstance(law, Law):
+        return None
+    found = _operands[id(weight.qdata)] = Operand(weight, law)
+    return found
 
 
 @functools.cache

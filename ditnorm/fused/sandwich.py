@@ -34,6 +34,7 @@ class SandwichSite:
     eps: float
     x_weight: torch.dtype | None
     weight: torch.dtype | None
+    quantised: None = None
 
     def __str__(self) -> str:
         return f"{self.op} ({self.dtype}, width {self.width})".replace("torch.", "")

@@ -25,6 +25,12 @@ class FusedCall(Protocol):
         """Its name in :mod:`ditnorm.functional`."""
 
     @property
+    def quantised(self) -> str | None:
+        """How activations are quantised, of a matrix product of quantised operands; None of all
+        other calls.
+        """
+
+    @property
     def fused(self) -> bool:
         """False where no kernel takes its dtypes: then the unfused expression runs, and there is
         nothing to compare.
@@ -51,6 +57,7 @@ class Site:
     bias: torch.dtype | None = None
     table: torch.dtype | None = None
     modulated: bool = True
+    quantised: None = None
 
     def __str__(self) -> str:
         details = [str(self.dtype), f"width {self.width}"]

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..fused.quantized_linear import QuantizedProduct
 from ..swapping.swapped import untouched
 from . import patch, verification
 from .restoring import tables
@@ -146,7 +145,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         blocks=len(blocks),
         fused=sum(unit.fused for unit in blocks),
         fusable=sum(unit.refusal is None for unit in blocks),
-        sites=sum(not isinstance(call, QuantizedProduct) for call in calls),
+        sites=sum(call.quantised is None for call in calls),
         rounding=roundings,
         backend=_backend(verification.execution_device(model)),
         verification=_verification(model, fused, roundings),
@@ -155,7 +154,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and not untouched(swap.module)],
         attentions=sum(call.op.endswith("qk_norm_rope") for call in calls),
         unfused_attentions=_unfused(counted, "query and key"),
-        products=Counter(str(call.law) for call in calls if isinstance(call, QuantizedProduct)),
+        products=Counter(call.quantised for call in calls if call.quantised is not None),
         unfused_products=_unfused(counted, "matrix product"),
         modulations=tuple(map(str, tables(model))),
     )

@@ -154,7 +154,7 @@ def _unit(name: str, module: nn.Module, holder: nn.Module | None, wrapper: str |
     body = body_for(upstream)
     if body is None:
         body = near_miss(upstream)
-        return None if body is None else Unit(name, module, body, refusal=_unknown(upstream, body))
+        return None if body is None else Unit(name, module, body, refusal=body.unknown(upstream))
     unit = Unit(name, module, body)
     try:
         if wrapper is not None:
@@ -176,11 +176,6 @@ def _suits(body: type[FusedUnit], holder: nn.Module | None) -> bool:
     return fingerprint(forward) in body.holders and all(body_for(upstream_of(type(block))) is not None for block in blocks)
 
 
-def _unknown(upstream: type, body: type[FusedModule]) -> str:
-    found = ", ".join(f"{name} {fingerprint(getattr(upstream, name))}" for name in body.fingerprints if hasattr(upstream, name))
-    return f"{upstream.__module__}.{upstream.__qualname__} is not a version that ditnorm knows (fingerprint: {found})"
-
-
 def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swap]:
     """``module`` and its parts. What can't be swapped raises ``_Refused``, or is noted in the unit
     where it is optional.
@@ -188,7 +183,7 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
     upstream = upstream_of(type(module))
     reason = _untouchable(module)
     if reason is None and issubclass(body, FusedModule):
-        reason = body.unsupported(module) if body.knows(upstream) else _unknown(upstream, body)
+        reason = body.unsupported(module) if body.knows(upstream) else body.unknown(upstream)
         inlined = next((name for name in body.fingerprints if name in vars(module) and name != "forward"), None)
         reason = reason or (None if inlined is None else f"its {inlined} was replaced")
     if reason is not None:

@@ -46,6 +46,10 @@ call runs in PyTorch's operations.
 addmm_activation: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_activation", None)
 """A linear with its GELU in one kernel (cuBLASLt's epilogue). Without it there are two."""
 
+scaled_mm: Any = getattr(torch, "_scaled_mm", None)
+int_mm: Any = getattr(torch, "_int_mm", None)
+"""Products of float8 and of int8 matrices. Without them torchao serves its weights."""
+
 hooks_for_all_modules: tuple[Mapping[int, Any], ...] = tuple(
     getattr(_module, f"_global_{kind}_hooks", {0: "unknown"}) for kind in ("forward", "forward_pre", "backward", "backward_pre")
 )
