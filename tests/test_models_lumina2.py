@@ -1,0 +1,61 @@
+"""Lumina-Image 2.0, patched."""
+
+import pytest
+import torch
+from support import model_checks, tiny
+
+from ditnorm import kernels, patch_model, report
+
+NAME = "lumina2"
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+def test_patched_output_is_bit_identical(dtype, batch, device):
+    model_checks.bit_identical(NAME, dtype, batch, device)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_single_rounding_is_no_less_accurate_than_unpatched(dtype, device):
+    model_checks.no_less_accurate(NAME, dtype, device)
+
+
+def test_unpatching_restores_the_model():
+    model_checks.restored(NAME, torch.bfloat16)
+
+
+def test_gradients_are_those_of_the_unpatched_model():
+    model_checks.same_gradients(NAME)
+
+
+def test_all_blocks_are_fused_and_every_call_is_verified():
+    model = patch_model(tiny.load(NAME, torch.bfloat16), strict=True)
+    assert "4 of 4 blocks" in str(report(model))
+    assert "bit-identical" in str(report(model))
+
+
+def test_a_hook_on_the_silu_sees_its_values():
+    model, arguments = tiny.load(NAME, torch.bfloat16), tiny.inputs(NAME, 1, torch.bfloat16)
+    seen = []
+    model.layers[0].feed_forward.silu.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_silu_in_float32_rounds_as_pytorchs_does(dtype, device):
+    every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    assert torch.equal(torch.nn.functional.silu(every.float()).to(dtype), torch.nn.functional.silu(every))
+
+
+def test_every_norm_but_the_texts_first_is_ours():
+    model, arguments = tiny.load(NAME, torch.bfloat16), tiny.inputs(NAME, 1, torch.bfloat16)
+    patch_model(model, strict=True)
+    before = kernels.counts()
+    tiny.run(model, arguments)
+    calls = {op: n - before[op, path] for (op, path), n in kernels.counts().items() if n != before[op, path]}
+    assert calls["norm_scale_residual_norm_scale_shift"] == 4
