@@ -29,7 +29,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import ditnorm
 from ditnorm.patching.restoring import tables
 
-NAMES = ["qwen-image", "hunyuan-video-480p", "hunyuan-video-1.5"]
+NAMES = ["qwen-image", "hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-large"]
 FEWER = 4
 TABLE_STEPS = 50
 NOISE = 1.01

@@ -114,3 +114,14 @@ def test_blocks_compile_to_one_graph_each():
     for block in model.transformer_blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     assert torch.equal(tiny.run(model, arguments), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+@pytest.mark.parametrize("heads", [24, 38])
+def test_attention_has_the_same_bits_for_the_layout_that_the_fused_op_writes(heads, dtype):
+    # Upstream joins the two streams to dense [B, H, S, d], the op to dense [B, S, H, d].
+    generator = torch.Generator("cuda").manual_seed(0)
+    streams = [torch.randn(1, 4429, heads, 64, generator=generator, device="cuda").to(dtype).transpose(1, 2) for _ in range(3)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*(t.contiguous() for t in streams))
+    assert torch.equal(torch.nn.functional.scaled_dot_product_attention(*streams), expected)
