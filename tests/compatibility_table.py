@@ -37,9 +37,9 @@ Runs are under `torch.no_grad`, but for those that train.
 
 Of the guiders of modular pipelines those have rows that change the model or run it again; the others only combine its predictions.
 
-Each row of Qwen-Image, HunyuanVideo and SD3 is tested beside `precompute_modulation`, too, which comes before the feature or after it
-(`tests/test_modulation_matrix.py`): the same output, and a way back. Precomputing is refused where group offloading is on, and where a
-block isn't fused; if these come later, the table is given up with a warning.
+Each row of Qwen-Image, FLUX.1, HunyuanVideo and SD3 is tested beside `precompute_modulation`, too, which comes before the feature or after
+it (`tests/test_modulation_matrix.py`): the same output, and a way back. Precomputing is refused where group offloading is on, and where
+a block isn't fused; if these come later, the table is given up with a warning.
 
 Tests of features that need a GPU or a package that isn't installed are skipped. Cells marked *all* run with `make test-all` in some
 orders.

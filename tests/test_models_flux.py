@@ -4,6 +4,8 @@ import pytest
 import torch
 from support import model_checks, tiny
 
+from ditnorm.patching import patch_model
+
 NAMES = [name for name in tiny.MODELS if name.startswith(("flux", "longcat", "bria", "ovis", "chroma")) and "flux2" not in name]
 
 
@@ -30,3 +32,86 @@ def test_unpatching_restores_the_model(name):
 @pytest.mark.parametrize("name", ["flux", "bria-fibo", "ovis-image", "chroma"])
 def test_gradients_are_those_of_the_unpatched_model(name):
     model_checks.same_gradients(name)
+
+
+def test_overflow_in_half_precision_is_clipped_as_upstream_does():
+    name, dtype = "flux", torch.float16
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)
+    streams = []
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        with torch.no_grad():
+            last = block.proj_out if hasattr(block, "proj_out") else block.ff_context.net[-1]
+            last.weight.mul_(3e4)
+        block.register_forward_hook(lambda _module, _args, outputs: streams.append(outputs))
+    tiny.run(model, arguments)
+    tiny.run(patch_model(model, strict=True), arguments)
+
+    expected, patched = streams[: len(streams) // 2], streams[len(streams) // 2 :]
+    assert any((stream.abs() == 65504).any() for outputs in expected for stream in outputs)
+    for ours, theirs in zip(patched, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.nan_to_num(nan=1.0), b.nan_to_num(nan=1.0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float32_model_under_autocast_rounds_as_unpatched(name):
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tiny.run(model, arguments)
+        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize("norms", [("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"), ("norm_q", "norm_added_q")])
+def test_norms_of_query_and_key_in_another_dtype_round_as_unpatched(norms):
+    name, dtype = "flux", torch.bfloat16
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 2, dtype)
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        for norm in norms:
+            if hasattr(block.attn, norm):
+                getattr(block.attn, norm).float()
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize("name", ["flux", "longcat-image", "flux-controlnet"])
+def test_the_last_projections_read_the_layout_that_upstreams_read(name):
+    # A matrix product of what isn't contiguous has other bits.
+    def layouts(model):
+        seen = []
+        linears = [m for path, m in model.named_modules() if path.endswith(("to_out.0", "to_add_out", "proj_out")) or "controlnet_" in path]
+        hooks = [m.register_forward_pre_hook(lambda _, args: seen.append((args[0].shape, args[0].stride()))) for m in linears]
+        tiny.run(model, arguments)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    model, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 2, torch.bfloat16)
+    expected = layouts(model)
+    assert layouts(patch_model(model, strict=True)) == expected
+
+
+def test_tables_of_another_length_or_device_are_upstreams_affair():
+    model = patch_model(tiny.load("flux", torch.float32), strict=True)
+    attention = model.single_transformer_blocks[0].attn
+    x, tables = torch.randn(1, 5, 192), tuple(torch.randn(2, 4, 64))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        attention(hidden_states=x, image_rotary_emb=tables)
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma-masked"])
+def test_blocks_compile_to_no_more_graphs_and_fewer_calls_than_unpatched(name):
+    model, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 1, torch.bfloat16)
+    expected, graphs, calls = tiny.run(model, arguments), [], []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert torch.equal(tiny.run(model, arguments), expected)
+        stats = torch._dynamo.utils.counters["stats"]
+        graphs.append(stats["unique_graphs"])
+        calls.append(stats["calls_captured"])
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+            block._compiled_call_impl = None
+        patch_model(model, strict=True)
+    assert graphs[1] <= graphs[0]  # FLUX.1's last single-stream block is given views
+    assert calls[1] < calls[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ditnorm
 
-FAMILIES = ("Qwen-Image", "HunyuanVideo", "SD3")
+FAMILIES = ("Qwen-Image", "FLUX.1", "HunyuanVideo", "SD3")
 ORDERS = ("table first", "feature first")
 QUICK = (
     "`compile_repeated_blocks(fullgraph=True)`",

@@ -18,7 +18,7 @@ from torch import Tensor
 import ditnorm
 from ditnorm.patching.restoring import tables
 
-FAMILIES = ["Qwen-Image", "HunyuanVideo"]
+FAMILIES = ["Qwen-Image", "FLUX.1", "HunyuanVideo"]
 
 
 def table_of(pipe: Any) -> Any:
@@ -68,11 +68,11 @@ def test_true_guidance_calls_twice_a_step(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_results_a_prompt_share_rows(family: str) -> None:
-    number = {"num_images_per_prompt" if family == "Qwen-Image" else "num_videos_per_prompt": 3}
+    number = {"num_videos_per_prompt" if family == "HunyuanVideo" else "num_images_per_prompt": 3}
     expected, pipe = generate(pipelines.pipeline(family), family, steps=4, **number), precomputed(family)
     assert torch.equal(generate(pipe, family, steps=4, **number), expected)
     assert counts(pipe) == (3, 1, 0)
-    assert table_of(pipe).row_count == (4 if family == "Qwen-Image" else 5)  # and both dtypes of its latents
+    assert table_of(pipe).row_count == (5 if family == "HunyuanVideo" else 4)  # and both dtypes of its latents
 
 
 @pytest.mark.parametrize("family", FAMILIES)

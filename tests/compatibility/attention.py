@@ -78,7 +78,7 @@ FEATURES = (
         _fuse_projections,
         linears_called,
         _unfuse_projections,
-        families=("Wan",),
+        families=("FLUX.1", "Wan"),
         note="upstream's attention processors of the other families ignore it, but for SD3's",
     ),
     Feature(

@@ -116,6 +116,7 @@ def _remove_layer_skip(model: nn.Module) -> nn.Module:
 
 
 NOT_REGISTERED = Upstream("not registered", "diffusers has not registered the attention processor")
+NO_CROSS_ATTENTION = Upstream("is_cross_attention", "the hook asks the attention module what FLUX.1's doesn't say")
 
 _CACHED = without("SD3")  # whose model class has no enable_cache
 
@@ -154,7 +155,13 @@ FEATURES = (
         _layer_skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
         its_output,
         _remove_layer_skip,
-        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "SD3"), NOT_REGISTERED),
+        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "SD3"), NOT_REGISTERED) | {"FLUX.1": NO_CROSS_ATTENTION},
     ),
-    Feature("`SmoothedEnergyGuidanceConfig`, blurred queries", _blur_queries, its_output, _do_not_blur),
+    Feature(
+        "`SmoothedEnergyGuidanceConfig`, blurred queries",
+        _blur_queries,
+        its_output,
+        _do_not_blur,
+        upstream={"FLUX.1": NO_CROSS_ATTENTION},
+    ),
 )

@@ -13,7 +13,13 @@ import torch
 from support import tiny
 from torch import Tensor, nn
 
-FAMILIES = {"Qwen-Image": "qwen-image", "Wan": "wan-t2v", "HunyuanVideo": "hunyuan-video", "SD3": "sd3.5-medium"}
+FAMILIES = {
+    "Qwen-Image": "qwen-image",
+    "FLUX.1": "flux",
+    "Wan": "wan-t2v",
+    "HunyuanVideo": "hunyuan-video",
+    "SD3": "sd3.5-medium",
+}
 """Family -> its model in ``tiny.MODELS``."""
 DTYPE = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

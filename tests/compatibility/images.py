@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from support import tiny
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def _with_empty_image(model: nn.Module, family: str) -> Tensor:
     return tiny.run(model, {name: t.to(DEVICE) for name, t in arguments.items()})
 
 
-def _ip_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def _sd3_ip_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """As diffusers loads one: a processor with weights in every joint attention."""
     torch.manual_seed(0)
     for block in model.transformer_blocks:  # type: ignore[union-attr]
@@ -41,7 +42,7 @@ def _ip_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _no_ip_adapter(model: nn.Module) -> nn.Module:
+def _no_sd3_ip_adapter(model: nn.Module) -> nn.Module:
     for block in model.transformer_blocks:  # type: ignore[union-attr]
         del block.attn.processor  # type: ignore[union-attr]
         block.attn.set_processor(JointAttnProcessor2_0())  # type: ignore[union-attr]
@@ -56,17 +57,51 @@ def _with_prompt_image(model: nn.Module, family: str) -> Tensor:
 
 _IMAGE = {"ip_hidden_states": (3, 8), "temb": (8,)}
 
+
+_IP_TOKENS = 4
+
+
+def _ip_adapter(model: Any, folder: Path) -> nn.Module:
+    """As diffusers loads one: the dual-stream blocks get processors with weights."""
+    torch.manual_seed(1)
+    width, text_dim = model.inner_dim, model.config.joint_attention_dim
+    for block in model.transformer_blocks:
+        processor = FluxIPAdapterAttnProcessor(width, text_dim, num_tokens=(_IP_TOKENS,), device=DEVICE, dtype=DTYPE)
+        block.attn.set_processor(processor)
+    return model
+
+
+def _no_ip_adapter(model: Any) -> nn.Module:
+    for block in model.transformer_blocks:
+        block.attn.set_processor(FluxAttnProcessor())
+    return model
+
+
+def _with_ip_states(model: nn.Module, family: str) -> Tensor:
+    states = torch.randn(2, _IP_TOKENS, tiny.TEXT_DIM, generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
+    return tiny.run(model, arguments_of(family) | {"joint_attention_kwargs": {"ip_hidden_states": [states]}})
+
+
 FEATURES = (
     Feature(
-        "an IP-Adapter's processors",
-        _ip_adapter,
+        "an IP-Adapter's processors, in every block",
+        _sd3_ip_adapter,
         its_output,
-        _no_ip_adapter,
+        _no_sd3_ip_adapter,
         run_with=_with_prompt_image,
         families=("SD3",),
         fused="some",
         refused=r"not fused: its processor .*SD3IPAdapterJointAttnProcessor2_0 is not one that ditnorm knows",
-        note="diffusers has none for the other families",
+    ),
+    Feature(
+        "an IP-Adapter's processors, in dual-stream blocks",
+        _ip_adapter,
+        its_output,
+        _no_ip_adapter,
+        run_with=_with_ip_states,
+        families=("FLUX.1",),
+        fused="some",
+        refused=r"not fused: its processor .*FluxIPAdapterAttnProcessor is not one that ditnorm knows",
     ),
     Feature(
         "embeddings of an image",

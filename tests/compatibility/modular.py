@@ -15,6 +15,7 @@ from diffusers.guiders import (
     SmoothedEnergyGuidance,
 )
 from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_5 import HunyuanVideo15CoreDenoiseStep
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
@@ -25,7 +26,12 @@ from . import pipelines
 from .caches import NOT_REGISTERED
 from .feature import DEVICE, DTYPE, FAMILIES, Feature, calls_of, forward, linears_called, load
 
-_BLOCKS = {"Qwen-Image": QwenImageCoreDenoiseStep, "Wan": WanCoreDenoiseStep, "HunyuanVideo": HunyuanVideo15CoreDenoiseStep}
+_BLOCKS = {
+    "Qwen-Image": QwenImageCoreDenoiseStep,
+    "FLUX.1": FluxCoreDenoiseStep,
+    "Wan": WanCoreDenoiseStep,
+    "HunyuanVideo": HunyuanVideo15CoreDenoiseStep,
+}
 _STEPS = 2
 _NOTE = "of HunyuanVideo diffusers has modular blocks for 1.5 only, of SD3 none"
 _HUNYUAN = "hunyuan-video-1.5"
@@ -53,9 +59,10 @@ def _forward(model: nn.Module, family: str) -> Tensor:
 
 
 def _pipeline(model: Any) -> Any:
-    family = next(family for family in _BLOCKS if family.replace("-", "") in type(model).__name__)
+    name = type(model).__name__
+    family = "FLUX.1" if "Flux" in name else next(family for family in _BLOCKS if family.replace("-", "") in name)
     pipe = _BLOCKS[family]().init_pipeline()
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "Qwen-Image")
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family in ("Qwen-Image", "FLUX.1"))
     pipe.update_components(transformer=model, scheduler=scheduler, guider=_no_guidance())
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -110,21 +117,21 @@ def _skip_nothing(pipe: Any) -> Any:
 
 def _generate(pipe: Any, family: str) -> Tensor:
     prompt = _prompt(family)
-    negative = {f"negative_{name}": -t if t.is_floating_point() else t for name, t in prompt.items()}
+    negative = {f"negative_{name}": -t if t.is_floating_point() else t for name, t in prompt.items() if family in _GUIDED}
     arguments = prompt | negative | _latents(family) | {"generator": torch.Generator("cpu").manual_seed(0)}
     return pipe(**arguments, num_inference_steps=_STEPS, output="latents")
 
 
 def _prompt(family: str) -> dict[str, Tensor]:
     if family != "HunyuanVideo":
-        return {name: t for name, t in pipelines.prompt(family).items() if name.startswith("prompt")}
+        return {name: t for name, t in pipelines.prompt(family).items() if "prompt" in name}
     inputs = tiny.inputs(_HUNYUAN, 1, DTYPE)
     names = {"prompt_embeds": "encoder_hidden_states", "prompt_embeds_mask": "encoder_attention_mask"}
     return {f"{name}{which}": inputs[f"{theirs}{which}"].to(DEVICE) for name, theirs in names.items() for which in ("", "_2")}
 
 
 def _latents(family: str) -> dict[str, Any]:
-    if family == "Qwen-Image":
+    if family in ("Qwen-Image", "FLUX.1"):
         return {"height": 64, "width": 64}
     name = FAMILIES[family] if family == "Wan" else _HUNYUAN
     return {"latents": tiny.inputs(name, 1, DTYPE)["hidden_states"].to(DEVICE)}
@@ -138,6 +145,9 @@ def _model(pipe: Any) -> Any:
     return pipe.transformer
 
 
+_GUIDED = tuple(family for family in _BLOCKS if family != "FLUX.1")
+
+
 def _guider(name: str, make: Callable[[str], Any], **more: Any) -> Feature:
     return Feature(
         f"`{name}` in a modular pipeline",
@@ -147,8 +157,8 @@ def _guider(name: str, make: Callable[[str], Any], **more: Any) -> Feature:
         run=_generate,
         load=_load_pipeline,
         fused="any",
-        families=tuple(_BLOCKS),
-        note=_NOTE,
+        families=_GUIDED,
+        note=f"FLUX.1's modular blocks have no guider; {_NOTE}",
         **more,
     )
 

@@ -19,6 +19,7 @@ from .feature import DEVICE, DTYPE, FAMILIES, Feature, Observe, Upstream, calls_
 
 _PIPELINES = {
     "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
+    "FLUX.1": ("FluxPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
     "Wan": ("WanPipeline", {"text_encoder": None, "tokenizer": None}),
     "HunyuanVideo": ("HunyuanVideoPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
     "SD3": (
@@ -26,7 +27,7 @@ _PIPELINES = {
         {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")},
     ),
 }
-_PICTURES = ("Qwen-Image", "SD3")
+_PICTURES = ("Qwen-Image", "FLUX.1", "SD3")
 _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 
 
@@ -39,7 +40,7 @@ def pipeline(family: str, vae: Any = None) -> Any:
 
 
 def _default_scheduler(family: str) -> Any:
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "Qwen-Image")
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family in ("Qwen-Image", "FLUX.1"))
 
 
 def _family(pipe: Any) -> str:
@@ -63,6 +64,8 @@ def prompt(family: str) -> dict[str, Any]:
         case "Qwen-Image":
             mask = torch.ones(1, _TEXT, dtype=torch.long, device=DEVICE)
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_embeds_mask": mask, "true_cfg_scale": 1.0}
+        case "FLUX.1":
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "pooled_prompt_embeds": random(_POOLED_DIM)}
         case "Wan":
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "guidance_scale": 1.0}
         case "SD3":
@@ -184,6 +187,18 @@ def _to_cpu(pipe: Any) -> Any:
 _WAN_VAE = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 _VAES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen-Image": ("AutoencoderKLQwenImage", _WAN_VAE),
+    "FLUX.1": (
+        "AutoencoderKL",
+        {
+            "latent_channels": 1,
+            "block_out_channels": (4, 8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "norm_num_groups": 1,
+            "sample_size": 48,  # of a tile
+            "shift_factor": 0.0,
+        },
+    ),
     "Wan": ("AutoencoderKLWan", _WAN_VAE),
     "HunyuanVideo": (
         "AutoencoderKLHunyuanVideo",
@@ -208,8 +223,8 @@ def _with_vae(family: str) -> Any:
     name, config = _VAES[family]
     torch.manual_seed(0)
     vae = getattr(diffusers, name)(**config)
-    # bf16 convolutions are slow on the CPU, but SD3's pipeline casts nothing for its VAE.
-    return pipeline(family, vae.to(DEVICE, DTYPE if family == "SD3" else torch.float32).eval())
+    # bf16 convolutions are slow on the CPU, but some pipelines cast nothing for the VAE.
+    return pipeline(family, vae.to(DEVICE, DTYPE if family in ("FLUX.1", "SD3") else torch.float32).eval())
 
 
 def _decoded(pipe: Any, family: str) -> Tensor:
