@@ -152,7 +152,7 @@ constexpr NormSite kQuantizedNormSites[] = {
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
   {kResidualNorm, bf16, of_x,      exact,        tables, all,    4, 1,         0, {3}},
-  {kResidualNorm, bf16, of_x,      exact,        tables, all,    2, 2,         3, {6}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    2, 1,         3, {6}},
   {kResidualNorm, bf16, of_x,      exact,        tables, all,    1, 5,         6, {10}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    2, kWithRow,  0, {3}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    1, kWithRow,  3, {6, 10}},
