@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kActivationThreads) activation_kernel(const Ac
 
 // Any width and alignment, and rows beyond those of a grid: element by element.
 template <class T>
-__global__ void __launch_bounds__(kActivationThreads) any_activation_kernel(const ActivationProblem p) {
+__global__ void __launch_bounds__(kActivationThreads, 4) any_activation_kernel(const ActivationProblem p) {
   wait_for_previous_kernel();
   const int64_t width = p.beside_width + p.width;
   for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x) {

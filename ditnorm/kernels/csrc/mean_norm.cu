@@ -45,13 +45,14 @@ inline int mean_lanes(int64_t rows, int64_t width) {
   return std::min(across, kMostMeanLanes / height);
 }
 
-// A row's sum of squares, of the warp that holds its accesses i * 32 + lane.
+// A row's sum of squares, of the warp that holds its accesses i * 32 + lane, and zeros beyond it.
 template <class T, int N, int TILES>
-__device__ __forceinline__ float row_sum_of_squares(const Pack<T, N> (&row)[TILES]) {
+__device__ __forceinline__ float row_sum_of_squares(const Pack<T, N> (&row)[TILES], int width) {
   constexpr auto kEach = std::make_integer_sequence<int, TILES>{};
   float sums[4] = {};
   if constexpr (N == 4) {  // a thread is a lane
     each(kEach, [&](auto i) {
+      if (i * kWarpSize * N >= width) return;
       float v[N];
       to_floats(v, row[i]);
 #pragma unroll
@@ -63,6 +64,7 @@ __device__ __forceinline__ float row_sum_of_squares(const Pack<T, N> (&row)[TILE
     static_assert(N == 8);
     const bool upper = threadIdx.x & 16;
     each(kEach, [&](auto i) {
+      if (i * kWarpSize * N >= width) return;
       Pack<T, 4> groups[2], first, second;
       __builtin_memcpy(groups, &row[i], sizeof groups);
       Access<8> own = groups[0].words[0], others = groups[1].words[0];
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(con
     const ModulationRow<T, N> gate(p.gate, at, p.index, first);
     const bool gated = p.gate.data != nullptr;
     float rstd = 1.0f;
-    if constexpr (kNormsX<SITE>) rstd = root_of_mean(row_sum_of_squares(v), p);
+    if constexpr (kNormsX<SITE>) rstd = root_of_mean(row_sum_of_squares(v, width), p);
     T* const r = static_cast<T*>(p.r) + out;
     each(kEach, [&](auto i) {
       if (!inside(i)) return;
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(con
   if constexpr (kNormsResult<SITE>) {
     const ModulationRow<T, N> scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
     const bool scaled = p.scale.data != nullptr, shifted = p.shift.data != nullptr;
-    const float rstd = at.valid ? root_of_mean(row_sum_of_squares(v), p) : kNaN;
+    const float rstd = at.valid ? root_of_mean(row_sum_of_squares(v, width), p) : kNaN;
     T* const y = static_cast<T*>(p.y) + out;
     each(kEach, [&](auto i) {
       if (!inside(i)) return;
@@ -188,7 +190,7 @@ __device__ __forceinline__ float element(const Modulation& m, int64_t offset, in
 }
 
 // Any width, alignment, number of rows, and mix of dtypes: a block a row, element by element.
-__global__ void __launch_bounds__(kAnyThreads) any_mean_norm_kernel(const Problem p, const int lanes) {
+__global__ void __launch_bounds__(kAnyThreads, 4) any_mean_norm_kernel(const Problem p, const int lanes) {
   const auto rounded = [&](float v) { return p.round_each ? round_to(v, p.x.dtype) : v; };
   const auto normalized = [&](float v, float rstd, const Vector& weight, const Vector& bias, int64_t column) {
     v = rounded(__fmul_rn(v, rstd));
@@ -229,14 +231,9 @@ __global__ void __launch_bounds__(kAnyThreads) any_mean_norm_kernel(const Proble
 
 template <class T, bool ROUND, Site SITE>
 int launch_mean_norm_kernel(const Problem& p, void* stream) {
-  constexpr int kStep = kWarpSize * 16 / sizeof(T);
-  constexpr bool kNarrow = std::is_same_v<T, __nv_bfloat16>;  // models are of this dtype
+  constexpr int kTiles = kMostMeanWidth * sizeof(T) / (kWarpSize * 16);
   const dim3 grid(static_cast<unsigned>((p.tokens + kMeanWarps - 1) / kMeanWarps), static_cast<unsigned>(p.batch));
-  const auto go = [&](auto kernel) { return launch(kernel, grid, kMeanWarps * kWarpSize, stream, p); };
-  if constexpr (kNarrow) {
-    if (p.width <= 9 * kStep) return go(&mean_norm_kernel<T, ROUND, SITE, 9>);
-  }
-  return go(&mean_norm_kernel<T, ROUND, SITE, kMostMeanWidth / kStep>);
+  return launch(&mean_norm_kernel<T, ROUND, SITE, kTiles>, grid, kMeanWarps * kWarpSize, stream, p);
 }
 
 template <class T, bool ROUND>
