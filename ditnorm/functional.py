@@ -169,7 +169,7 @@ def scale_residual(
     tensors = (residual, x, gate, gate_table, index)
     try:
         codes = (_ROUNDING[rounding],)
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors):
             return _differentiable("scale_residual", tensors, (rounding,), codes)
         if _traced_by_dynamo() and _unfused("scale_residual", tensors, (rounding,)):
             return _rejected("scale_residual", tensors, (rounding,))
@@ -275,7 +275,7 @@ def qk_norm_rope(
     tensors = (query, key, query_weight, key_weight, cos, sin)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding, norm):
             return _differentiable("qk_norm_rope", tensors, (head_dim, norm, eps, rounding), codes)
         if _traced_by_dynamo() and _unfused("qk_norm_rope", tensors, (head_dim, norm, eps, rounding)):
             return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, rounding))
@@ -321,7 +321,7 @@ def joint_qk_norm_rope(
     tensors = (query, key, value, query_weight, key_weight, cos, sin, *encoder)
     try:
         codes = (head_dim, _QK_NORM[norm], eps, encoder_first, _ROUNDING[rounding])
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding, norm):
             return _differentiable("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding), codes)
         if _traced_by_dynamo() and _unfused("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding)):
             return _rejected("joint_qk_norm_rope", tensors, (head_dim, norm, eps, encoder_first, rounding))
@@ -490,20 +490,28 @@ def _needs_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
     return (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding)
 
 
-def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
+def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", qk_norm: str = "rms") -> bool:
     """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes
-    of upstream's expression.
+    of upstream's expression: it leaves all operations alone but torch's norms.
     """
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return True
-    return rounding == "eager" and any(t is not None and checks.autocasts(t) for t in tensors)
+    return rounding == "eager" and qk_norm == "rms" and any(t is not None and checks.autocasts(t) for t in tensors)
+
+
+def _autocast(name: str, options: tuple[Any, ...]) -> bool:
+    """Whether autocast is on for any device and chooses dtypes of upstream's expression: those of
+    torch's norms.
+    """
+    left_alone = name == "scale_residual" or (name in ("qk_norm_rope", "joint_qk_norm_rope") and "rms" not in options)
+    return options[-1] == "eager" and not left_alone and any_autocast_enabled()
 
 
 def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
     transformed = checks.transformed()  # a compiler chooses itself what to save
-    kernel, autocast = getattr(kernels.ops, name).default, any_autocast_enabled() and options[-1] == "eager"
-    gradients = GRADIENTS.get(name)
-    if not transformed and not autocast and gradients is not None and kernels.serves(tensors[0]) and gradients.serves(tensors, options):
+    kernel, gradients = getattr(kernels.ops, name).default, GRADIENTS.get(name)
+    plain = not transformed and not _autocast(name, options)
+    if plain and gradients is not None and kernels.serves(tensors[0]) and gradients.serves(tensors, options):
         return Fused.apply(name, kernel, codes, *tensors)
     op = OPS[name]
     call = op.call(*tensors, *options)

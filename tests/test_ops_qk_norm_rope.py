@@ -353,3 +353,16 @@ def test_many_random_rows_keep_every_bit(norm: str, head_dim: int, dtype: torch.
     got = qk_norm_rope(query, key, weight, weight, rotary, head_dim=head_dim, norm=norm, eps=EPS, rounding="eager")
     for result, x in zip(got, (query, key), strict=True):
         same_bits(result, as_upstream(x, weight, "complex", rotary, head_dim, norm))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_leaves_diffusers_norm_and_the_rotation_alone(dtype: torch.dtype) -> None:
+    query, key = (stream(2, 6, 3, 64, dtype) for _ in range(2))
+    weight, rotary = normal(64, dtype=dtype, mean=1.0), rotary_tables("complex", 6, 64)
+    with torch.autocast(DEVICE, dtype), torch.no_grad():
+        before = kernels.counts()
+        got = qk_norm_rope(query, key, weight, weight, rotary, head_dim=64, norm="diffusers_rms", eps=EPS, rounding="eager")
+        path = "reference" if MODE == "reference" else kernels.path
+        assert {key: n - before[key] for key, n in kernels.counts().items() if n != before[key]} == {("qk_norm_rope", path): 1}
+        for result, x in zip(got, (query, key), strict=True):
+            same_bits(result, as_upstream(x, weight, "complex", rotary, 64, "diffusers_rms"))

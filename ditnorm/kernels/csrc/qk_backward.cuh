@@ -57,7 +57,7 @@ __device__ __forceinline__ HeadGradient head_gradient(float rstd, float dot, int
 
 // TWICE: as HeadProblem says; else torch's RMSNorm, in the order of its gradients.
 template <class T, bool ROUND, bool TWICE, int ITEMS, int HEAD>
-__global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadProblem p) {
+__global__ void __launch_bounds__(kHeadThreads, 5) head_backward_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadP
 
 // LANES, and which widths and tables it serves: as across_kernel.
 template <class T, bool ROUND, class TILES, int LANES>
-__global__ void __launch_bounds__(kLanes / LANES) across_backward_kernel(const HeadProblem p) {
+__global__ void __launch_bounds__(kLanes / LANES, TILES::kBlocks) across_backward_kernel(const HeadProblem p) {
   constexpr int N = LANES * kGroup;
   __shared__ Exchange of_statistics, of_sums;
   wait_for_previous_kernel();

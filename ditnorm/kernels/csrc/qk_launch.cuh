@@ -83,7 +83,7 @@ class AcrossLaunch {
   bool try_width() {
     constexpr const AcrossHeads& kHeads = heads(HEADS);
     if constexpr (kHeads.x == dtype_of<T>) {
-      using Row = Tiles<kHeads.widths.list[WIDTH].tiles, kHeads.widths.full(WIDTH)>;
+      using Row = Tiles<kHeads.widths.list[WIDTH].tiles, kHeads.widths.full(WIDTH), kHeads.widths.list[WIDTH].blocks>;
       if (!Row::serves(width_)) return false;
       if constexpr (BACKWARD) {
         result_ = launch(&across_backward_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);

@@ -180,8 +180,8 @@ constexpr AcrossHeads kAcrossHeads[] = {
 constexpr AcrossHeads kAcrossHeadsBackward[] = {
   // x   lanes above tiles
   {bf16, 2,    0, {3}},
-  {bf16, 1,    3, {6, 10, 12}},
-  {f16,  1,    0, {6, 12}},
+  {bf16, 1,    3, {{6, 7}, 10, 12}},
+  {f16,  1,    0, {{6, 7}, 12}},
   {f32,  1,    0, {6, 12}},
 };
 // clang-format on
