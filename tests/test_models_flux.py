@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import model_checks, tiny
 
+from ditnorm.fused import flux
 from ditnorm.patching import patch_model
 
 NAMES = [name for name in tiny.MODELS if name.startswith(("flux", "longcat", "bria", "ovis", "chroma")) and "flux2" not in name]
@@ -88,6 +89,42 @@ def test_the_last_projections_read_the_layout_that_upstreams_read(name):
     model, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 2, torch.bfloat16)
     expected = layouts(model)
     assert layouts(patch_model(model, strict=True)) == expected
+
+
+def test_streams_that_lie_side_by_side_are_joined_without_a_copy():
+    joined = torch.randn(2, 9, 4)
+    text, image = joined[:, :3], joined[:, 3:]
+    assert flux._side_by_side(text, image)
+    assert not flux._side_by_side(image, text)
+    assert not flux._side_by_side(text, image[:, 1:])
+    assert not flux._side_by_side(text, image.clone())
+    assert not flux._side_by_side(text[:1], image)
+    assert not flux._side_by_side(joined[:, :3, :2], joined[:, 3:, :2])
+    assert not flux._side_by_side(*torch.randn(9, 2, 4).transpose(0, 1).split([3, 6], dim=1))
+    assert not flux._side_by_side(joined[:1, :3].expand(2, 3, 4), joined[:1, 3:].expand(2, 6, 4))
+    assert flux._side_by_side(joined[:1, :3], joined[:1, 3:])
+    assert not flux._side_by_side(text.clone().requires_grad_(), image)
+    block = patch_model(tiny.load("flux", torch.float32)).single_transformer_blocks[0]
+    assert flux.one_sequence(block, text, image).data_ptr() == joined.data_ptr()
+    assert torch.equal(flux.one_sequence(block, text, image), joined)
+    assert torch.equal(flux.one_sequence(block, image, text), torch.cat([image, text], dim=1))
+
+
+def test_a_hook_that_writes_to_what_the_norm_is_given_changes_what_it_changes_unpatched():
+    def double(module, args):
+        args[0].mul_(2)
+
+    def outputs(model):
+        streams = []
+        for block in model.single_transformer_blocks:
+            block.register_forward_pre_hook(lambda _, args, kwargs: streams.append(kwargs["hidden_states"]), with_kwargs=True)
+            block.norm.register_forward_pre_hook(double)
+        return [tiny.run(model, arguments), *streams]
+
+    arguments = tiny.inputs("flux", 2, torch.float32)
+    expected = outputs(tiny.load("flux", torch.float32))
+    got = outputs(patch_model(tiny.load("flux", torch.float32)))
+    assert all(map(torch.equal, got, expected))
 
 
 def test_tables_of_another_length_or_device_are_upstreams_affair():

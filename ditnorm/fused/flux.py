@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
+from ..ops.checks import transformed
 from ..ops.quantization import Law
+from ..swapping.swapped import untouched
+from ..swapping.torch_private import seen_by_a_mode
 from .activation import begun, joined
 from .adaln import law_argument
 from .attention import FusedAttention, law_in, weight_of
@@ -189,6 +192,40 @@ def after_attention(
     c, encoder_hidden_states = block.norm2_context(encoder_hidden_states, c, gate=c_gate_msa, scale=c_scale_mlp, shift=c_shift_mlp, law=law)
     encoder_hidden_states = scale_residual(encoder_hidden_states, block.ff_context(c), c_gate_mlp, rounding=rounding)
     return clipped(encoder_hidden_states), hidden_states
+
+
+def one_sequence(block: Any, first: Tensor, second: Tensor) -> Tensor:
+    """Two streams [B, T, D] and [B, S, D] as one [B, T + S, D]: where they lie in memory, if the
+    block before has returned them as parts of one tensor, else copied.
+
+    Upstream copies in any case, so somebody who is shown the sequence may write to it.
+    """
+    norm = block.norm
+    if _side_by_side(first, second) and untouched(norm, norm.norm):
+        batch, tokens, width = first.shape
+        tokens += second.shape[1]
+        return first.as_strided((batch, tokens, width), (first.stride(0) if batch > 1 else tokens * width, width, 1))
+    return torch.cat([first, second], dim=1)
+
+
+def _side_by_side(first: Tensor, second: Tensor) -> bool:
+    """Whether in one storage each sample of ``second`` follows that of ``first``, all rows
+    dense.
+    """
+    if transformed() or type(first) is not Tensor or type(second) is not Tensor:
+        return False
+    if first.requires_grad or second.requires_grad or first.dtype is not second.dtype or seen_by_a_mode():
+        return False
+    (batch, tokens, width), (_, others, _) = first.shape, second.shape
+    dense = width, 1
+    return (
+        first.stride()[1:] == dense == second.stride()[1:]
+        and second.shape[0] == batch
+        and second.shape[2] == width
+        and (batch == 1 or first.stride(0) == second.stride(0) >= (tokens + others) * width)
+        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and second.storage_offset() == first.storage_offset() + tokens * width
+    )
 
 
 def single_stream(block: Any, x: Tensor, temb: Tensor, rotary: Rotary | None, kwargs: dict[str, Any], **more: Any) -> Tensor:

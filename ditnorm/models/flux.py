@@ -5,12 +5,11 @@ Bria-FIBO. The dual-stream blocks of Ovis-Image are FLUX.1's, too.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.block import FusedBlock
-from ..fused.flux import FluxAttention, Rotary, after_attention, laws, single_stream
+from ..fused.flux import FluxAttention, Rotary, after_attention, laws, one_sequence, single_stream
 from ..fused.modulation import ModulatedModel
 from ..layers import ScaleResidualNormScaleShift
 
@@ -99,7 +98,7 @@ class FluxSingleTransformerBlock(FusedBlock):
         if not self.intact():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[misc]
         text = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = one_sequence(self, encoder_hidden_states, hidden_states)
         x = single_stream(self, x, temb, image_rotary_emb, joint_attention_kwargs or {})
         return x[:, :text], x[:, text:]
 

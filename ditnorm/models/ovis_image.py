@@ -8,7 +8,7 @@ from torch import Tensor
 from ..fused.activation import is_torchs_silu, silu_gated
 from ..fused.adaln import AdaLayerNormZeroSingle
 from ..fused.block import FusedBlock
-from ..fused.flux import FluxAttention, Rotary, law_joined, scale_residual_clipped
+from ..fused.flux import FluxAttention, Rotary, law_joined, one_sequence, scale_residual_clipped
 
 
 class OvisImageSingleTransformerBlock(FusedBlock):
@@ -34,7 +34,7 @@ class OvisImageSingleTransformerBlock(FusedBlock):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[misc]
         kwargs = joint_attention_kwargs or {}
         text = encoder_hidden_states.shape[1]
-        residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        residual = one_sequence(self, encoder_hidden_states, hidden_states)
         x, gate = self.norm(residual, emb=temb, **law_joined(self, residual, image_rotary_emb, kwargs))
         mlp, mlp_gate = self.proj_mlp(x).split([self.mlp_hidden_dim, self.mlp_hidden_dim], dim=-1)
         pending = is_torchs_silu(self.act_mlp)
