@@ -5,7 +5,7 @@ import types
 import diffusers
 import pytest
 import torch
-from diffusers.models import attention_processor, normalization
+from diffusers.models import attention, attention_processor, normalization
 from diffusers.models.transformers import transformer_hunyuan_video, transformer_qwenimage, transformer_wan
 from support import tiny
 from support.after_patching import (
@@ -65,6 +65,8 @@ def test_one_norm_with_a_forward_of_its_own_leaves_the_other_sites_fused(name: s
         ("qwen-image", normalization.RMSNorm),
         ("hunyuan-video", nn.LayerNorm),
         ("hunyuan-video", normalization.RMSNorm),
+        ("sd3.5-medium", nn.LayerNorm),
+        ("sd3.5-medium", normalization.RMSNorm),
     ],
 )
 def test_the_forward_of_a_norm_replaced_on_its_class_is_called(name: str, cls: type) -> None:
@@ -108,7 +110,13 @@ def test_a_forward_replaced_on_the_class_that_ditnorm_made_is_called() -> None:
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("wan-t2v", "layer_norm"), ("wan-t2v", "rms_norm"), ("qwen-image", "layer_norm"), ("hunyuan-video", "layer_norm")],
+    [
+        ("wan-t2v", "layer_norm"),
+        ("wan-t2v", "rms_norm"),
+        ("qwen-image", "layer_norm"),
+        ("hunyuan-video", "layer_norm"),
+        ("sd3.5-medium", "layer_norm"),
+    ],
 )
 def test_a_function_of_torch_replaced_for_the_process_is_called(name: str, function: str) -> None:
     original = getattr(F, function)
@@ -143,6 +151,7 @@ BLOCKS = {
     "wan-t2v": transformer_wan.WanTransformerBlock,
     "qwen-image": transformer_qwenimage.QwenImageTransformerBlock,
     "hunyuan-video": transformer_hunyuan_video.HunyuanVideoTransformerBlock,
+    "sd3.5-medium": attention.JointTransformerBlock,
 }
 
 
@@ -193,7 +202,11 @@ def test_the_forward_of_an_attention_module_replaced_on_its_class_is_called(name
 
 @pytest.mark.parametrize(
     ("name", "cls"),
-    [("hunyuan-video", normalization.AdaLayerNormZero), ("qwen-image", normalization.AdaLayerNormContinuous)],
+    [
+        ("hunyuan-video", normalization.AdaLayerNormZero),
+        ("qwen-image", normalization.AdaLayerNormContinuous),
+        ("sd3.5-medium", normalization.SD35AdaLayerNormZeroX),
+    ],
 )
 def test_the_forward_of_an_adaptive_norm_replaced_on_its_class_is_called(name: str, cls: type) -> None:
     assert_follows_while(name, lambda: replaced(cls, "forward", halving(vars(cls)["forward"])))

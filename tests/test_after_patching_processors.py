@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from diffusers.models import embeddings
+from diffusers.models import attention_processor, embeddings
 from diffusers.models.transformers import transformer_hunyuan_video, transformer_qwenimage, transformer_wan
 from support import tiny
 from support.after_patching import CALLS, FAMILIES, assert_follows, halving, replaced
@@ -17,6 +17,7 @@ PROCESSORS = {
     "wan-t2v": transformer_wan.WanAttnProcessor,
     "qwen-image": transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0,
     "hunyuan-video": transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0,
+    "sd3.5-medium": attention_processor.JointAttnProcessor2_0,
 }
 
 

@@ -11,10 +11,10 @@ from ditnorm.patching import patch_model, report, unpatch_model
 from support import tiny
 from support.patched import DTYPE, fused_calls, is_patched, run
 
-FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video"]
-BLOCK = {"wan-t2v": "blocks.0", "qwen-image": "transformer_blocks.0", "hunyuan-video": "transformer_blocks.0"}
-NORM = {"wan-t2v": "norm1", "qwen-image": "img_norm2", "hunyuan-video": "norm2"}
-ATTENTION = {"wan-t2v": "attn1", "qwen-image": "attn", "hunyuan-video": "attn"}
+FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video", "sd3.5-medium"]
+BLOCK = {name: "blocks.0" if name == "wan-t2v" else "transformer_blocks.0" for name in FAMILIES}
+NORM = {"wan-t2v": "norm1", "qwen-image": "img_norm2", "hunyuan-video": "norm2", "sd3.5-medium": "norm2"}
+ATTENTION = {name: "attn1" if name == "wan-t2v" else "attn" for name in FAMILIES}
 CALLS = {name: sum(tiny.MODELS[name].calls) for name in FAMILIES}
 
 Change = Callable[[nn.Module], object]
@@ -82,7 +82,7 @@ def assert_follows_while(name: str, replacement: Callable[[], contextlib.Abstrac
 def halving(original: Callable[..., object]) -> Callable[..., object]:
     def halved(self: object, *args: object, **kwargs: object) -> object:
         output = original(self, *args, **kwargs)
-        return tuple(o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
+        return tuple(o if o is None else o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
 
     return halved
 
