@@ -21,7 +21,8 @@ from ditnorm.ops.quantization import FLOAT8_ROW, Law
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 DTYPE = torch.bfloat16
-NAMES = ("wan-t2v", "wan-vace", "qwen-image", "hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5")
+NAMES = ("wan-t2v", "wan-vace", "qwen-image", "flux", "chroma", "flux2")
+NAMES += ("hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5")
 
 
 def in_blocks(name: str) -> bool:
