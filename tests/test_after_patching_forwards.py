@@ -6,7 +6,13 @@ import diffusers
 import pytest
 import torch
 from diffusers.models import attention, attention_processor, normalization
-from diffusers.models.transformers import transformer_hunyuan_video, transformer_qwenimage, transformer_wan
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_hunyuan_video,
+    transformer_qwenimage,
+    transformer_wan,
+)
 from support import tiny
 from support.after_patching import (
     CALLS,
@@ -66,6 +72,7 @@ def test_one_norm_with_a_forward_of_its_own_leaves_the_other_sites_fused(name: s
         ("hunyuan-video", nn.LayerNorm),
         ("hunyuan-video", normalization.RMSNorm),
         ("sd3.5-medium", nn.LayerNorm),
+        ("flux", nn.RMSNorm),
         ("sd3.5-medium", normalization.RMSNorm),
     ],
 )
@@ -116,6 +123,8 @@ def test_a_forward_replaced_on_the_class_that_ditnorm_made_is_called() -> None:
         ("qwen-image", "layer_norm"),
         ("hunyuan-video", "layer_norm"),
         ("sd3.5-medium", "layer_norm"),
+        ("flux", "rms_norm"),
+        ("flux2", "layer_norm"),
     ],
 )
 def test_a_function_of_torch_replaced_for_the_process_is_called(name: str, function: str) -> None:
@@ -150,6 +159,8 @@ def test_the_forward_of_a_block_replaced_on_the_instance_is_called(name: str) ->
 BLOCKS = {
     "wan-t2v": transformer_wan.WanTransformerBlock,
     "qwen-image": transformer_qwenimage.QwenImageTransformerBlock,
+    "flux": transformer_flux.FluxTransformerBlock,
+    "flux2": transformer_flux2.Flux2TransformerBlock,
     "hunyuan-video": transformer_hunyuan_video.HunyuanVideoTransformerBlock,
     "sd3.5-medium": attention.JointTransformerBlock,
 }
@@ -206,6 +217,7 @@ def test_the_forward_of_an_attention_module_replaced_on_its_class_is_called(name
         ("hunyuan-video", normalization.AdaLayerNormZero),
         ("qwen-image", normalization.AdaLayerNormContinuous),
         ("sd3.5-medium", normalization.SD35AdaLayerNormZeroX),
+        ("flux", normalization.AdaLayerNormZeroSingle),
     ],
 )
 def test_the_forward_of_an_adaptive_norm_replaced_on_its_class_is_called(name: str, cls: type) -> None:

@@ -5,7 +5,13 @@ import types
 import pytest
 import torch
 from diffusers.models import attention_processor, embeddings
-from diffusers.models.transformers import transformer_hunyuan_video, transformer_qwenimage, transformer_wan
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_hunyuan_video,
+    transformer_qwenimage,
+    transformer_wan,
+)
 from support import tiny
 from support.after_patching import CALLS, FAMILIES, assert_follows, halving, replaced
 from support.patched import DTYPE, fused_calls, run
@@ -16,6 +22,8 @@ from ditnorm.patching import patch_model, report
 PROCESSORS = {
     "wan-t2v": transformer_wan.WanAttnProcessor,
     "qwen-image": transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0,
+    "flux": transformer_flux.FluxAttnProcessor,
+    "flux2": transformer_flux2.Flux2AttnProcessor,
     "hunyuan-video": transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0,
     "sd3.5-medium": attention_processor.JointAttnProcessor2_0,
 }
@@ -42,7 +50,12 @@ def test_the_call_of_a_processor_replaced_on_its_class_is_called(name: str) -> N
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize(
     ("name", "module", "helper"),
-    [("hunyuan-video", embeddings, "apply_rotary_emb"), ("qwen-image", transformer_qwenimage, "apply_rotary_emb_qwen")],
+    [
+        ("hunyuan-video", embeddings, "apply_rotary_emb"),
+        ("qwen-image", transformer_qwenimage, "apply_rotary_emb_qwen"),
+        ("flux", transformer_flux, "apply_rotary_emb"),
+        ("flux2", transformer_flux2, "apply_rotary_emb"),
+    ],
 )
 def test_a_helper_of_a_processor_replaced_before_or_after_patching_is_called(
     name: str, module: types.ModuleType, helper: str, order: str

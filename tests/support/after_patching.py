@@ -11,9 +11,9 @@ from ditnorm.patching import patch_model, report, unpatch_model
 from support import tiny
 from support.patched import DTYPE, fused_calls, is_patched, run
 
-FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video", "sd3.5-medium"]
+FAMILIES = ["wan-t2v", "qwen-image", "flux", "flux2", "hunyuan-video", "sd3.5-medium"]
 BLOCK = {name: "blocks.0" if name == "wan-t2v" else "transformer_blocks.0" for name in FAMILIES}
-NORM = {"wan-t2v": "norm1", "qwen-image": "img_norm2", "hunyuan-video": "norm2", "sd3.5-medium": "norm2"}
+NORM = {"wan-t2v": "norm1", "qwen-image": "img_norm2", "flux": "norm2", "flux2": "norm2", "hunyuan-video": "norm2", "sd3.5-medium": "norm2"}
 ATTENTION = {name: "attn1" if name == "wan-t2v" else "attn" for name in FAMILIES}
 CALLS = {name: sum(tiny.MODELS[name].calls) for name in FAMILIES}
 
