@@ -1,8 +1,10 @@
 """Writes the page of results from what ``bench_transformers.py`` measured.
 
 python scripts/results_page.py bench-output/transformers.json
+python scripts/results_page.py --quantised float8-row/transformers.json int8-row/transformers.json
 
-Copies the JSON and its chart to docs/ and writes docs/results.md.
+Copies the JSON and its chart to docs/ and writes docs/results.md. With --quantised: what several
+runs with --quantization measured becomes docs/quantised.json and a section of the page.
 """
 
 import argparse
@@ -15,29 +17,54 @@ from typing import Any
 
 from bench.models import accuracy
 from bench.models.report import bits, layer_counts, notes
-from bench.models.variants import EAGER, PATCHED, SINGLE, VARIANTS
+from bench.models.variants import BF16, EAGER, PATCHED, SINGLE, VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-JSON, CHART, PAGE = "transformers.json", "transformers.png", "results.md"
+JSON, CHART, PAGE, QUANTISED = "transformers.json", "transformers.png", "results.md", "quantised.json"
 
 
-def main_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of the README: one line a model."""
+def main_table(entries: Mapping[str, Mapping[str, Any]], *others: str) -> str:
+    """The table of the README: one line a model. ``others``: columns behind these."""
+    found = {name for entry in entries.values() for name in entry.get("columns", ())}
+    names = [name for name in ("patched", "compiled", "patched + compiled", *others) if name in found]
     lines = [
-        "| Model, one denoising step | layers | eager | patched | compiled | patched + compiled | patched latents |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        f"| Model, one denoising step | layers | eager | {' | '.join(names)} | patched latents |",
+        f"|---|---:|---:|{'---:|' * len(names)}---|",
     ]
     for entry in entries.values():
         if "error" in entry:
-            lines.append(f"| {entry['title']} | {layer_counts(entry)} | {entry['error']} | | | | |")
+            lines.append(f"| {entry['title']} | {layer_counts(entry)} | {entry['error']} |{' |' * (len(names) + 1)}")
             continue
         columns = entry["columns"]
         eager = columns[EAGER.name]["step_ms"]
         cells = [f"{eager:,.1f} ms"]
-        for name in ("patched", "compiled", "patched + compiled"):
+        for name in names:
             cells.append(f"{columns[name]['step_ms']:,.1f} ms ({columns[name]['step_ms'] / eager - 1:+.1%})" if name in columns else "")
         lines.append(f"| {entry['title']} | {layer_counts(entry)} | {' | '.join(cells)} | {bits(entry, PATCHED.name)} |")
     return "\n".join(lines)
+
+
+def quantised_section(record: Mapping[str, Any] | None) -> str:
+    """The runs with quantised weights; nothing where there are none."""
+    if record is None:
+        return ""
+    runs = record["runs"]
+    entries = {key: entry for run in runs for key, entry in run["models"].items()}
+    measured = ", ".join(dict.fromkeys(f"{run['date']}; {versions(run)}" for run in runs))
+    commands = "\n".join(run["command"] for run in runs)
+    return f"""## Quantised weights
+
+The same with torchao's quantised weights and activations; "eager" is torchao's own. Measured {measured}. See [quantised.md](quantised.md).
+
+```sh
+{commands}
+```
+
+{main_table(entries, BF16.name)}
+
+{full_table(entries)}
+
+"""
 
 
 def full_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -95,13 +122,17 @@ def accuracy_cell(name: str, errors: Mapping[str, Mapping[str, float]]) -> str:
     return f"{found['relative']:.3e} ({found['psnr']:.1f} dB{change})"
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """The whole page."""
-    versions = "; ".join(f"{key} {value}" for key, value in report["environment"].items())
+def versions(run: Mapping[str, Any]) -> str:
+    """Where it was measured."""
+    return "; ".join(f"{key} {value}" for key, value in run["environment"].items())
+
+
+def page(report: Mapping[str, Any], quantised: Mapping[str, Any] | None = None) -> str:
+    """The whole page. ``quantised``: what docs/quantised.json has."""
     sources = "\n".join(f"- {entry['title']}: `{entry['source']}`" for entry in report["models"].values())
     return f"""# Results
 
-Whole denoising steps of real models, with random weights, in bfloat16. Measured {report["date"]}; {versions}.
+Whole denoising steps of real models, with random weights, in bfloat16. Measured {report["date"]}; {versions(report)}.
 
 ```sh
 {report["command"]}
@@ -121,7 +152,7 @@ python scripts/results_page.py bench-output/transformers.json
 
 {notes(report["models"])}
 
-{accuracy_section(report["models"])}## Configurations
+{accuracy_section(report["models"])}{quantised_section(quantised)}## Configurations
 
 {sources}
 """
@@ -130,13 +161,29 @@ python scripts/results_page.py bench-output/transformers.json
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description="Write docs/results.md from the JSON of bench_transformers.py.")
-    parser.add_argument("json", type=Path, help="its chart lies beside it")
+    parser.add_argument("json", type=Path, nargs="?", help="its chart lies beside it (default: the one in docs/)")
+    parser.add_argument("--quantised", type=Path, nargs="+", default=[], metavar="JSON", help="of runs with --quantization")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(argv)
-    for name in (JSON, CHART):
-        shutil.copyfile(options.json.with_name(name), options.docs / name)
-    (options.docs / PAGE).write_text(page(json.loads((options.docs / JSON).read_text())))
+    if options.json is not None:
+        for name in (JSON, CHART):
+            shutil.copyfile(options.json.with_name(name), options.docs / name)
+    if options.quantised:
+        runs = [json.loads(path.read_text()) for path in options.quantised]
+        (options.docs / QUANTISED).write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    write(options.docs)
     return 0
+
+
+def write(docs: Path) -> None:
+    """The page of the records in a folder."""
+    (docs / PAGE).write_text(page(json.loads((docs / JSON).read_text()), quantised_record(docs)))
+
+
+def quantised_record(docs: Path) -> Mapping[str, Any] | None:
+    """What was measured of quantised weights, if anything was."""
+    path = docs / QUANTISED
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 if __name__ == "__main__":

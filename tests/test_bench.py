@@ -398,7 +398,25 @@ def test_committed_page_is_that_of_its_json():
     if not (results_page.DOCS / results_page.JSON).exists():
         pytest.skip(f"docs/{results_page.JSON}: not measured yet")
     report = json.loads((results_page.DOCS / results_page.JSON).read_text())
-    assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report)
+    quantised = results_page.quantised_record(results_page.DOCS)
+    assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report, quantised)
+
+
+def test_quantised_runs_stand_beside_those_in_bf16_on_the_page(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(variants, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    _, report = bench("--quick", "--models", "qwen-image")
+    assert results_page.main([str(tmp_path / "transformers.json"), "--docs", str(docs)]) == 0
+    assert "## Quantised" not in (docs / "results.md").read_text()
+    _, quantised = bench("--models", "wan2.2-ti2v-5b", "--layers", "1", "--quantization", "int8-row")
+    (entry,) = quantised["models"].values()
+    assert {"eager", "patched", "compiled", "patched + compiled", "patched, bf16"} <= set(entry["columns"])
+    assert results_page.main(["--quantised", str(tmp_path / "transformers.json"), "--docs", str(docs)]) == 0
+    page = (docs / "results.md").read_text()
+    assert page.index(report["command"]) < page.index("## Quantised weights") < page.index(quantised["command"])
+    assert f"{entry['columns']['patched + compiled']['step_ms']:,.1f} ms" in page
+    assert f"{entry['columns']['patched, bf16']['step_ms']:,.1f} ms" in page
 
 
 @pytest.mark.parametrize("quantization", ["float8-row", "float8-tensor", "int8-row"])
