@@ -162,7 +162,7 @@ constexpr NormSite kQuantizedNormSites[] = {
 constexpr NormBackward kNormBackward[] = {
   // x   lanes above tiles
   {bf16, 2,    0, {3, 4}},
-  {bf16, 1,    4, {6, 8, 10, 12}},
+  {bf16, 1,    4, {6, {8, 4}, 10, 12}},
   {f16,  1,    0, {6, {12, 2}}},
   {f32,  1,    0, {6, 12}},
 };
