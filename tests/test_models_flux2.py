@@ -4,6 +4,8 @@ import pytest
 import torch
 from support import model_checks, tiny
 
+from ditnorm.patching import patch_model, report
+
 NAMES = ["flux2", "flux2-klein"]
 
 
@@ -29,3 +31,63 @@ def test_unpatching_restores_the_model(name):
 
 def test_gradients_are_those_of_the_unpatched_model():
     model_checks.same_gradients("flux2")
+
+
+def test_a_cache_of_reference_images_holds_what_it_holds_unpatched():
+    flux2 = pytest.importorskip("diffusers.models.transformers.transformer_flux2")
+    if not hasattr(flux2, "Flux2KVCache"):
+        pytest.skip("comes with diffusers 0.38.0")
+
+    def steps(model):
+        first = model(**arguments, kv_cache_mode="extract", num_ref_tokens=6, return_dict=False)
+        later = {k: v[:, 6:] if k == "hidden_states" else v[6:] if k == "img_ids" else v for k, v in arguments.items()}
+        output = model(**later, kv_cache=first[1], kv_cache_mode="cached", return_dict=False)[0]
+        layers = [*first[1].double_block_caches, *first[1].single_block_caches]
+        return [first[0], output, *(t for layer in layers for t in layer.get())]
+
+    model, arguments = tiny.load("flux2-klein", torch.bfloat16), tiny.inputs("flux2-klein", 2, torch.bfloat16)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(flux2.Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(flux2.Flux2KVParallelSelfAttnProcessor())
+    with torch.no_grad():
+        expected = steps(model)
+        with pytest.warns(UserWarning, match="Flux2KVAttnProcessor is not one that ditnorm knows"):
+            patch_model(model)
+        assert report(model).transformers[0].fused == 4
+        assert all(map(torch.equal, steps(model), expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float32_model_under_autocast_rounds_as_unpatched(name):
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tiny.run(model, arguments)
+        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+def test_projections_fused_by_upstream_stay_fused():
+    model, arguments = tiny.load("flux2", torch.bfloat16), tiny.inputs("flux2", 2, torch.bfloat16)
+    model.fuse_qkv_projections()
+    expected = tiny.run(model, arguments)
+    patch_model(model, strict=True)
+    assert all(block.attn.fuses() for block in [*model.transformer_blocks, *model.single_transformer_blocks])
+    assert torch.equal(tiny.run(model, arguments), expected)
+
+
+def test_blocks_compile_to_no_more_graphs_and_fewer_calls_than_unpatched():
+    model, arguments = tiny.load("flux2", torch.bfloat16), tiny.inputs("flux2", 1, torch.bfloat16)
+    expected, graphs, calls = tiny.run(model, arguments), [], []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert torch.equal(tiny.run(model, arguments), expected)
+        stats = torch._dynamo.utils.counters["stats"]
+        graphs.append(stats["unique_graphs"])
+        calls.append(stats["calls_captured"])
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+            block._compiled_call_impl = None
+        patch_model(model, strict=True)
+    assert graphs[1] <= graphs[0]
+    assert calls[1] < calls[0]
