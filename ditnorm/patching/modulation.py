@@ -46,12 +46,12 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
     """Takes the weights that turn the timestep into scale, shift and gate off the device, a table
     of their results in their place.
 
-    They are a third of Qwen-Image and HunyuanVideo-1.5, more than a quarter of HunyuanVideo and
-    HunyuanImage. They stay the model's Parameters, in host memory, pinned where CUDA is in use.
-    Before the first step of a generation they pass through the device once, a module at a time, and
-    make the rows of the whole schedule, with the bits that the model would compute. What the table
-    has no row for is made from the weights when it comes. Changed weights and adapters empty the
-    table. :func:`ditnorm.report` counts.
+    They are a third of Qwen-Image and HunyuanVideo-1.5, more than a quarter of HunyuanVideo,
+    HunyuanImage and FLUX.1. They stay the model's Parameters, in host memory, pinned where CUDA is
+    in use. Before the first step of a generation they pass through the device once, a module at a
+    time, and make the rows of the whole schedule, with the bits that the model would compute. What
+    the table has no row for is made from the weights when it comes. Changed weights and adapters
+    empty the table. :func:`ditnorm.report` counts.
 
     ``target``: a diffusers pipeline, whose scheduler says the schedule, or a model, patched or not:
     it is patched as :func:`ditnorm.patch_pipeline` does. ``timesteps``, 1-D: those that a model
