@@ -46,8 +46,8 @@ bool waits_for_previous_kernel(Kernel kernel) {
 
 // How many blocks of `threads` threads run at the same time, for kernels that go from row to row.
 #ifdef __CUDACC__
-template <class Kernel>
-int resident_blocks(Kernel kernel, unsigned threads) {
+template <auto KERNEL>
+int resident_blocks(unsigned threads) {
   constexpr int kDevices = 64, kWarps = 33;
   static std::atomic<int> known[kDevices][kWarps];  // 0: not asked yet
   int device, processors = 0, each = 0;
@@ -55,14 +55,14 @@ int resident_blocks(Kernel kernel, unsigned threads) {
   std::atomic<int>& answer = known[device][threads / 32];
   if (answer.load(std::memory_order_relaxed) == 0) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, static_cast<int>(threads), 0);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, KERNEL, static_cast<int>(threads), 0);
     answer.store(std::max(1, processors * each), std::memory_order_relaxed);
   }
   return answer.load(std::memory_order_relaxed);
 }
 #else
-template <class Kernel>
-int resident_blocks(Kernel, unsigned) {
+template <auto>
+int resident_blocks(unsigned) {
   return 3;
 }
 #endif

@@ -212,9 +212,20 @@ QuantizedOutput run_quantized(Call& call, const Tensor& x, int64_t law, int (*bo
                               int (*plain)(const Problem&, void*)) {
   QuantizedOutput output(x, law);
   call.problem.quantized = output.out;
-  if (output.out.law != Law::float8_tensor && call.try_run(both)) return output;
+  const bool per_row = output.out.law != Law::float8_tensor;
+  if (per_row && call.try_run(both)) return output;
   const Tensor y = empty_like(x);
   call.problem.y = y.data();
+  Tensor maxima;
+  if (!per_row) {
+    const int64_t rows = call.problem.batch * call.problem.tokens;
+    maxima = abi::empty(1, &rows, aoti_torch_dtype_int32(), x);
+    call.problem.quantized.maxima = static_cast<uint32_t*>(maxima.data());
+    if (call.try_run(both)) {
+      quantize_into(output, y, false, &maxima);
+      return output;
+    }
+  }
   call.run(plain);
   quantize_into(output, y, false);
   return output;

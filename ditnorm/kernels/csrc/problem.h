@@ -49,6 +49,9 @@ struct Quantized {
   Law law;
   uint8_t* values;  // [rows, width]; null where nothing is quantised
   float* scale;     // [rows], or one where the law has one for all rows
+  // [rows], the bits of the largest |y| of each, where the law has one scale for all rows: then the
+  // norm's kernel writes these, and y, for another to quantise.
+  uint32_t* maxima;
 };
 
 struct Problem {

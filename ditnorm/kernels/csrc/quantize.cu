@@ -102,6 +102,18 @@ __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const QuantizeProble
   if (threadIdx.x == 0) p.partials[blockIdx.x] = bits;
 }
 
+// The same where that of each row is known.
+__global__ void __launch_bounds__(kAmaxThreads) maxima_kernel(const QuantizeProblem p) {
+  __shared__ uint32_t exchange[kMaxWarps];
+  wait_for_previous_kernel();
+  uint32_t bits = 0;
+  for (int64_t row = blockIdx.x * kAmaxThreads + threadIdx.x; row < p.batch * p.tokens; row += gridDim.x * kAmaxThreads) {
+    bits = Amax<float>::larger(bits, p.maxima[row]);
+  }
+  bits = reduce_max(bits, exchange);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = bits;
+}
+
 // Any width, alignment and dtype: element by element, a row is read twice.
 template <bool GELU>
 __device__ __forceinline__ float element(const QuantizeProblem& p, int64_t offset) {
@@ -159,7 +171,7 @@ bool table_serves(const QuantizeProblem& p) {
 
 int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
   const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
-  const int64_t resident = resident_blocks(&gelu_table_quantize_kernel, threads);
+  const int64_t resident = resident_blocks<&gelu_table_quantize_kernel>(threads);
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident)));
   return launch(&gelu_table_quantize_kernel, grid, threads, stream, p);
 }
@@ -171,7 +183,8 @@ int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
     if (table_serves(p)) return launch_gelu_table_kernel(p, stream);
   }
   if (p.partials != nullptr) {
-    const int error = launch(&amax_kernel<T, GELU>, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
+    const auto kernel = p.maxima != nullptr ? &maxima_kernel : &amax_kernel<T, GELU>;
+    const int error = launch(kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
     if (error != 0) return error;
   }
   const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));

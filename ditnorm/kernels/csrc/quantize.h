@@ -19,6 +19,7 @@ struct QuantizeProblem {
   bool gelu;           // of x, with its tanh approximation, before it is quantised
   uint32_t* partials;  // room for partial_count numbers where the law has one scale for all rows, else null
   int64_t partial_count;
+  const uint32_t* maxima;  // the bits of the largest |x| of each row, where they are known, or null
 };
 
 // An int32 matrix product [rows, width] -> y in `dtype`.

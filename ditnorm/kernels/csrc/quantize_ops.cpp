@@ -25,7 +25,7 @@ QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law) {
   out.scale = static_cast<float*>(scale.data());
 }
 
-void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu) {
+void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, const Tensor* maxima) {
   const int64_t dim = x.dim(), width = x.sizes()[dim - 1];
   const Tensor copy = width == 1 || x.strides()[dim - 1] == 1 ? Tensor() : abi::contiguous(x);
   const Tensor& source = copy.handle() == nullptr ? x : copy;
@@ -41,7 +41,8 @@ void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu) {
   if (rows == 0) return;
   Tensor partials;
   if (output.out.law == Law::float8_tensor) {
-    problem.partial_count = std::min(rows, kMaxPartials);
+    problem.partial_count = std::min(maxima == nullptr ? rows : (rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials);
+    problem.maxima = maxima == nullptr ? nullptr : static_cast<const uint32_t*>(maxima->data());
     partials = abi::empty(1, &problem.partial_count, aoti_torch_dtype_int32(), x);
     problem.partials = static_cast<uint32_t*>(partials.data());
   }

@@ -12,10 +12,11 @@ struct QuantizedOutput {
   QuantizedOutput(const Tensor& x, int64_t law);
 
   Tensor values, scale;
-  Quantized out;
+  Quantized out{};
 };
 
-// Quantises x, [B, S, D] or [S, D], or GELU of it.
-void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu);
+// Quantises x, [B, S, D] or [S, D], or GELU of it. `maxima`: the bits of the largest |x| of each
+// row, where they are known.
+void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, const Tensor* maxima = nullptr);
 
 }  // namespace ditnorm

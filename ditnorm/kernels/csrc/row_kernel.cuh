@@ -207,8 +207,15 @@ class Row {
       amax.take(v[i]);
     });
     const Law law = p_.quantized.law;
-    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max<SHAPE::kThreadsPerRow>(amax.bits(), exchange)), law), law);
-    if (place_.first == 0) p_.quantized.scale[at_.batch * p_.tokens + at_.token] = by.scale;
+    const uint32_t largest = reduce_max<SHAPE::kThreadsPerRow>(amax.bits(), exchange);
+    const int64_t row = at_.batch * p_.tokens + at_.token;
+    if (p_.quantized.maxima != nullptr) {
+      if (place_.first == 0) p_.quantized.maxima[row] = largest;
+      place_.each([&](auto i) { store_row<kCache>(static_cast<T*>(p_.y) + target + i * kStep, v[i]); });
+      return;
+    }
+    const Divisor by = divide_by(scale_of<T>(float_of(largest), law), law);
+    if (place_.first == 0) p_.quantized.scale[row] = by.scale;
     ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); });
   }
 
