@@ -98,3 +98,16 @@ def test_the_blocks_of_a_controlnet_are_fused(modulated):
     assert torch.equal(run(), expected)
     calls = {op: n - before[op, path] for (op, path), n in kernels.counts().items() if n != before[op, path]}
     assert calls == dict.fromkeys(("norm_scale_shift", "qk_norm_rope", "norm_scale_residual", "norm_scale_residual_norm_scale_shift"), 2)
+
+
+def test_offloaded_norms_are_computed_with_what_stands_around_them():
+    """Their weights are there for the time of a call only, and that call is made."""
+    from accelerate import cpu_offload
+
+    model, arguments = tiny.load("z-image", torch.bfloat16), tiny.inputs("z-image", 1, torch.bfloat16)
+    expected = tiny.run(model, arguments)
+    cpu_offload(patch_model(model, strict=True), torch.device("cpu"))
+    before = kernels.counts()
+    assert torch.equal(tiny.run(model, arguments), expected)
+    op = "norm_scale_residual_norm_scale_shift"
+    assert kernels.counts()[op, "reference"] - before[op, "reference"] == 4

@@ -28,22 +28,39 @@ class ScaleResidualFP32LayerNormScaleShift(ScaleResidualLayerNormScaleShift):
     norm = "fp32_layer"
 
 
-class DiffusersRMSNormScaleShift(NormScaleShiftLayer):
+class _DiffusersRMSNorm:
+    """Called without a tensor such a norm returns a copy of its weight, for an op that computes it
+    together with what stands around it. (Why by a call: see ``QKNorm`` of attention.)
+    """
+
+    norm = "diffusers_rms"
+    rounding: str
+    weight: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return None if self.weight is None else self.weight.clone()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return nn.Module.__call__(self)
+
+    def own_weight(self) -> Tensor | None:
+        """The weight: through a call where a hook wraps its forward."""
+        return self() if "forward" in self.__dict__ else self.weight
+
+    def extra_repr(self) -> str:
+        return f"rounding={self.rounding!r}"
+
+
+class DiffusersRMSNormScaleShift(_DiffusersRMSNorm, NormScaleShiftLayer):
     """``RMSNorm(x) * (1 + scale) + shift`` of diffusers' ``RMSNorm``."""
 
-    norm = "diffusers_rms"
 
-    def extra_repr(self) -> str:
-        return f"rounding={self.rounding!r}"
-
-
-class ScaleResidualDiffusersRMSNormScaleShift(ScaleResidualNormScaleShift):
+class ScaleResidualDiffusersRMSNormScaleShift(_DiffusersRMSNorm, ScaleResidualNormScaleShift):
     """:class:`ScaleResidualNormScaleShift` of diffusers' ``RMSNorm``."""
-
-    norm = "diffusers_rms"
-
-    def extra_repr(self) -> str:
-        return f"rounding={self.rounding!r}"
 
 
 _LAYERS: dict[tuple[type, str | None], type] = {

@@ -90,7 +90,9 @@ class SandwichBlock(FusedBlock):
         """``r = residual + gate * norm(x)``, the norm being that of ``branch``."""
         x_norm = self._modules[branch]
         if _inlinable(x_norm):
-            return functional.norm_scale_residual(residual, x, x_norm.weight, gate, index=index, eps=x_norm.eps, rounding=self.rounding)
+            return functional.norm_scale_residual(
+                residual, x, x_norm.own_weight(), gate, index=index, eps=x_norm.eps, rounding=self.rounding
+            )
         residual = residual if gate is None else promoted(residual, gate, self.rounding)
         return functional.scale_residual(residual, x_norm(x), gate, index=index, rounding=self.rounding)
 
@@ -107,11 +109,11 @@ class SandwichBlock(FusedBlock):
         x_norm, norm = self._modules[branch], self._modules[self.branches[branch]]  # type: ignore[index]
         if _inlinable(x_norm) and _inlinable(norm) and x_norm.eps == norm.eps:
             return functional.norm_scale_residual_norm_scale_shift(
-                residual, x, x_norm.weight, gate, scale, weight=norm.weight, index=index, eps=norm.eps, rounding=self.rounding
+                residual, x, x_norm.own_weight(), gate, scale, weight=norm.own_weight(), index=index, eps=norm.eps, rounding=self.rounding
             )
         return norm(residual, x_norm(x), gate=gate, scale=scale, index=index)
 
 
 def _inlinable(norm: Any) -> bool:
-    """Whether a norm may go without a call: nobody wants to see it, and its weight is in place."""
-    return "forward" not in norm.__dict__ and norm.bias is None and untouched(norm)
+    """Whether a norm may be computed with what stands around it: nobody wants to see it alone."""
+    return norm.bias is None and untouched(norm)
