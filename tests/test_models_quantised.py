@@ -26,7 +26,7 @@ NAMES += ("hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5")
 
 
 def in_blocks(name: str) -> bool:
-    return "blocks." in name and "refiner" not in name
+    return ("blocks." in name or name.startswith("layers.")) and "refiner" not in name
 
 
 def model_of(name: str, law: Law) -> nn.Module:
