@@ -2,9 +2,11 @@
 
 python scripts/results_page.py bench-output/transformers.json
 python scripts/results_page.py --quantised float8-row/transformers.json int8-row/transformers.json
+python scripts/results_page.py --families flux/transformers.json sd3/transformers.json
 
 Copies the JSON and its chart to docs/ and writes docs/results.md. With --quantised: what several
-runs with --quantization measured becomes docs/quantised.json and a section of the page.
+runs with --quantization measured becomes docs/quantised.json and a section of the page; with
+--families the same of runs of other models, maybe on another GPU, and docs/families.json.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,33 @@ from bench.models.report import bits, layer_counts, notes
 from bench.models.variants import BF16, EAGER, PATCHED, SINGLE, VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-JSON, CHART, PAGE, QUANTISED = "transformers.json", "transformers.png", "results.md", "quantised.json"
+JSON, CHART, PAGE = "transformers.json", "transformers.png", "results.md"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs that have a record and a section of the page of their own."""
+
+    name: str
+    """Of the option, and of the record in docs/."""
+    title: str
+    text: str
+    columns: tuple[str, ...] = ()
+    """Behind those of the main table."""
+
+    def path(self, docs: Path) -> Path:
+        return docs / f"{self.name}.json"
+
+
+SECTIONS = (
+    Section("families", "More families", "The same of models that were measured at another time, or on another GPU."),
+    Section(
+        "quantised",
+        "Quantised weights",
+        "The same with torchao's quantised weights and activations; \"eager\" is torchao's own. See [quantised.md](quantised.md).",
+        (BF16.name,),
+    ),
+)
 
 
 def main_table(entries: Mapping[str, Mapping[str, Any]], *others: str) -> str:
@@ -44,23 +73,21 @@ def main_table(entries: Mapping[str, Mapping[str, Any]], *others: str) -> str:
     return "\n".join(lines)
 
 
-def quantised_section(record: Mapping[str, Any] | None) -> str:
-    """The runs with quantised weights; nothing where there are none."""
-    if record is None:
-        return ""
+def runs_section(section: Section, record: Mapping[str, Any]) -> str:
+    """A section of the page."""
     runs = record["runs"]
     entries = {key: entry for run in runs for key, entry in run["models"].items()}
     measured = ", ".join(dict.fromkeys(f"{run['date']}; {versions(run)}" for run in runs))
     commands = "\n".join(run["command"] for run in runs)
-    return f"""## Quantised weights
+    return f"""## {section.title}
 
-The same with torchao's quantised weights and activations; "eager" is torchao's own. Measured {measured}. See [quantised.md](quantised.md).
+{section.text} Measured {measured}.
 
 ```sh
 {commands}
 ```
 
-{main_table(entries, BF16.name)}
+{main_table(entries, *section.columns)}
 
 {full_table(entries)}
 
@@ -127,8 +154,9 @@ def versions(run: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {value}" for key, value in run["environment"].items())
 
 
-def page(report: Mapping[str, Any], quantised: Mapping[str, Any] | None = None) -> str:
-    """The whole page. ``quantised``: what docs/quantised.json has."""
+def page(report: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The whole page. ``records``: what was measured for its sections, by their names."""
+    sections = "".join(runs_section(section, records[section.name]) for section in SECTIONS if records and section.name in records)
     sources = "\n".join(f"- {entry['title']}: `{entry['source']}`" for entry in report["models"].values())
     return f"""# Results
 
@@ -152,7 +180,7 @@ python scripts/results_page.py bench-output/transformers.json
 
 {notes(report["models"])}
 
-{accuracy_section(report["models"])}{quantised_section(quantised)}## Configurations
+{accuracy_section(report["models"])}{sections}## Configurations
 
 {sources}
 """
@@ -162,28 +190,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description="Write docs/results.md from the JSON of bench_transformers.py.")
     parser.add_argument("json", type=Path, nargs="?", help="its chart lies beside it (default: the one in docs/)")
-    parser.add_argument("--quantised", type=Path, nargs="+", default=[], metavar="JSON", help="of runs with --quantization")
+    for section in SECTIONS:
+        parser.add_argument(f"--{section.name}", type=Path, nargs="+", default=[], metavar="JSON", help=f"of runs for {section.title!r}")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     if options.json is not None:
         for name in (JSON, CHART):
             shutil.copyfile(options.json.with_name(name), options.docs / name)
-    if options.quantised:
-        runs = [json.loads(path.read_text()) for path in options.quantised]
-        (options.docs / QUANTISED).write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    for section in SECTIONS:
+        if paths := getattr(options, section.name):
+            runs = [json.loads(path.read_text()) for path in paths]
+            section.path(options.docs).write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     write(options.docs)
     return 0
 
 
 def write(docs: Path) -> None:
     """The page of the records in a folder."""
-    (docs / PAGE).write_text(page(json.loads((docs / JSON).read_text()), quantised_record(docs)))
+    (docs / PAGE).write_text(page(json.loads((docs / JSON).read_text()), records(docs)))
 
 
-def quantised_record(docs: Path) -> Mapping[str, Any] | None:
-    """What was measured of quantised weights, if anything was."""
-    path = docs / QUANTISED
-    return json.loads(path.read_text()) if path.exists() else None
+def records(docs: Path) -> Mapping[str, Mapping[str, Any]]:
+    """What was measured for the sections, of those for which anything was."""
+    return {section.name: json.loads(section.path(docs).read_text()) for section in SECTIONS if section.path(docs).exists()}
 
 
 if __name__ == "__main__":

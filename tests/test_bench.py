@@ -398,8 +398,8 @@ def test_committed_page_is_that_of_its_json():
     if not (results_page.DOCS / results_page.JSON).exists():
         pytest.skip(f"docs/{results_page.JSON}: not measured yet")
     report = json.loads((results_page.DOCS / results_page.JSON).read_text())
-    quantised = results_page.quantised_record(results_page.DOCS)
-    assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report, quantised)
+    records = results_page.records(results_page.DOCS)
+    assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report, records)
 
 
 def test_quantised_runs_stand_beside_those_in_bf16_on_the_page(bench, tmp_path, monkeypatch):
