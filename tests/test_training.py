@@ -65,14 +65,16 @@ def test_a_lora_gets_the_gradients_of_the_unpatched_model(name: str, dtype: torc
 @pytest.mark.parametrize("name", MODELS)
 def test_all_weights_get_gradients_on_a_gpu(name: str, rounding: str) -> None:
     """Sums over tokens aren't taken in upstream's order everywhere: in float32 that shows in the
-    last digits.
+    last digits. A gradient that is zero but for rounding, as that of a key's bias is, is held
+    against the whole model's.
     """
     model, arguments = tiny.load(name, torch.float32).to("cuda"), moved(tiny.inputs(name, 2, torch.float32), "cuda")
     expected = gradients(model, arguments)
     got = gradients(patch_model(model, strict=True, rounding=rounding), arguments)
     assert expected.keys() == got.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for key, gradient in expected.items():
-        assert (got[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+        assert (got[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, key
 
 
 @pytest.mark.parametrize("rounding", ["eager", "single"])
