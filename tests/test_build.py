@@ -126,9 +126,11 @@ def test_no_kernel_spills_or_uses_local_memory(stack_and_local: dict[tuple[str, 
 def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str, set[str]]) -> None:
     narrow = []
     for name, used in opcodes.items():
-        if re.search(r"generic_(backward_)?kernel|any_(qk|qk_backward|quantize|activation|mean_norm)_kernel|probe_kernel", name):
+        if re.search(r"generic_(backward_)?kernel|any_(qk|qk_backward|quantize|activation|mean_norm)_kernel", name):
             continue  # for all that the fast ones don't take
-        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernelI|amax_kernelI)", name):
+        if re.search(r"probe_kernel|maxima_kernel", name):
+            continue  # of a few numbers
+        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernel[IE]|amax_kernelI)", name):
             # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The
             # dequantised are stored two by two.
             narrow += [name] if any(re.match(r"STG\.E\.[US](8|16)\b", opcode) for opcode in used) else []
@@ -145,8 +147,11 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
 # ---- The shared library
 
 
-def test_library_is_at_most_10_mb(library: Path) -> None:
-    assert library.stat().st_size <= 10e6  # of which the quantising kernels take 1.4, those of gradients 2.5
+def test_library_is_at_most_12_mb(library: Path) -> None:
+    """Of which the kernels of gradients take 2.9, the quantising ones 1.5, those of diffusers'
+    RMSNorm 1.
+    """
+    assert library.stat().st_size <= 12e6
 
 
 def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:

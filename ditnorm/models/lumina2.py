@@ -87,7 +87,7 @@ class LuminaFeedForward(FusedModule):
 
     @classmethod
     def _look(cls) -> bool:
-        forward = getattr(cls.origin.forward.__globals__.get("FP32SiLU"), "forward", None)
+        forward: Any = getattr(cls.origin.forward.__globals__.get("FP32SiLU"), "forward", None)
         cls.silu_forward = staticmethod(forward) if fingerprint(forward) == "675043cfa7a3" else None
         return super()._look()
 
