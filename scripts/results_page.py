@@ -6,7 +6,8 @@ python scripts/results_page.py --families flux/transformers.json sd3/transformer
 
 Copies the JSON and its chart to docs/ and writes docs/results.md. With --quantised: what several
 runs with --quantization measured becomes docs/quantised.json and a section of the page; with
---families the same of runs of other models, maybe on another GPU, and docs/families.json.
+--families the same of runs of other models, maybe on another GPU, and docs/families.json. With
+--training: what bench_training.py measured, and docs/training.json.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from bench.models.report import bits, layer_counts, notes
 from bench.models.variants import BF16, EAGER, PATCHED, SINGLE, VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-JSON, CHART, PAGE = "transformers.json", "transformers.png", "results.md"
+JSON, CHART, PAGE, TRAINING = "transformers.json", "transformers.png", "results.md", "training.json"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,43 @@ def runs_section(section: Section, record: Mapping[str, Any]) -> str:
 {main_table(entries, *section.columns)}
 
 {full_table(entries)}
+
+"""
+
+
+def training_section(record: Mapping[str, Any] | None) -> str:
+    """One training step, a line a model, plan and column; nothing where there is no record."""
+    if record is None:
+        return ""
+    lines = [
+        "| Model | layers | trained | | step ms | times eager's speed | GPU ms | peak GB | first step s |",
+        "|---|---:|---|---|" + "---:|" * 5,
+    ]
+    for entry in record["models"].values():
+        layers = " + ".join(map(str, entry["layers"].values()))
+        for plan, columns in entry["plans"].items():
+            eager = columns[EAGER.name]["step_ms"]
+            for name, column in columns.items():
+                numbers = [
+                    column["step_ms"],
+                    eager / column["step_ms"],
+                    column["shares"]["busy_ms"],
+                    column["peak_gb"],
+                    column["first_step_s"],
+                ]
+                cells = [f"{number:.{digits}f}" for number, digits in zip(numbers, (1, 2, 1, 2, 1), strict=True)]
+                lines.append(f"| {entry['title']} | {layers} | {plan} | {name} | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return f"""## Training
+
+One step of training: forward, backward and AdamW. A LoRA of rank 16 on the attention's linear layers, the base in bfloat16.
+Measured {record["date"]}; {versions(record)}.
+
+```sh
+{record["command"]}
+```
+
+{table}
 
 """
 
@@ -180,7 +218,7 @@ python scripts/results_page.py bench-output/transformers.json
 
 {notes(report["models"])}
 
-{accuracy_section(report["models"])}{sections}## Configurations
+{accuracy_section(report["models"])}{sections}{training_section((records or {}).get("training"))}## Configurations
 
 {sources}
 """
@@ -192,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("json", type=Path, nargs="?", help="its chart lies beside it (default: the one in docs/)")
     for section in SECTIONS:
         parser.add_argument(f"--{section.name}", type=Path, nargs="+", default=[], metavar="JSON", help=f"of runs for {section.title!r}")
+    parser.add_argument("--training", type=Path, metavar="JSON", help="of bench_training.py")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(argv)
     if options.json is not None:
@@ -201,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if paths := getattr(options, section.name):
             runs = [json.loads(path.read_text()) for path in paths]
             section.path(options.docs).write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    if options.training is not None:
+        shutil.copyfile(options.training, options.docs / TRAINING)
     write(options.docs)
     return 0
 
@@ -212,7 +253,8 @@ def write(docs: Path) -> None:
 
 def records(docs: Path) -> Mapping[str, Mapping[str, Any]]:
     """What was measured for the sections, of those for which anything was."""
-    return {section.name: json.loads(section.path(docs).read_text()) for section in SECTIONS if section.path(docs).exists()}
+    paths = {section.name: section.path(docs) for section in SECTIONS} | {"training": docs / TRAINING}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 if __name__ == "__main__":
