@@ -84,7 +84,8 @@ def test_sizes_that_are_fixed_in_some_arguments_and_dynamic_in_others(op: str, k
     site = Site()
     torch._dynamo.reset()
     compiled = torch.compile(site, backend="eager", fullgraph=True, dynamic=True)
-    torch.testing.assert_close(compiled(x), site(x), rtol=0, atol=0)
+    with torch.no_grad():  # under grad what is compiled is the expression, in the order of this device's sums
+        torch.testing.assert_close(compiled(x), site(x), rtol=0, atol=0)
 
 
 def test_an_op_is_one_node_of_the_graph() -> None:
