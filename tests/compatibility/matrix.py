@@ -65,6 +65,10 @@ class Cell:
         return f"{self.feature.name.replace('`', '')}-{self.family}-{self.order}"
 
 
+IN_ONE_ORDER = ("FLUX.1", "SD3")
+"""Families of which ``make test`` runs a feature in one of the orders, in turn."""
+
+
 def cells() -> Iterator[Cell]:
     for group, features in GROUPS.items():
         for feature in features:
@@ -79,13 +83,20 @@ def parameters() -> list[Any]:
 
 def _marks(cell: Cell) -> Iterator[pytest.MarkDecorator]:
     feature = cell.feature
-    if cell.order in feature.slow:
+    if cell.order in feature.slow or (cell.family in IN_ONE_ORDER and cell.order != _order_in_turn(feature)):
         yield pytest.mark.slow
     if feature.gpus:
         yield pytest.mark.gpu
         yield pytest.mark.skipif(torch.cuda.device_count() < feature.gpus, reason=f"needs {feature.gpus} GPU(s)")
     for module in feature.needs:
         yield pytest.mark.skipif(not _installed(module), reason=f"{module} is not installed")
+
+
+def _order_in_turn(feature: Feature) -> str:
+    """One of the orders that aren't slow."""
+    orders = [order for order in ORDERS if order not in feature.slow] or list(ORDERS)
+    number = [other for features in GROUPS.values() for other in features].index(feature)
+    return orders[number % len(orders)]
 
 
 def _installed(module: str) -> bool:
