@@ -3,8 +3,6 @@ those of the tensors.
 """
 
 import dataclasses
-import re
-from pathlib import Path
 
 import bench_activation
 import pytest
@@ -48,12 +46,6 @@ def test_bytes_are_those_of_the_tensors(cell):
     made = small.inputs("cpu")
     written = 2 * (cell.beside + cell.width) * made["x"].itemsize
     assert small.bytes == sum(t.numel() * t.itemsize for t in tensors(made)) + written
-
-
-def test_there_is_a_plain_copy_for_the_mix_of_each_cell():
-    source = (Path(bench_activation.__file__).parent / "bench/streaming.cu").read_text()
-    mixes = set(re.findall(r"launch_kind<(\d+), (\d+)>\(kind", source))
-    assert {tuple(map(str, cell.streams[:2])) for cell in CELLS} <= mixes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

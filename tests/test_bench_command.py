@@ -2,17 +2,31 @@
 
 import functools
 import json
+import re
 
+import bench_activation
+import bench_gradients
 import bench_ops
 import bench_qk
+import bench_quantize
+import bench_sandwich
 import pytest
 import torch
-from bench import cell_run, command, contestants, environment, host, results, timing
+from bench import cell_run, command, contestants, environment, host, light, results, timing
 from bench.norm.cells import Cell
 from bench.qk.cells import QKCell
 
 KINDS = {"ops": (bench_ops, Cell, "nss/128x1024/sample/bf16"), "qk": (bench_qk, QKCell, "128 tokens")}
 MORE = {"ops": "nss/128x3072/sample/bf16", "qk": "1024 tokens"}
+
+
+@pytest.mark.parametrize("script", [bench_ops, bench_qk, bench_activation, bench_quantize, bench_gradients, bench_sandwich])
+def test_there_is_a_plain_copy_for_the_mix_of_each_cell(script):
+    mixes = set(re.findall(r"launch_kind<(\d+), (\d+)>\(kind", light.SOURCE.read_text()))
+    for cell in script.BENCHMARK.cells:
+        reads, writes, size = cell.streams
+        assert (str(reads), str(writes)) in mixes, cell.name
+        assert size % 16 == 0
 
 
 @pytest.fixture(params=KINDS)

@@ -105,14 +105,6 @@ def test_the_streams_move_what_the_cell_moves(cell):
     assert 0 <= cell.bytes - (reads + writes) * size <= small
 
 
-def test_streams_of_each_mix_are_compiled():
-    source = (SCRIPTS / "bench/streaming.cu").read_text()
-    for cell in cells.all_cells():
-        reads, writes, size = cell.streams
-        assert f"launch_kind<{reads}, {writes}>" in source
-        assert size % 16 == 0
-
-
 @pytest.mark.parametrize("cell", [c for c in cells.all_cells() if c.group == "variants" or c.rows == 4096], ids=lambda c: c.name)
 def test_contestants_agree_with_float64(cell):
     cell = tiny(cell)

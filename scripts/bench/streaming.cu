@@ -149,7 +149,10 @@ int stream_launch(int variant, int reads, int writes, const void* const* in, voi
     case 21: return launch_kind<2, 1>(kind, s, threads, on);
     case 22: return launch_kind<2, 2>(kind, s, threads, on);
     case 31: return launch_kind<3, 1>(kind, s, threads, on);
+    case 32: return launch_kind<3, 2>(kind, s, threads, on);
+    case 41: return launch_kind<4, 1>(kind, s, threads, on);
     case 42: return launch_kind<4, 2>(kind, s, threads, on);
+    case 43: return launch_kind<4, 3>(kind, s, threads, on);
     case 51: return launch_kind<5, 1>(kind, s, threads, on);
     case 52: return launch_kind<5, 2>(kind, s, threads, on);
     case 74: return launch_kind<7, 4>(kind, s, threads, on);
