@@ -65,7 +65,8 @@ class RealModel:
 
     def build(self, layers: Mapping[str, int], device: torch.device) -> nn.Module:
         """The model with random weights, in the dtypes that
-        ``from_pretrained(torch_dtype=torch.bfloat16)`` gives its parameters.
+        ``from_pretrained(torch_dtype=torch.bfloat16)`` gives its parameters and what else a
+        checkpoint has.
         """
         cls = getattr(diffusers, self.cls)
         default = torch.get_default_dtype()
@@ -80,6 +81,10 @@ class RealModel:
         for name, parameter in model.named_parameters():
             if kept & set(name.split(".")):
                 parameter.data = parameter.data.float()
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.data = buffer.data.to(DTYPE)
         return model.eval().requires_grad_(False)
 
 
