@@ -15,7 +15,7 @@ from ditnorm import models
 from ditnorm.fused import adaln
 from ditnorm.fused.block import FusedUnit
 from ditnorm.fused.module import FusedModule
-from ditnorm.models import chroma, flux, flux2, hunyuan_video, ovis_image, qwen_image, qwen_image21, wan
+from ditnorm.models import chroma, flux, flux2, hunyuan_video, lumina2, ovis_image, qwen_image, qwen_image21, sd3, wan, z_image
 from ditnorm.patching.units import find_units
 
 UPSTREAM = [
@@ -66,6 +66,15 @@ UPSTREAM = [
     ("transformers.transformer_chroma.ChromaAdaLayerNormZeroPruned", chroma.ChromaAdaLayerNormZeroPruned),
     ("transformers.transformer_chroma.ChromaAdaLayerNormZeroSinglePruned", chroma.ChromaAdaLayerNormZeroSinglePruned),
     ("transformers.transformer_chroma.ChromaAdaLayerNormContinuousPruned", chroma.ChromaAdaLayerNormContinuousPruned),
+    ("attention.JointTransformerBlock", sd3.JointTransformerBlock),
+    ("transformers.transformer_sd3.SD3SingleTransformerBlock", sd3.SD3SingleTransformerBlock),
+    ("normalization.SD35AdaLayerNormZeroX", sd3.SD35AdaLayerNormZeroX),
+    ("transformers.transformer_z_image.ZImageTransformerBlock", z_image.ZImageTransformerBlock),
+    ("transformers.transformer_z_image.FinalLayer", z_image.ZImageFinalLayer),
+    ("controlnets.controlnet_z_image.ZImageControlTransformerBlock", z_image.ZImageControlTransformerBlock),
+    ("transformers.transformer_lumina2.Lumina2TransformerBlock", lumina2.Lumina2TransformerBlock),
+    ("normalization.LuminaRMSNormZero", lumina2.LuminaRMSNormZero),
+    ("normalization.LuminaLayerNormContinuous", lumina2.LuminaLayerNormContinuous),
     ("normalization.AdaLayerNormZero", adaln.AdaLayerNormZero),
     ("normalization.AdaLayerNormZeroSingle", adaln.AdaLayerNormZeroSingle),
     ("normalization.AdaLayerNormContinuous", adaln.AdaLayerNormContinuous),
@@ -95,7 +104,7 @@ def test_every_body_is_covered():
 
 
 @pytest.mark.parametrize(
-    "path", ["normalization.LuminaLayerNormContinuous", "transformers.transformer_skyreels_v2.SkyReelsV2TransformerBlock"]
+    "path", ["normalization.CogVideoXLayerNormZero", "transformers.transformer_skyreels_v2.SkyReelsV2TransformerBlock"]
 )
 def test_an_unknown_class_has_no_body(path):
     assert models.body_for(_upstream(path)) is None

@@ -10,8 +10,9 @@ from torch import nn
 import ditnorm
 from ditnorm.patching.restoring import tables
 
-MODULATED = [name for name in tiny.MODELS if name.startswith(("qwen-image", "hunyuan", "sd3", "flux", "longcat")) and "2.1" not in name]
-NOTHING_TO_GAIN = ["wan-t2v", "wan-ti2v", "qwen-image-2.1", "chroma"]
+NOTHING_TO_GAIN = ["wan-t2v", "wan-ti2v", "qwen-image-2.1", "chroma", "flux2", "flux2-klein"]
+_FAMILIES = ("qwen-image", "hunyuan", "sd3", "flux", "longcat")
+MODULATED = [name for name in tiny.MODELS if name.startswith(_FAMILIES) and not name.startswith(tuple(NOTHING_TO_GAIN))]
 
 
 def table_of(model: nn.Module) -> Any:

@@ -143,8 +143,7 @@ class ZImageTransformerBlock(SandwichBlock):
             return self.add("ffn_norm2", x, self.feed_forward(ffn_in))
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)
         gate_msa, gate_mlp = gate_msa.tanh(), gate_mlp.tanh()
-        attn_in = self.attention_norm1(x, scale=scale_msa, index=index)
-        attn_out = self.attention(attn_in, attention_mask=attn_mask, freqs_cis=freqs_cis)
+        attn_out = self.attention(self.attention_norm1(x, scale=scale_msa, index=index), attention_mask=attn_mask, freqs_cis=freqs_cis)
         ffn_in, x = self.add_and_norm("attention_norm2", x, attn_out, gate_msa, scale_mlp, index)
         return self.add("ffn_norm2", x, self.feed_forward(ffn_in), gate_mlp, index)
 

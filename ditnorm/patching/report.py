@@ -208,9 +208,13 @@ def _wrapped(label: str, text: str) -> list[str]:
     )
 
 
+_COMMON = ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual", "qk_norm_rope", "joint_qk_norm_rope")
+"""The ops that are listed where they didn't run, too."""
+
+
 def _call_table(calls: Counter[tuple[str, str]]) -> list[str]:
     paths = sorted({path for _, path in kernels.counts()})
-    ops = [op for op in dict.fromkeys(op for op, _ in kernels.counts()) if "quantize" not in op or any(calls[op, path] for path in paths)]
+    ops = [op for op in dict.fromkeys(op for op, _ in kernels.counts()) if op in _COMMON or any(calls[op, path] for path in paths)]
     lines = [f"{'calls in this process since patching':<40}" + "".join(f"{path:>12}" for path in paths)]
     lines += [f"  {op:<38}" + "".join(f"{calls[op, path]:>12}" for path in paths) for op in ops]
     return [*lines, "  (replays of CUDA graphs aren't counted)"]
