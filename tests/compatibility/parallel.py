@@ -112,7 +112,10 @@ def load(name: str, device: str) -> Any:
     """The tiny model with a number of heads that two ranks can share."""
     model = tiny.MODELS[name]
     torch.manual_seed(0)
-    made = getattr(diffusers, model.cls)(**(model.config | HEADS | (WIDER if name.startswith("wan") else {})))
+    config = model.config | HEADS | (WIDER if name.startswith("wan") else {})
+    if "caption_projection_dim" in config:  # the model's width
+        config["caption_projection_dim"] = config["num_attention_heads"] * config["attention_head_dim"]
+    made = getattr(diffusers, model.cls)(**config)
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.1)
