@@ -103,8 +103,10 @@ def first_input(model: nn.Module, block: str, arguments: dict[str, Any], argumen
 
 
 def _gradients(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    output = model(**arguments, return_dict=False)[0]
+    output, *others = model(**arguments, return_dict=False)
     output = torch.stack(output) if isinstance(output, list) else output
+    if others and isinstance(output, Tensor):  # video and audio
+        output = torch.cat([output.flatten(1), others[0].flatten(1)], dim=1)
     model.zero_grad()
     output.square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"output": output.detach()}

@@ -1,0 +1,102 @@
+"""LTX-2, 2.3 and 2.5, patched: video and audio."""
+
+import pytest
+import torch
+from support import model_checks, tiny
+
+from ditnorm import patch_model, precompute_modulation, report
+
+NAMES = [name for name in tiny.MODELS if name.startswith("ltx2")]
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_output_is_bit_identical(name, dtype, batch, device):
+    model_checks.bit_identical(name, dtype, batch, device)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in NAMES if name in ("ltx2", "ltx2.3")])
+def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
+    model_checks.no_less_accurate(name, dtype, device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpatching_restores_the_model(name):
+    model_checks.restored(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_the_unpatched_model(name):
+    model_checks.same_gradients(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float32_model_under_autocast_rounds_as_unpatched(name):
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tiny.run(model, arguments)
+        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize(
+    "tables", [["scale_shift_table"], ["audio_a2v_cross_attn_scale_shift_table"], ["video_a2v_cross_attn_scale_shift_table"]]
+)
+def test_tables_kept_in_float32_promote_the_streams_as_upstream(tables):
+    """The blocks' Linears take any dtype then, as quantised ones do."""
+    model, arguments = tiny.load("ltx2", torch.bfloat16), tiny.inputs("ltx2", 2, torch.bfloat16)
+    for block in model.transformer_blocks:
+        for table in tables:
+            getattr(block, table).data = getattr(block, table).data.float()
+    for linear in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+        linear.register_forward_pre_hook(lambda module, args: args[0].to(module.weight.dtype))
+    expected = tiny.run(model, arguments)
+    output = tiny.run(patch_model(model), arguments)
+    assert output.dtype is expected.dtype
+    assert torch.equal(output, expected)
+
+
+def test_a_hook_on_the_norm_of_two_modulations_sees_it_called_once():
+    model, arguments = tiny.load("ltx2", torch.bfloat16), tiny.inputs("ltx2", 2, torch.bfloat16)
+    seen = []
+    for norm in (model.transformer_blocks[0].audio_to_video_norm, model.transformer_blocks[1].video_to_audio_norm):
+        norm.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+def test_attention_of_one_stream_to_the_other_alone_is_upstreams():
+    """No model asks for one without the other; a block can be asked."""
+    name = "ltx2.3"
+    if name not in NAMES:
+        pytest.skip("comes with diffusers 0.38.0")
+    model, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 2, torch.bfloat16)
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda _module, args, kwargs: (args, kwargs | {"use_v2a_cross_attention": False}), with_kwargs=True)
+    expected = tiny.run(model, arguments)
+    assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+def test_all_blocks_are_fused_and_every_call_is_verified():
+    model = patch_model(tiny.load("ltx2", torch.bfloat16), strict=True)
+    assert "2 of 2 blocks" in str(report(model))
+    assert "bit-identical" in str(report(model))
+
+
+def test_there_are_no_modulations_to_precompute():
+    with pytest.raises(ValueError, match=r"nothing to gain in LTX2VideoTransformer3DModel: the modulations of LTX-2 are tables"):
+        precompute_modulation(tiny.load("ltx2", torch.bfloat16))
+
+
+def test_blocks_compile_to_one_graph_each():
+    model, arguments = patch_model(tiny.load("ltx2", torch.bfloat16), strict=True), tiny.inputs("ltx2", 1, torch.bfloat16)
+    expected = tiny.run(model, arguments)
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert torch.equal(tiny.run(model, arguments), expected)
