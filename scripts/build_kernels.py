@@ -260,7 +260,7 @@ def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[K
     with tempfile.TemporaryDirectory() as folder:
         build = Build(Path(folder), HOST_FLAGS, verbose)
         printed = build.compile_all(compiler, workers=cpus)
-        build.compile_ops()
+        build.compile_ops([f'-DDITNORM_ARCHITECTURES="{",".join(archs)}"'])
         build.link(out, [runtime, "-ldl", "-lrt", "-lpthread", "-s"])
     return parse_ptxas(printed)
 

@@ -114,6 +114,11 @@ def test_every_architecture_has_every_kernel(stack_and_local: dict[tuple[str, st
     assert all(names == kernels["80"] for names in kernels.values())
 
 
+def test_library_tells_its_architectures(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_PATH", library)
+    assert kernels.architectures() == list(build_kernels.ALL_ARCHS)
+
+
 def test_newer_gpus_can_compile_the_ptx_of_the_lowest_architecture(library: Path) -> None:
     assert re.findall(r"sm_(\d+)\.ptx", output_of(tool("cuobjdump"), "--list-ptx", library)) == ["80"] * len(list(CSRC.glob("*.cu")))
 

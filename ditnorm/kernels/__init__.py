@@ -7,6 +7,7 @@ asking the driver for its version at import would break CUDA in forked children.
 
 import ctypes
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Callable
@@ -157,27 +158,48 @@ def _refuse(device: int, reason: str) -> None:
 def _register(file: Path, as_path: str, device: int) -> str | None:
     """Puts the compiled ops over the Python body; returns why that can't be done."""
     global library, path
-    try:
-        compiled = _open(file)
-    except OSError as error:
-        return f"cannot load {file.name}: {error}"
-    except AttributeError:
-        return f"{file.name} is of another version of ditnorm: build it again"
-    reason = _differs(compiled) or _unusable(file, device)
+    if (problem := _problem(file)) is not None:
+        return problem
+    reason = _unusable(file, device)
     if reason is not None:
         return f"{file.name} {reason}"
-    if compiled.ditnorm_register() != 0:
+    if _open(file).ditnorm_register() != 0:
         return f"{file.name} could not register its operators"
     library, path = file, as_path
     return None
 
 
+def _problem(file: Path) -> str | None:
+    """Why a file is not this version's compiled library, or None."""
+    try:
+        reason = _differs(_open(file))
+    except OSError as error:
+        return f"cannot load {file.name}: {error}"
+    except AttributeError:
+        reason = _OTHER_VERSION
+    return None if reason is None else f"{file.name} {reason}"
+
+
 @cache
 def _open(file: Path) -> ctypes.CDLL:
+    if _is_cut_short(file):
+        raise OSError(f"{file} was written or copied only in part")
     compiled = ctypes.CDLL(str(file))
     compiled.ditnorm_dispatch_key.restype = compiled.ditnorm_unusable.restype = ctypes.c_char_p
     compiled.ditnorm_calls.restype = compiled.ditnorm_code.restype = ctypes.c_int64
     return compiled
+
+
+def _is_cut_short(file: Path) -> bool:
+    """Whether an ELF file ends before its table of sections, which is the last thing in it. Loading
+    one that does ends the process.
+    """
+    with file.open("rb") as opened:
+        header = opened.read(64)
+    if len(header) < 64:
+        return True
+    table, size, number = *struct.unpack_from("<Q", header, 40), *struct.unpack_from("<HH", header, 58)
+    return header.startswith(b"\x7fELF") and file.stat().st_size < table + size * number
 
 
 def _differs(compiled: ctypes.CDLL) -> str | None:
@@ -190,7 +212,20 @@ def _differs(compiled: ctypes.CDLL) -> str | None:
     has_ops = all(compiled.ditnorm_calls(op.encode()) >= 0 for op in OPS)
     if has_ops and all(compiled.ditnorm_code(option.encode(), name.encode()) == code for option, name, code in codes):
         return None
-    return "is of another version of ditnorm: build it again"
+    return _OTHER_VERSION
+
+
+def architectures() -> list[str]:
+    """The compute capabilities that the compiled library has machine code for, lowest first: ["90"]
+    for 9.0. Empty for a build for the host, and without a library that can be loaded.
+    """
+    try:
+        compiled = _open(_PATH)
+        compiled.ditnorm_architectures.restype = ctypes.c_char_p
+        found: str = compiled.ditnorm_architectures().decode()
+    except (OSError, AttributeError):
+        return []
+    return found.split(",") if found else []
 
 
 def _unusable(file: Path, device: int) -> str | None:
@@ -205,15 +240,21 @@ def _is_host_build(file: Path) -> bool:
 def _unavailable() -> str | None:
     if os.environ.get("DITNORM_KERNELS") == "0":
         return "DITNORM_KERNELS=0"
-    if "DITNORM_LIBRARY" in os.environ and _is_host_build(_PATH):
-        return _register(_PATH, "cpu_sim", -1) or "DITNORM_LIBRARY names a build for the host"
+    if "DITNORM_LIBRARY" in os.environ:
+        if (problem := _problem(_PATH)) is not None:
+            return problem
+        if _is_host_build(_PATH):
+            return _register(_PATH, "cpu_sim", -1) or "DITNORM_LIBRARY names a build for the host"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
     if not _PATH.exists():
-        return "ditnorm was installed without compiled kernels (no CUDA compiler was found; see README, Installing)"
+        why = _NOT_BUILT.read_text().strip() if _NOT_BUILT.exists() else "see README, Installing"
+        return f"ditnorm was installed without compiled kernels ({why})"
     return None
 
 
 _PATH = Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
+_NOT_BUILT = Path(__file__).with_name("_not_built.txt")  # scripts/hatch_build.py leaves it in place of the library
+_OTHER_VERSION = "is of another version of ditnorm: build it again"
 _refused: dict[int, str] = {}
 unavailable = _unavailable()

@@ -6,6 +6,7 @@
 * ``verification``: the fused ops against the unfused expression, on the user's device
 * ``modulation``, ``restoring``: modulations from a table, their weights in host memory, and back
 * ``report``: what runs fused, what doesn't and why
+* ``coverage``: which models of the installed diffusers can be fused
 """
 
 from .modulation import precompute_modulation, restore_modulation

@@ -109,7 +109,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"ditnorm: {self.title}"]
         for transformer in self.transformers:
-            lines += ["", *(line for row in transformer.rows() for line in _wrapped(*row))]
+            lines += ["", *(line for row in transformer.rows() for line in wrapped(*row))]
         if self.calls is not None:
             lines += ["", *_call_table(self.calls)]
         return "\n".join(lines)
@@ -197,7 +197,7 @@ def _backend(device: torch.device) -> str:
     return f"cuda, sm_{major}{minor}: {kernels.library}"
 
 
-def _wrapped(label: str, text: str) -> list[str]:
+def wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(
         text,
         _WIDTH,

@@ -16,6 +16,10 @@ constexpr const char* kDispatchKey = "CPU";
 constexpr const char* kDispatchKey = "CUDA";
 #endif
 
+#ifndef DITNORM_ARCHITECTURES
+#define DITNORM_ARCHITECTURES ""
+#endif
+
 struct Code {
   const char *option, *name;
   int64_t code;
@@ -47,6 +51,9 @@ extern "C" {
 
 // "CUDA", or "CPU" for a host build.
 DITNORM_EXPORT const char* ditnorm_dispatch_key() { return kDispatchKey; }
+
+// The compute capabilities that there is machine code for, "80,90"; empty for a host build.
+DITNORM_EXPORT const char* ditnorm_architectures() { return DITNORM_ARCHITECTURES; }
 
 // Null, or why the kernels don't run on a device.
 DITNORM_EXPORT const char* ditnorm_unusable(int device) { return unusable(device); }
