@@ -51,7 +51,7 @@ from torch import Tensor
 
 from . import kernels
 from .ops import checks, checks_qk
-from .ops.autograd import GRADIENTS, Fused, Recompute
+from .ops.autograd import GRADIENTS, Recompute, kernel_of
 from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS, default_eps
 from .ops.quantization import CODES, Law, Quantized
 from .ops.table import OPS
@@ -494,8 +494,12 @@ def _in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", qk
     """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes
     of upstream's expression: it leaves all operations alone but torch's norms.
     """
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if forward_ad._current_level >= 0:
         return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
     return rounding == "eager" and qk_norm == "rms" and any(t is not None and checks.autocasts(t) for t in tensors)
 
 
@@ -509,10 +513,11 @@ def _autocast(name: str, options: tuple[Any, ...]) -> bool:
 
 def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
     transformed = checks.transformed()  # a compiler chooses itself what to save
-    kernel, gradients = getattr(kernels.ops, name).default, GRADIENTS.get(name)
-    plain = not transformed and not _autocast(name, options)
-    if plain and gradients is not None and kernels.serves(tensors[0]) and gradients.serves(tensors, options):
-        return Fused.apply(name, kernel, codes, *tensors)
+    gradients, kernel = GRADIENTS.get(name), kernel_of(name)
+    if gradients is not None and not transformed and not _autocast(name, options) and kernels.serves(tensors[0]):
+        outputs = gradients.call(kernel, tensors, options, codes)
+        if outputs is not None:
+            return outputs
     op = OPS[name]
     call = op.call(*tensors, *options)
     op.check(call)

@@ -292,6 +292,22 @@ def test_double_backward_is_that_of_the_expression(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_rows_that_outlived_a_function_transform_keep_their_history(op: str) -> None:
+    call, weight = site(op, Shape(1, 3, 64), torch.float32, torch.float32), torch.randn(1, 3, 64, device=DEVICE).requires_grad_()
+    left: list[Tensor] = []
+
+    def leaves_a_tensor_behind(x: Tensor) -> Tensor:
+        left.append(x * 2)
+        return x.sum()
+
+    torch.func.grad(leaves_a_tensor_behind)(weight)
+    expected, cotangents = fused(op, call | {"x": (weight * 2).detach().requires_grad_()})
+    outputs = outputs_of(OPS[op](**call | {"x": left[0]}))
+    (got,) = torch.autograd.grad(outputs, weight, cotangents)
+    assert torch.equal(got, 2 * expected[-1])
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
     call = site(op, Shape(2, 6, 64), torch.bfloat16, torch.bfloat16)
     rows, modulations = torch.randn(2, 6, 64, device=DEVICE).bfloat16(), [call[name] for name in MODULATIONS[op]]

@@ -136,7 +136,7 @@ def serves(x: Any) -> bool:
     in place.
     """
     if library is None or path == "cuda":
-        return _compiled_serves(x) if library is None else x.is_cuda and x.device.index not in _refused
+        return _compiled_serves(x) if library is None else x.is_cuda and not (_refused and x.device.index in _refused)
     return bool(x.device.type == "cpu")
 
 

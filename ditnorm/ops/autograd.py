@@ -10,13 +10,15 @@ The inference call never comes here: a Python autograd formula on the op itself 
 microseconds even under ``no_grad``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..swapping.torch_private import outlived_transform, without_transforms
 from .reference import modulated_norm, modulation, upcast
 from .table import OPS, Op
 
@@ -53,58 +55,91 @@ class Recompute(torch.autograd.Function):
 class Gradients:
     """How the gradients of an op are made, and what is kept for them."""
 
-    rows: tuple[int, ...]
-    """The places of its rows among the op's tensors."""
-    saved: Callable[[Tensors, Any, Sequence[bool]], Tensors]
-    """Of the op's tensors and results, given which tensors want gradients, what is kept."""
-    of: Callable[[Tensors, Tensors, Tensors, Sequence[bool]], dict[int, Tensor | None]]
-    """Of the gradients of the results, what was kept, the op's numbers, and which tensors want
-    gradients: those gradients, by their places.
+    parts: Callable[[Tensors], tuple[Tensors, Tensors]]
+    """Of the op's tensors: its rows, and the rest."""
+    saved: Callable[[Tensors, Any, bool], Tensors]
+    """Of the op's tensors and results, what is kept, and whether for sums, too."""
+    of_rows: Callable[[Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
+    """Of the gradients of the results, what was kept, the op's numbers, and which of its rows want
+    gradients: those gradients.
     """
+    of_rest: Callable[[Tensors, Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
+    """The same with the gradients of the rows in the second place, of the rest."""
     without: str | None = None
     """A norm whose gradients no kernel makes."""
 
-    def serves(self, tensors: Tensors, options: Tensors) -> bool:
-        """Whether the kernels do: all rows are of one dtype."""
-        first, *others = (tensors[place].dtype for place in self.rows)
-        return self.without not in options and all(dtype is first for dtype in others)
+    def call(self, kernel: Callable[..., Any], tensors: Tensors, options: Tensors, codes: Tensors) -> Any:
+        """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make
+        its gradients, since its rows are of several dtypes.
+        """
+        rows, rest = self.parts(tensors)
+        dtype = rows[0].dtype
+        apply = _apply
+        for row in rows:
+            if row.dtype is not dtype:
+                return None
+            if outlived_transform(row):
+                apply = Fused.apply
+        if self.without is not None and self.without in options:
+            return None
+        for t in rest:
+            if t is not None and t.requires_grad:
+                return Fused.apply(self, kernel, codes, tensors, *rows, *rest)
+        return apply(self, kernel, codes, tensors, *rows)
 
 
 class Fused(torch.autograd.Function):
-    """``kernel(*tensors, *codes)`` with the gradients of ``GRADIENTS[name]``."""
+    """``kernel(*tensors, *codes)`` with the gradients of ``gradients``. ``inputs``: its rows, and
+    where something else wants a gradient, the rest. All that isn't among them costs nothing.
+    """
 
     @staticmethod
-    def forward(ctx: Any, name: str, kernel: Callable[..., Any], codes: tuple[Any, ...], *tensors: Any) -> Any:
+    def forward(ctx: Any, gradients: Gradients, kernel: Callable[..., Any], codes: Tensors, tensors: Tensors, *inputs: Any) -> Any:
         outputs = kernel(*tensors, *codes)
-        ctx.gradients, ctx.codes = GRADIENTS[name], codes
+        ctx.gradients, ctx.codes = gradients, codes
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*ctx.gradients.saved(tensors, outputs, ctx.needs_input_grad[3:]))
+        ctx.save_for_backward(*gradients.saved(tensors, outputs, len(inputs) == len(tensors)))
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        needed = ctx.needs_input_grad[3:]
-        gradients = ctx.gradients.of(grad_outputs, ctx.saved_tensors, ctx.codes, needed)
-        return None, None, None, *(gradients.get(place) if need else None for place, need in enumerate(needed))
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gradients, codes, saved, needed = ctx.gradients, ctx.codes, ctx.saved_tensors, ctx.needs_input_grad[4:]
+        rows = gradients.of_rows(grads, saved, codes, needed)
+        if len(needed) == len(rows):
+            return None, None, None, None, *rows
+        return None, None, None, None, *rows, *gradients.of_rest(grads, rows, saved, codes, needed[len(rows) :])
+
+
+_apply = without_transforms(Fused)
 
 
 def _run(name: str, *arguments: Any) -> Any:
     """An op that makes gradients; where these are to be differentiated, its reference."""
-    if torch.is_grad_enabled():
-        op = OPS[name]
-        return op.reference(op.named(arguments))
-    return getattr(torch.ops.ditnorm, name).default(*arguments)
+    return (_expression if torch.is_grad_enabled() else kernel_of)(name)(*arguments)
+
+
+@cache
+def kernel_of(name: str) -> Callable[..., Any]:
+    """The op of a name, which looking up costs half a microsecond."""
+    kernel: Callable[..., Any] = getattr(torch.ops.ditnorm, name).default
+    return kernel
+
+
+@cache
+def _expression(name: str) -> Callable[..., Any]:
+    op = OPS[name]
+    return lambda *arguments: op.reference(op.named(arguments))
 
 
 def _sums(
-    expression: Callable[[Tensors], Tensors], grads: Tensors, tensors: Tensors, needed: Sequence[bool], places: Iterable[int]
-) -> dict[int, Tensor | None]:
+    expression: Callable[[Tensors], Tensors], grads: Tensors, tensors: Tensors, places: Sequence[int | None], needed: Sequence[bool]
+) -> Tensors:
     """The gradients of the tensors at ``places`` that want one through ``expression`` of all: those
-    that are sums over rows.
+    that are sums over rows. None at the place None.
     """
-    wanted = [place for place in places if needed[place] and tensors[place] is not None]
+    wanted = [place for place, need in zip(places, needed, strict=True) if need and place is not None and tensors[place] is not None]
     if not wanted:
-        return {}
+        return (None,) * len(places)
     # Kept tensors have their history, which a second differentiation goes through.
     twice = torch.is_grad_enabled()
     inputs = [t if t is None or twice else t.detach().requires_grad_(place in wanted) for place, t in enumerate(tensors)]
@@ -113,54 +148,60 @@ def _sums(
     reached = [(result, grad) for result, grad in results if grad is not None and result.requires_grad]
     outputs, cotangents = [result for result, _ in reached], [grad for _, grad in reached]
     found = torch.autograd.grad(outputs, [inputs[place] for place in wanted], cotangents, create_graph=twice, allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
+    of = dict(zip(wanted, found, strict=True))
+    return tuple(None if place is None else of.get(place) for place in places)
 
 
-def _norm(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> dict[int, Tensor | None]:
-    x, scale, shift, weight, _, scale_table, shift_table, index = saved
+def _norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    if not needed[0]:
+        return (None,)
+    x, scale, shift, weight, _, *rest = saved
+    return (_run("norm_scale_shift_backward", grads[0], None, x, scale, shift, weight, *rest, *codes),)
+
+
+def _norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["norm_scale_shift"]
-    found = _sums(lambda tensors: (op.reference(op.named((*tensors, *codes))),), grads, saved, needed, range(1, 7))
-    if needed[0]:
-        rest = (scale, shift, weight, scale_table, shift_table, index)
-        found[0] = _run("norm_scale_shift_backward", *grads, None, x, *rest, *codes)
-    return found
+    return _sums(lambda tensors: (op.reference(op.named((*tensors, *codes))),), grads, saved, range(1, 8), needed)
 
 
-def _residual_norm(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> dict[int, Tensor | None]:
+def _residual_norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     dy, dr = grads
-    r, x, gate, scale, shift, weight, _, gate_table, scale_table, shift_table, index = saved
+    r, _, gate, scale, shift, weight, _, gate_table, *rest = saved
     if dy is None:  # nobody used y
-        places = {0: 0, 1: 1, 2: 2, 3: 7, 4: 10}
-        of_residual = _residual((dr,), (x, gate, gate_table, index), codes[-1:], [needed[place] for place in places.values()])
-        return {places[place]: gradient for place, gradient in of_residual.items()}
+        return _residual_rows((dr,), (None, gate, gate_table, rest[-1]), codes[-1:], needed)
+    if gate is None:
+        total = _run("norm_scale_shift_backward", dy, dr, r, scale, shift, weight, *rest, *codes)
+        return total, total
+    rows: Tensors = _run("scale_residual_norm_scale_shift_backward", dy, dr, r, gate, scale, shift, weight, gate_table, *rest, *codes)
+    return rows
+
+
+def _residual_norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["scale_residual_norm_scale_shift"]
+    r, _, *rest = saved
 
     def of_norm(tensors: Tensors) -> Tensors:
         call = op.named((r, *tensors[1:], *codes))._replace(x=tensors[0])
         return (modulated_norm(call, tensors[0], upcast(call), None),)
 
-    found = _sums(of_norm, (dy,), (r, r, *saved[2:]), needed, (3, 4, 5, 6, 8, 9))
-    rows = (r, scale, shift, weight)
-    if gate is None:
-        total = _run("norm_scale_shift_backward", dy, dr, *rows, scale_table, shift_table, index, *codes)
-        return found | {0: total, 1: total}
-    tables = (gate_table, scale_table, shift_table)
-    total, of_x = _run("scale_residual_norm_scale_shift_backward", dy, dr, r, gate, *rows[1:], *tables, index, *codes)
-    found |= {0: total, 1: of_x}
-
-    return found | _sums(lambda tensors: (_gated(op.named((*tensors, *codes))),), (total,), saved, needed, (2, 7))
+    of_gate = _sums(lambda tensors: (_gated(op.named((*tensors, *codes))),), rows[:1], saved, (2, *_NONE[:4], 7, *_NONE[:3]), needed)
+    if grads[0] is None:
+        return of_gate
+    found = _sums(of_norm, grads[:1], (r, r, *rest), (None, 3, 4, 5, 6, None, 8, 9, None), needed)
+    return tuple(a if b is None else b for a, b in zip(of_gate, found, strict=True))
 
 
-def _residual(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> dict[int, Tensor | None]:
+def _residual_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     (dr,) = grads
     _, gate, gate_table, index = saved
-    if gate is None:
-        return {0: dr, 1: dr}
+    if gate is None or not needed[1]:
+        return dr, dr
+    return dr, _run("scale_residual_backward", dr, gate, gate_table, index, *codes)
+
+
+def _residual_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["scale_residual"]
-    found = _sums(lambda tensors: (_gated(op.named((*tensors, *codes))),), grads, (dr, *saved), needed, (2, 3))
-    if needed[1]:
-        found[1] = _run("scale_residual_backward", dr, gate, gate_table, index, *codes)
-    return found | {0: dr}
+    return _sums(lambda tensors: (_gated(op.named((*tensors, *codes))),), grads, (grads[0], *saved), (2, 3, None), needed)
 
 
 def _gated(call: Any) -> Tensor:
@@ -169,67 +210,94 @@ def _gated(call: Any) -> Tensor:
     return (gate * call.x).to(call.residual.dtype)
 
 
-def _qk(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> dict[int, Tensor | None]:
+def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    if not (needed[0] or needed[1]):
+        return None, None
+    query, key = saved[:2]
+    d_query, d_key = _or_zeros(grads[0], query, query.shape[1], codes[0]), _or_zeros(grads[1], key, key.shape[1], codes[0])
+    rows: Tensors = _run("qk_norm_rope_backward", d_query, d_key, *saved, *codes)
+    return rows
+
+
+def _qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["qk_norm_rope"]
-    found = _sums(lambda tensors: op.reference(op.named((*tensors, *codes))), grads, saved, needed, range(2, 6))
-    if needed[0] or needed[1]:
-        d_query, d_key = (_or_zeros(grad, x, x.shape[1], codes[0]) for grad, x in zip(grads, saved[:2], strict=True))
-        found |= dict(enumerate(_run("qk_norm_rope_backward", d_query, d_key, *saved, *codes)))
-    return found
+    return _sums(lambda tensors: op.reference(op.named((*tensors, *codes))), grads, saved, range(2, 6), needed)
 
 
-def _joint_qk(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> dict[int, Tensor | None]:
-    *_, d_value = grads
-    query, encoder_query, encoder_first = saved[0], saved[7], codes[3]
+def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    d_query, d_key, d_value = grads
+    query, tokens, encoder_tokens = saved[0], saved[0].shape[1], saved[6].shape[1]
+    own: Tensors = (None,) * 4
+    values: Tensors = None, None
+    if needed[0] or needed[1] or needed[3] or needed[4]:
+        joint = tokens + encoder_tokens
+        d_query, d_key = _or_zeros(d_query, query, joint, codes[0]), _or_zeros(d_key, query, joint, codes[0])
+        own = _run("joint_qk_norm_rope_backward", d_query, d_key, *saved, *codes)
+    if d_value is not None:
+        joined = d_value.flatten(2)
+        start, encoder_start = (encoder_tokens, 0) if codes[3] else (0, tokens)
+        values = joined.narrow(1, start, tokens), joined.narrow(1, encoder_start, encoder_tokens)
+    return own[0], own[1], values[0], own[2], own[3], values[1]
+
+
+def _joint_qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["joint_qk_norm_rope"]
 
     def of_query_and_key(tensors: Tensors) -> Tensors:
-        own, encoder = tensors[:7], tensors[7:]
+        own, encoder = tensors[:6], tensors[6:]
         # Of the values, which aren't kept, nothing is needed: keys have their shape.
-        call = op.named((*own[:2], own[1], *own[3:], *encoder[:2], encoder[1], *encoder[3:], *codes))
+        call = op.named((*own[:2], own[1], *own[2:], *encoder[:2], encoder[1], *encoder[2:], *codes))
         return op.reference(call)[:2]
 
-    found = _sums(of_query_and_key, grads[:2], saved, needed, (3, 4, 5, 6, 10, 11, 12, 13))
-    tokens, encoder_tokens = query.shape[1], encoder_query.shape[1]
-    if any(needed[place] for place in (0, 1, 7, 8)):
-        d_query, d_key = (_or_zeros(grad, query, tokens + encoder_tokens, codes[0]) for grad in grads[:2])
-        rows = (*saved[:2], *saved[3:9], *saved[10:])
-        found |= dict(zip((0, 1, 7, 8), _run("joint_qk_norm_rope_backward", d_query, d_key, *rows, *codes), strict=True))
-    if d_value is not None:
-        start, encoder_start = (encoder_tokens, 0) if encoder_first else (0, tokens)
-        found[2] = d_value[:, start : start + tokens].flatten(2)
-        found[9] = d_value[:, encoder_start : encoder_start + encoder_tokens].flatten(2)
-    return found
+    return _sums(of_query_and_key, grads[:2], saved, (2, 3, 4, 5, 8, 9, 10, 11), needed)
 
 
 def _or_zeros(grad: Tensor | None, x: Tensor, tokens: int, head_dim: int) -> Tensor:
     return x.new_zeros(x.shape[0], tokens, x.shape[2] // head_dim, head_dim) if grad is None else grad
 
 
-def _all(tensors: Tensors, outputs: Any, needed: Sequence[bool]) -> Tensors:
+def _all(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
     return tensors
 
 
-def _sum_and_branch(tensors: Tensors, outputs: Any, needed: Sequence[bool]) -> Tensors:
+def _sum_and_branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
     """r, not what it is the sum of: the stream of residuals is alive anyway; for a gate's gradient
     x, too.
     """
-    return outputs[1], tensors[1] if needed[2] or needed[7] else None, *tensors[2:]
+    return outputs[1], tensors[1] if sums and _wanted(tensors, 2, 7) else None, *tensors[2:]
 
 
-def _branch(tensors: Tensors, outputs: Any, needed: Sequence[bool]) -> Tensors:
-    return tensors[1] if needed[2] or needed[3] else None, *tensors[2:]
+def _branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+    return tensors[1] if sums and _wanted(tensors, 2, 3) else None, *tensors[2:]
 
 
-def _queries_and_keys(tensors: Tensors, outputs: Any, needed: Sequence[bool]) -> Tensors:
-    return *tensors[:2], None, *tensors[3:9], None, *tensors[10:]
+def _wanted(tensors: Tensors, *places: int) -> bool:
+    return any(tensors[place] is not None and tensors[place].requires_grad for place in places)
 
+
+def _queries_and_keys(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+    return *tensors[:2], *tensors[3:9], *tensors[10:]
+
+
+def _one(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return tensors[:1], tensors[1:]
+
+
+def _two(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return tensors[:2], tensors[2:]
+
+
+def _two_streams(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return (*tensors[:3], *tensors[7:10]), (*tensors[3:7], *tensors[10:])
+
+
+_NONE = (None,) * 4
 
 GRADIENTS: Mapping[str, Gradients] = {
-    "norm_scale_shift": Gradients((0,), _all, _norm, "diffusers_rms"),
-    "scale_residual_norm_scale_shift": Gradients((0, 1), _sum_and_branch, _residual_norm, "diffusers_rms"),
-    "scale_residual": Gradients((0, 1), _branch, _residual),
-    "qk_norm_rope": Gradients((0, 1), _all, _qk),
-    "joint_qk_norm_rope": Gradients((0, 1, 2, 7, 8, 9), _queries_and_keys, _joint_qk),
+    "norm_scale_shift": Gradients(_one, _all, _norm_rows, _norm_rest, "diffusers_rms"),
+    "scale_residual_norm_scale_shift": Gradients(_two, _sum_and_branch, _residual_norm_rows, _residual_norm_rest, "diffusers_rms"),
+    "scale_residual": Gradients(_two, _branch, _residual_rows, _residual_rest),
+    "qk_norm_rope": Gradients(_two, _all, _qk_rows, _qk_rest),
+    "joint_qk_norm_rope": Gradients(_two_streams, _queries_and_keys, _joint_qk_rows, _joint_qk_rest),
 }
 """By the op's name."""

@@ -68,19 +68,37 @@ frame is.
 """
 
 
+def without_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls that ``torch.func`` doesn't transform, of tensors that haven't
+    outlived a transform: it asks for neither. Where there is no such: ``function.apply``.
+    """
+    apply: Callable[..., Any] = getattr(super(torch.autograd.Function, function), "apply", function.apply)
+    return apply
+
+
 def function_transform() -> bool:
     """Whether ``torch.func`` transforms the call (vmap, grad, ...). Where that can't be seen:
     yes.
     """
-    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-    return peek is None or peek() is not None
+    return _transform_stack() is not None
 
 
 def traced_to_graph() -> bool:
     """Whether ``make_fx`` records the call. Where that can't be seen: yes."""
-    mode = getattr(torch._C, "_get_dispatch_mode", None)
-    proxy = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
-    return mode is None or proxy is None or mode(proxy) is not None
+    return _dispatch_mode(_PROXY) is not None
+
+
+def _something(*arguments: Any) -> Any:
+    return True
+
+
+outlived_transform: Callable[[torch.Tensor], bool] = getattr(getattr(torch._C, "_functorch", None), "is_dead_tensor_wrapper", _something)
+"""Whether a tensor is one that a function under a transform left behind, with the tensor that it
+stands for in it. Where that can't be seen: yes.
+"""
+_transform_stack: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _something)
+_PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+_dispatch_mode: Callable[[Any], Any] = _something if _PROXY is None else getattr(torch._C, "_get_dispatch_mode", _something)
 
 
 def only_traced(call: Any) -> bool:
