@@ -18,6 +18,11 @@ namespace ditnorm {
 
 constexpr int kWarpSize = 32, kMeanWarps = 4;
 
+// What the models with these norms run in. The other dtypes go through any_mean_norm_kernel.
+using T = __nv_bfloat16;
+constexpr int N = 16 / sizeof(T), kStep = kWarpSize * N, kTiles = kMostMeanWidth / kStep;
+constexpr auto kEach = std::make_integer_sequence<int, kTiles>{};
+
 // What a kernel does with a row.
 enum class Site { norm, residual_norm, norm_residual_norm, norm_residual };
 template <Site SITE>
@@ -45,47 +50,31 @@ inline int mean_lanes(int64_t rows, int64_t width) {
   return std::min(across, kMostMeanLanes / height);
 }
 
-// A row's sum of squares, of the warp that holds its accesses i * 32 + lane, and zeros beyond it.
-template <class T, int N, int TILES>
-__device__ __forceinline__ float row_sum_of_squares(const Pack<T, N> (&row)[TILES], int width) {
-  constexpr auto kEach = std::make_integer_sequence<int, TILES>{};
+// A row's sum of squares, of the warp that holds its accesses i * 32 + lane, and zeros beyond it. An
+// access is a group of each of two of ATen's lanes, and the upper half warp has the same lanes as
+// the lower, a turn later. They share them out: the lower half warp becomes the even lanes.
+__device__ __forceinline__ float row_sum_of_squares(const Pack<T, N> (&row)[kTiles], int width) {
+  const bool upper = threadIdx.x & 16;
   float sums[4] = {};
-  if constexpr (N == 4) {  // a thread is a lane
-    each(kEach, [&](auto i) {
-      if (i * kWarpSize * N >= width) return;
-      float v[N];
-      to_floats(v, row[i]);
+  each(kEach, [&](auto i) {
+    if (i * kStep >= width) return;
+    Pack<T, 4> groups[2], first, second;
+    __builtin_memcpy(groups, &row[i], sizeof groups);
+    Access<8> own = groups[0].words[0], others = groups[1].words[0];
+    if (upper) own = groups[1].words[0], others = groups[0].words[0];
+    others.x = __shfl_xor_sync(0xffffffffu, others.x, 16);
+    others.y = __shfl_xor_sync(0xffffffffu, others.y, 16);
+    first.words[0] = upper ? others : own;
+    second.words[0] = upper ? own : others;
+    float v[4];
+    to_floats(v, first);
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums[j] = add_square(sums[j], v[j]);
-    });
-  } else {
-    // An access is a group of each of two lanes, and the upper half warp has the same lanes as the
-    // lower, a turn later. They share them out: the lower half warp becomes the even lanes.
-    static_assert(N == 8);
-    const bool upper = threadIdx.x & 16;
-    each(kEach, [&](auto i) {
-      if (i * kWarpSize * N >= width) return;
-      Pack<T, 4> groups[2], first, second;
-      __builtin_memcpy(groups, &row[i], sizeof groups);
-      Access<8> own = groups[0].words[0], others = groups[1].words[0];
-      if (upper) own = groups[1].words[0], others = groups[0].words[0];
-      others.x = __shfl_xor_sync(0xffffffffu, others.x, 16);
-      others.y = __shfl_xor_sync(0xffffffffu, others.y, 16);
-      first.words[0] = upper ? others : own;
-      second.words[0] = upper ? own : others;
-      float v[4];
-      to_floats(v, first);
+    for (int j = 0; j < 4; ++j) sums[j] = __fmaf_rn(v[j], v[j], sums[j]);  // their squares are exact
+    to_floats(v, second);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] = __fmaf_rn(v[j], v[j], sums[j]);  // their squares are exact
-      to_floats(v, second);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] = __fmaf_rn(v[j], v[j], sums[j]);
-    });
-  }
-  float sum = sum_of_group(sums);
-  if constexpr (N == 4) sum = add_along(16, sum);
-  sum = add_along(1, add_along(2, add_along(4, add_along(8, sum))));
-  return N == 4 ? sum : add_along(16, sum);
+    for (int j = 0; j < 4; ++j) sums[j] = __fmaf_rn(v[j], v[j], sums[j]);
+  });
+  return add_along(16, add_along(1, add_along(2, add_along(4, add_along(8, sum_of_group(sums))))));
 }
 
 __device__ __forceinline__ float root_of_mean(float sum, const Problem& p) {
@@ -94,7 +83,7 @@ __device__ __forceinline__ float root_of_mean(float sum, const Problem& p) {
 
 // N elements of norm(v) * weight, in float32 with the roundings of the law. Where there is no weight
 // nobody loads it.
-template <class T, bool ROUND, int N>
+template <bool ROUND>
 __device__ __forceinline__ void normalize(float (&out)[N], const Pack<T, N>& v, float rstd, const Vector& weight, int column) {
   to_floats(out, v);
 #pragma unroll
@@ -106,10 +95,8 @@ __device__ __forceinline__ void normalize(float (&out)[N], const Pack<T, N>& v, 
   for (int j = 0; j < N; ++j) out[j] = round_to<T, ROUND>(__fmul_rn(out[j], w[j]));
 }
 
-template <class T, bool ROUND, Site SITE, int TILES>
+template <bool ROUND, Site SITE>
 __global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(const Problem p) {
-  constexpr int N = 16 / sizeof(T), kStep = kWarpSize * N;
-  constexpr auto kEach = std::make_integer_sequence<int, TILES>{};
   const unsigned token = blockIdx.x * kMeanWarps + threadIdx.x / kWarpSize;
   if (token >= static_cast<unsigned>(p.tokens)) return;
   const int first = static_cast<int>(threadIdx.x) % kWarpSize * N, width = static_cast<int>(p.width);
@@ -118,7 +105,7 @@ __global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(con
   const Token at(p, blockIdx.y, token);
   const int64_t out = (at.batch * p.tokens + token) * p.width + first;
   const T* const x = static_cast<const T*>(p.x.data) + at.offset(p.x) + first;
-  Pack<T, N> v[TILES];
+  Pack<T, N> v[kTiles];
   each(kEach, [&](auto i) { v[i] = inside(i) ? load_row<Cache::normal, T, N>(x + i * kStep) : filled<T, N>(0.0f); });
 
   if constexpr (kHasResidual<SITE>) {
@@ -133,7 +120,7 @@ __global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(con
       const auto streamed = load_row<Cache::normal, T, N>(residual + i * kStep);
       float branch[N], sum[N];
       if constexpr (kNormsX<SITE>) {
-        normalize<T, ROUND>(branch, v[i], rstd, p.x_weight, first + i * kStep);
+        normalize<ROUND>(branch, v[i], rstd, p.x_weight, first + i * kStep);
       } else {
         to_floats(branch, v[i]);
       }
@@ -159,7 +146,7 @@ __global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(con
     each(kEach, [&](auto i) {
       if (!inside(i)) return;
       float n[N], m[N];
-      normalize<T, ROUND>(n, v[i], rstd, p.weight, first + i * kStep);
+      normalize<ROUND>(n, v[i], rstd, p.weight, first + i * kStep);
       if (scaled) {
         to_floats(m, scale.load(i * kStep));
 #pragma unroll
@@ -229,31 +216,30 @@ __global__ void __launch_bounds__(kAnyThreads, 4) any_mean_norm_kernel(const Pro
   }
 }
 
-template <class T, bool ROUND, Site SITE>
+template <bool ROUND, Site SITE>
 int launch_mean_norm_kernel(const Problem& p, void* stream) {
-  constexpr int kTiles = kMostMeanWidth * sizeof(T) / (kWarpSize * 16);
   const dim3 grid(static_cast<unsigned>((p.tokens + kMeanWarps - 1) / kMeanWarps), static_cast<unsigned>(p.batch));
-  return launch(&mean_norm_kernel<T, ROUND, SITE, kTiles>, grid, kMeanWarps * kWarpSize, stream, p);
+  return launch(&mean_norm_kernel<ROUND, SITE>, grid, kMeanWarps * kWarpSize, stream, p);
 }
 
-template <class T, bool ROUND>
+template <bool ROUND>
 int launch_site(const Problem& p, void* stream) {
   switch (site_of(p)) {
-    case Site::norm: return launch_mean_norm_kernel<T, ROUND, Site::norm>(p, stream);
-    case Site::residual_norm: return launch_mean_norm_kernel<T, ROUND, Site::residual_norm>(p, stream);
-    case Site::norm_residual_norm: return launch_mean_norm_kernel<T, ROUND, Site::norm_residual_norm>(p, stream);
-    default: return launch_mean_norm_kernel<T, ROUND, Site::norm_residual>(p, stream);
+    case Site::norm: return launch_mean_norm_kernel<ROUND, Site::norm>(p, stream);
+    case Site::residual_norm: return launch_mean_norm_kernel<ROUND, Site::residual_norm>(p, stream);
+    case Site::norm_residual_norm: return launch_mean_norm_kernel<ROUND, Site::norm_residual_norm>(p, stream);
+    default: return launch_mean_norm_kernel<ROUND, Site::norm_residual>(p, stream);
   }
 }
 
-// Whether a row is one warp's, and all operands are of one dtype and aligned.
+// Whether a row is one warp's, and all operands are of the kernels' dtype and aligned.
 bool fits_a_warp(const Problem& p, int lanes) {
-  const DType t = p.x.dtype;
+  constexpr DType t = dtype_of<T>;
   const auto rows = [&](const Rows& r) {
     return r.data == nullptr || (r.dtype == t && aligned16(r.data, t, r.batch_stride, r.token_stride));
   };
   const auto modulation = [&](const Modulation& m) { return m.table.data == nullptr && fast_modulation(m, t); };
-  return lanes == kWarpSize && p.width >= kGrouped && p.width <= kMostMeanWidth && p.width * bytes(t) % 16 == 0 &&
+  return p.x.dtype == t && lanes == kWarpSize && p.width >= kGrouped && p.width <= kMostMeanWidth && p.width * bytes(t) % 16 == 0 &&
          p.tokens <= 0x7fffffff - kMeanWarps && p.batch <= 0xffff && rows(p.x) && rows(p.residual) && modulation(p.gate) &&
          modulation(p.scale) && modulation(p.shift) && fast_vector(p.weight, t) && fast_vector(p.x_weight, t) && p.bias.data == nullptr;
 }
@@ -261,11 +247,7 @@ bool fits_a_warp(const Problem& p, int lanes) {
 int mean_norm(const Problem& p, void* stream) {
   const int lanes = mean_lanes(p.batch * p.tokens, p.width);
   if (!fits_a_warp(p, lanes)) return launch(&any_mean_norm_kernel, blocks(p.batch * p.tokens), kAnyThreads, stream, p, lanes);
-  switch (p.x.dtype) {
-    case DType::f32: return launch_site<float, false>(p, stream);
-    case DType::f16: return p.round_each ? launch_site<__half, true>(p, stream) : launch_site<__half, false>(p, stream);
-    default: return p.round_each ? launch_site<__nv_bfloat16, true>(p, stream) : launch_site<__nv_bfloat16, false>(p, stream);
-  }
+  return p.round_each ? launch_site<true>(p, stream) : launch_site<false>(p, stream);
 }
 
 }  // namespace ditnorm

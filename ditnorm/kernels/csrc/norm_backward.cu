@@ -22,8 +22,8 @@ int launch_fast_kernel(const SiteBackward& b, void* stream) {
   if (modulation == DType::u8) return kNotServed;
   switch (b.site.x.dtype) {
     case DType::f32: return launch_norm_backward<float>(b, modulation, stream);
-    case DType::f16: return launch_norm_backward<__half>(b, modulation, stream);
-    default: return launch_norm_backward<__nv_bfloat16>(b, modulation, stream);
+    case DType::bf16: return launch_norm_backward<__nv_bfloat16>(b, modulation, stream);
+    default: return kNotServed;
   }
 }
 
@@ -68,8 +68,8 @@ int launch_fast_gate_kernel(const SiteBackward& b, void* stream) {
   if (modulation == DType::u8) return kNotServed;
   switch (b.site.x.dtype) {
     case DType::f32: return launch_gate_kernel<float>(b, modulation, stream);
-    case DType::f16: return launch_gate_kernel<__half>(b, modulation, stream);
-    default: return launch_gate_kernel<__nv_bfloat16>(b, modulation, stream);
+    case DType::bf16: return launch_gate_kernel<__nv_bfloat16>(b, modulation, stream);
+    default: return kNotServed;
   }
 }
 

@@ -55,13 +55,9 @@ __device__ __forceinline__ HeadGradient head_gradient(float rstd, float dot, int
   return {rstd, __fmul_rn(__fmul_rn(__fmul_rn(-0.5f, dot), cubed), __frcp_rn(static_cast<float>(head_dim)))};
 }
 
-// See Tiles. Of float16, which takes more instructions, ptxas spills registers if left alone.
-template <class T>
-constexpr int kBackwardBlocks = std::is_same_v<T, __half> ? 5 : 0;
-
 // TWICE: as HeadProblem says; else torch's RMSNorm, in the order of its gradients.
 template <class T, bool ROUND, bool TWICE, int ITEMS, int HEAD>
-__global__ void __launch_bounds__(kHeadThreads, kBackwardBlocks<T>) head_backward_kernel(const HeadProblem p) {
+__global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);

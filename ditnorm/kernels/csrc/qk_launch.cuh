@@ -102,6 +102,11 @@ class AcrossLaunch {
   int result_ = kNotServed;
 };
 
+// Whether there are kernels of heads of HEAD elements. Gradients have fewer, as in variants.h: those
+// of the heads and dtypes of models that are trained.
+template <class T, bool BACKWARD, int HEAD>
+constexpr bool kHasHead = (HEAD < 256 || sizeof(T) == 2) && !(BACKWARD && (HEAD == 256 || std::is_same_v<T, __half>));
+
 // The kernel of rows that are taken ITEMS accesses at a time, with heads of HEAD elements.
 template <class T, bool ROUND, bool BACKWARD, bool TWICE, int ITEMS, int HEAD>
 constexpr auto head_kernel_of() {
@@ -149,14 +154,15 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
       }
     };
     const auto serve_head = [&](auto head) {
-      if (p.head_dim != head) return;
-      if constexpr (ROUND || std::is_same_v<T, float>) {
-        if (torchs) return serve_law(std::false_type{}, head);
+      if constexpr (kHasHead<T, BACKWARD, head>) {
+        if (p.head_dim != head) return;
+        if constexpr (ROUND || std::is_same_v<T, float>) {
+          if (torchs) return serve_law(std::false_type{}, head);
+        }
+        serve_law(std::true_type{}, head);
       }
-      serve_law(std::true_type{}, head);
     };
-    serve_head(Constant<64>{}), serve_head(Constant<128>{});
-    if constexpr (sizeof(T) == 2) serve_head(Constant<256>{});
+    serve_head(Constant<64>{}), serve_head(Constant<128>{}), serve_head(Constant<256>{});
     [[maybe_unused]] const int64_t of_head = p.head_dim * static_cast<int64_t>(sizeof(T)) / 16;  // threads
     if constexpr (!BACKWARD) {
       if (!served && !torchs && p.head_dim >= kLeastHead && of_head <= kHeadThreads) {
