@@ -152,11 +152,9 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
 # ---- The shared library
 
 
-def test_library_is_at_most_12_mb(library: Path) -> None:
-    """Of which the kernels of gradients take 2.9, the quantising ones 1.5, those of diffusers'
-    RMSNorm 1.
-    """
-    assert library.stat().st_size <= 12e6
+def test_library_is_small(library: Path) -> None:
+    """A kernel that no served model selects isn't built. A twentieth more than it was last."""
+    assert library.stat().st_size <= 10.4e6
 
 
 def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:
