@@ -11,10 +11,12 @@ table takes more memory than a step does. It needs a GPU that the models fit in.
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found[name] = measure(real, layers, device, options.steps)
         free()
         print(f"{name}: {found[name].counters}", flush=True)
-    document = {"environment": environment(device), "models": {name: asdict(f) | {"holds": f.holds} for name, f in found.items()}}
+    command = shlex.join(["python", "scripts/bench_modulation.py", *(sys.argv[1:] if argv is None else argv)])
+    where = {"command": command, "date": date.today().isoformat(), "environment": environment(device)}
+    document = where | {"models": {name: asdict(f) | {"holds": f.holds} for name, f in found.items()}}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "modulation.json").write_text(json.dumps(document, indent=1) + "\n")
     print(f"\n{environment_line(device)}\n\n{text(found)}")

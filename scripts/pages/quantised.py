@@ -1,0 +1,44 @@
+"""What is written of models with quantised weights."""
+
+from pathlib import Path
+
+from bench.models.quantization import OTHER, OVER_BF16, SPEED, gains
+from bench.models.variants import BF16, EAGER, PATCHED
+
+from .blocks import table
+from .models import equal_steps, full_table, main_table, saved
+from .records import commands, measured, newest, runs_of, where
+
+
+def written(docs: Path) -> dict[str, str]:
+    """Each block's text."""
+    found = measured(docs, "quantised")
+    rows = []
+    for m in found:
+        columns = m.entry["columns"]
+        if BF16.name in columns:
+            gained = gains(columns)
+            rows.append([m.entry["title"], *(f"{gained[kind]:.2f}" for kind in (SPEED, OVER_BF16, OTHER))])
+    gain = table(["patched, quantised", "times as fast as torchao", "as patched bfloat16", "other time, of patched bfloat16's"], rows)
+    listed = "; ".join(dict.fromkeys(where(run) for run in runs_of(found)))
+    return {
+        "quantised": f"""Measured {listed}.
+
+{commands(runs_of(found))}
+
+{gain}
+
+*other time*: of kernels outside matrix products and attention. {equal_steps(found)}
+
+{main_table(found, BF16.name)}
+
+{full_table(found)}""",
+    }
+
+
+def in_words(docs: Path) -> str:
+    """The largest gain among those that make a step faster than the patched model in bfloat16."""
+    found = [m for m in newest(measured(docs, "quantised")) if BF16.name in m.entry["columns"]]
+    best = max(found, key=lambda m: saved(m) if gains(m.entry["columns"])[OVER_BF16] > 1 else 0)
+    before, after, bf16 = (best.entry["columns"][name]["step_ms"] for name in (EAGER.name, PATCHED.name, BF16.name))
+    return f"{best.entry['title']}, {before:,.0f} → {after:,.0f} ms a step on {best.card}, where patched bfloat16 takes {bf16:,.0f}"

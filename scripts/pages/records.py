@@ -1,0 +1,147 @@
+"""The records of docs/: what the benchmarks wrote, merged.
+
+A record of models is a list of runs, each with its command, date and environment. A run that is
+taken in replaces what older runs measured of the same models on the same device. A record of ops is
+one whole run.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[2] / "docs"
+MODELS = ("transformers", "quantised", "modulation", "training")
+OPS = ("ops", "qk", "sandwich", "activation", "gradients", "quantize")
+PICTURES = ("ops",)
+"""Records whose benchmark draws a picture beside its JSON."""
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model in one run."""
+
+    key: str
+    entry: Mapping[str, Any]
+    run: Run
+
+    @property
+    def device(self) -> str:
+        return str(self.run["environment"]["device"])
+
+    @property
+    def card(self) -> str:
+        """The device as people call it."""
+        return self.device.removeprefix("NVIDIA ").split(" ")[0]
+
+
+def runs(docs: Path, name: str) -> list[Run]:
+    """Those of a record of models, the oldest first."""
+    path = docs / f"{name}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def measured(docs: Path, name: str) -> list[Measured]:
+    """Every model of a record, on every device."""
+    return [Measured(key, entry, run) for run in runs(docs, name) for key, entry in run["models"].items()]
+
+
+def newest(found: list[Measured]) -> list[Measured]:
+    """Of each model that was measured last."""
+    by_key = {m.key: m for m in sorted(found, key=lambda m: m.run["date"])}
+    return [m for m in found if by_key[m.key] is m]
+
+
+def by_device(found: list[Measured]) -> dict[str, list[Measured]]:
+    devices: dict[str, list[Measured]] = {}
+    for m in found:
+        devices.setdefault(m.device, []).append(m)
+    return devices
+
+
+def where(run: Mapping[str, Any]) -> str:
+    """Date, device and versions of a run, for the line above a table."""
+    environment = run["environment"]
+    named = [f"{name} {environment[name]}" for name in ("ditnorm", "torch", "diffusers", "torchao") if name in environment]
+    return f"{run['date'][:10]}, {environment['device']}, {', '.join(named)}"
+
+
+def commands(used: Mapping[int, Run] | list[Run]) -> str:
+    """The commands of runs, each once, as a block of shell."""
+    listed = used if isinstance(used, list) else list(used.values())
+    return "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in listed)) + "\n```"
+
+
+def runs_of(found: list[Measured]) -> list[Run]:
+    """Each run once, in order."""
+    return list({id(m.run): m.run for m in found}.values())
+
+
+def take(path: Path, docs: Path) -> list[str]:
+    """Takes the JSON of a benchmark into its record; returns what it says about that, line by
+    line.
+    """
+    document = json.loads(path.read_text())
+    script = _script(document)
+    if script in OPS:
+        if not document["cells"]:
+            return [f"{path}: nothing was measured"]
+        shutil.copyfile(path, docs / path.name)
+        for picture in (p for p in (path.with_suffix(".png"),) if script in PICTURES and p.exists()):
+            shutil.copyfile(picture, docs / picture.name)
+        return [f"{path}: docs/{path.name}"]
+    if script not in ("transformers", "modulation", "training"):
+        return [f"{path}: not a record of these pages"]
+    said = []
+    for name, run in _split(script, document):
+        good, bad = _without_errors(run)
+        said += [f"{path}: {what}: left out: {error}" for what, error in bad]
+        if good["models"]:
+            _merge(docs, name, good)
+            said.append(f"{path}: docs/{name}.json: {', '.join(good['models'])}")
+    return said
+
+
+def _script(document: Mapping[str, Any]) -> str | None:
+    command = document.get("command") or document.get("environment", {}).get("command", "")
+    found = re.search(r"bench_(\w+)\.py", command)
+    return found and found[1]
+
+
+def _split(script: str, document: Run) -> Iterator[tuple[str, Run]]:
+    """Models with quantised weights have a record of their own."""
+    models = document["models"]
+    quantised = {key: entry for key, entry in models.items() if "quantization" in entry}
+    for name, chosen in ((script, {k: e for k, e in models.items() if k not in quantised}), ("quantised", quantised)):
+        if chosen:
+            yield name, {**document, "models": chosen}
+
+
+def _without_errors(run: Run) -> tuple[Run, list[tuple[str, str]]]:
+    bad = [(key, entry["error"]) for key, entry in run["models"].items() if "error" in entry]
+    bad += [(f"{key}, {plan}", e) for key, entry in run["models"].items() for plan, e in entry.get("errors", {}).items()]
+    good = {key: entry for key, entry in run["models"].items() if "error" not in entry and entry.get("plans", True)}
+    return {**run, "models": good}, bad
+
+
+def _merge(docs: Path, name: str, new: Run) -> None:
+    kept = []
+    for old in runs(docs, name):
+        if old["environment"]["device"] == new["environment"]["device"]:
+            old = {**old, "models": {k: e for k, entry in old["models"].items() if (e := _rest(entry, new["models"].get(k))) is not None}}
+        if old["models"]:
+            kept.append(old)
+    (docs / f"{name}.json").write_text(json.dumps({"runs": [*kept, new]}, indent=1) + "\n")
+
+
+def _rest(old: Mapping[str, Any], new: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What ``new`` didn't measure anew: of a model that was trained, the other plans."""
+    if new is None:
+        return old
+    plans = {plan: columns for plan, columns in old.get("plans", {}).items() if plan not in new["plans"]}
+    return {**old, "plans": plans} if plans else None

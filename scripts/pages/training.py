@@ -1,0 +1,48 @@
+"""What is written of training steps."""
+
+from pathlib import Path
+
+from bench.models.variants import EAGER, PATCHED
+
+from .blocks import table
+from .records import commands, measured, newest, runs_of, where
+
+
+def written(docs: Path) -> dict[str, str]:
+    """Each block's text."""
+    found = measured(docs, "training")
+    rows = []
+    for m in found:
+        layers = " + ".join(map(str, m.entry["layers"].values()))
+        for plan, columns in m.entry["plans"].items():
+            eager = columns[EAGER.name]["step_ms"]
+            for name, column in columns.items():
+                peak = column["peak_gb"]
+                numbers = [f"{column['step_ms']:,.1f}", f"{eager / column['step_ms']:.2f}", f"{column['shares']['busy_ms']:,.1f}"]
+                numbers += ["" if peak is None else f"{peak:.2f}", f"{column['first_step_s']:.1f}"]
+                rows.append([m.entry["title"], m.card, layers, plan, name, *numbers])
+    header = ["", "GPU", "layers", "trained", "", "step ms", "times eager's speed", "GPU ms", "peak GB", "first step s"]
+    listed = "; ".join(dict.fromkeys(where(run) for run in runs_of(found)))
+    return {
+        "training": f"""Measured {listed}.
+
+{commands(runs_of(found))}
+
+{table(header, rows, 5)}
+
+- *step ms*: median wall time of forward, backward and AdamW
+- *GPU ms*: the sum over the step's kernels
+- *peak GB*: the most GPU memory in use
+- *first step s*: with what PyTorch and the compiler do once""",
+    }
+
+
+def in_words(docs: Path) -> str:
+    """The first plan of the first model."""
+    m = newest(measured(docs, "training"))[0]
+    plan, columns = next(iter(m.entry["plans"].items()))
+    before, after = columns[EAGER.name], columns[PATCHED.name]
+    layers = sum(m.entry["layers"].values())
+    model = m.entry["title"].rpartition(" ")[0]
+    memory = "" if before["peak_gb"] is None else f" and {before['peak_gb']:.1f} → {after['peak_gb']:.1f} GB"
+    return f"{plan} on {layers} layers of {model}, {before['step_ms']:.0f} → {after['step_ms']:.0f} ms{memory} a step on {m.card}"
