@@ -26,8 +26,8 @@ See [memory](docs/modulation.md).
 """
 
 
-def pages(docs: Path) -> list[Path]:
-    """Those with blocks."""
+def pages() -> list[Path]:
+    """Those with parts that are written here."""
     return [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if blocks.names(page.read_text())]
 
 
@@ -37,7 +37,7 @@ def written(docs: Path) -> dict[Path, str]:
     for part in (models, quantised, memory, training, ops):
         made |= part.written(docs)
     made["more"] = MORE.format(memory=memory.in_words(docs), quantised=quantised.in_words(docs), training=training.in_words(docs))
-    return {page: blocks.filled(page.read_text(), made) for page in pages(docs)}
+    return {page: blocks.filled(page.read_text(), made) for page in pages()}
 
 
 def draw(docs: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import replace
 import bench_pipeline
 import bench_transformers
 import diffusers
+import pages.models
+import pages.quantised
 import pytest
 import results_page
 import torch
@@ -19,6 +21,7 @@ from bench.models import accuracy, kernel_shares, real_model, steps, variants
 from bench.models.catalogue import MODELS
 from bench.models.report import profile_table
 from common import execution
+from pages import records
 from support.real_sizes import shrunk
 
 import ditnorm
@@ -40,6 +43,12 @@ def bench(monkeypatch, tmp_path):
         return status, json.loads((tmp_path / "transformers.json").read_text())
 
     return run
+
+
+def written_of(report, folder):
+    """What the pages show of one run of models."""
+    (folder / "transformers.json").write_text(json.dumps({"runs": [report]}))
+    return pages.models.written(folder)
 
 
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
@@ -85,12 +94,13 @@ def test_full_run_has_every_column_and_makes_a_page(bench, tmp_path, monkeypatch
 
     docs = tmp_path / "docs"
     docs.mkdir()
-    assert results_page.main([str(tmp_path / "transformers.json"), "--docs", str(docs)]) == 0
-    page = (docs / "results.md").read_text()
-    assert report["command"] in page
-    assert entry["title"] in page
-    assert f"{entry['columns']['patched']['step_ms']:,.1f} ms" in page
-    assert (docs / "transformers.png").exists()
+    records.take(tmp_path / "transformers.json", docs)
+    steps_of_models = pages.models.written(docs)["steps"]
+    assert report["command"] in steps_of_models
+    assert entry["title"] in steps_of_models
+    assert f"{entry['columns']['patched']['step_ms']:,.1f}" in steps_of_models
+    results_page.draw(docs)
+    assert [picture.name for picture in docs.glob("*.png")] == ["transformers-cpu.png"]
 
 
 def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monkeypatch, capsys):
@@ -103,7 +113,7 @@ def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monke
         {"num_layers": 2},
         {"num_layers": 1, "num_single_layers": 1},
     ]
-    page = results_page.page(report)
+    page = written_of(report, tmp_path)["accuracy"]
     for entry in report["models"].values():
         found = entry["accuracy"]
         errors = found["errors"]
@@ -115,12 +125,12 @@ def test_accuracy_is_measured_printed_and_put_on_the_page(bench, tmp_path, monke
         assert f"{errors['patched, single']['relative']:.3e} ({errors['patched, single']['psnr']:.1f} dB, -" in page
 
 
-def test_without_accuracy_the_page_has_no_section_of_it(bench):
+def test_without_accuracy_the_page_has_nothing_of_it(bench, tmp_path):
     _, report = bench("--quick", "--accuracy", "--models", "qwen-image")
     assert list(report["models"]["qwen-image"]["accuracy"]["errors"]) == ["eager", "patched", "patched, single"]
-    assert "## Error of one step" in results_page.page(report)
+    assert written_of(report, tmp_path)["accuracy"]
     del report["models"]["qwen-image"]["accuracy"]
-    assert "## Error of one step" not in results_page.page(report)
+    assert not written_of(report, tmp_path)["accuracy"]
 
 
 @pytest.mark.parametrize("name", ["wan2.2-ti2v-5b", "qwen-image-2.1", "hunyuan-video-1.5"])
@@ -394,29 +404,16 @@ def test_pipeline_table_has_every_stage(tmp_path, capsys):
         assert sum(column[stage] for stage in bench_pipeline.STAGES[:-1]) == pytest.approx(column["total"])
 
 
-def test_committed_page_is_that_of_its_json():
-    if not (results_page.DOCS / results_page.JSON).exists():
-        pytest.skip(f"docs/{results_page.JSON}: not measured yet")
-    report = json.loads((results_page.DOCS / results_page.JSON).read_text())
-    records = results_page.records(results_page.DOCS)
-    assert (results_page.DOCS / results_page.PAGE).read_text() == results_page.page(report, records)
-
-
-def test_quantised_runs_stand_beside_those_in_bf16_on_the_page(bench, tmp_path, monkeypatch):
+def test_quantised_runs_have_a_page_of_their_own(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="eager"))
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    _, report = bench("--quick", "--models", "qwen-image")
-    assert results_page.main([str(tmp_path / "transformers.json"), "--docs", str(docs)]) == 0
-    assert "## Quantised" not in (docs / "results.md").read_text()
     _, quantised = bench("--models", "wan2.2-ti2v-5b", "--layers", "1", "--quantization", "int8-row")
     (entry,) = quantised["models"].values()
     assert {"eager", "patched", "compiled", "patched + compiled", "patched, bf16"} <= set(entry["columns"])
-    assert results_page.main(["--quantised", str(tmp_path / "transformers.json"), "--docs", str(docs)]) == 0
-    page = (docs / "results.md").read_text()
-    assert page.index(report["command"]) < page.index("## Quantised weights") < page.index(quantised["command"])
-    assert f"{entry['columns']['patched + compiled']['step_ms']:,.1f} ms" in page
-    assert f"{entry['columns']['patched, bf16']['step_ms']:,.1f} ms" in page
+    records.take(tmp_path / "transformers.json", tmp_path)
+    page = pages.quantised.written(tmp_path)["quantised"]
+    assert quantised["command"] in page
+    assert f"{entry['columns']['patched + compiled']['step_ms']:,.1f}" in page
+    assert f"{entry['columns']['patched, bf16']['step_ms']:,.1f}" in page
 
 
 @pytest.mark.parametrize("quantization", ["float8-row", "float8-tensor", "int8-row"])

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/kernels.md that show what the benchmarks of ops measured."""
+"""The tables of docs/kernels.md that show what the benchmarks of ops measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +14,6 @@ Table = list[str]
 Rows = Sequence[tuple[str, str]]
 """The label of each row and the name of its cell."""
 
-NORM_IN_README: Rows = (
-    ("norm, scale, shift: Qwen-Image, 4096 tokens x 3072", "nss/4096x3072/sample/bf16"),
-    ("the same: HunyuanVideo, 27030 x 3072", "nss/27030x3072/sample/bf16"),
-    ("the same: Wan 14B, 75600 x 5120, fp32 modulation", "nss/75600x5120/sample/bf16/mod-fp32"),
-    ("with the gated residual before it: Qwen-Image", "srnss/4096x3072/sample/bf16"),
-    ("HunyuanVideo", "srnss/27030x3072/sample/bf16"),
-    ("Wan 14B", "srnss/75600x5120/sample/bf16/mod-fp32"),
-)
-QK_IN_README: Rows = (
-    ("joint attention of Qwen-Image, 4096 + 128 tokens x 24 heads", "Qwen-Image 1024x1024, joint"),
-    ("of HunyuanVideo, 27030 + 256 tokens x 24 heads", "HunyuanVideo 848x480x65, dual"),
-    ("self-attention of Wan2.1-1.3B, 32760 tokens x 12 heads", "Wan2.1-1.3B 480p, self"),
-    ("of Wan2.2-A14B, 75600 tokens x 40 heads", "Wan2.2-A14B 720p, self"),
-)
 NORM_IN_KERNELS: Rows = (
     ("`norm_scale_shift`, 128 x 3072, bf16", "nss/128x3072/sample/bf16"),
     ("4096 x 3072", "nss/4096x3072/sample/bf16"),
@@ -68,16 +54,6 @@ QK_IN_KERNELS: Rows = (
 )
 
 
-def norm_in_readme(run: Run[Cell]) -> Table:
-    """Times; of torch.compile its default, in brackets max-autotune. The fastest is bold."""
-    return _readme(run, NORM_IN_README, _compiled, lambda r: r.us("sglang"))
-
-
-def qk_in_readme(run: Run[QKCell]) -> Table:
-    """Times; of torch.compile and of sglang the fastest. The fastest is bold."""
-    return _readme(run, QK_IN_README, lambda r: _time(_fastest(r, COMPILED, AUTOTUNED)), _sglang)
-
-
 def norm_in_kernels(run: Run[Cell]) -> Table:
     """The eager law's times and its share of the speed of light, beside the others' times."""
     rows = []
@@ -103,30 +79,6 @@ def qk_in_kernels(run: Run[QKCell]) -> Table:
         rows.append([label, f"{r.megabytes:.1f}", *map(_time, times), copy, *map(_time, others)])
     header = ["MB", "light", '`"single"`', '`"eager"`', "copy", "eager PyTorch", "torch.compile", "sglang", "comfy-kitchen"]
     return _table(header, rows)
-
-
-def replaced(page: str, table: Table) -> str:
-    """``page`` with the table of this header and first label replaced; an error where it has
-    none.
-    """
-    lines = page.split("\n")
-    label = table[2].split("|")[1]
-    for start, line in enumerate(lines[:-2]):
-        if line == table[0] and lines[start + 2].split("|")[1] == label:
-            end = next(i for i in range(start, len(lines) + 1) if i == len(lines) or not lines[i].startswith("|"))
-            return "\n".join([*lines[:start], *table, *lines[end:]])
-    raise ValueError(f"no table with the header {table[0]!r} and the row {label!r}")
-
-
-def _readme(run: Run[Any], rows: Rows, compiled: Any, sglang: Any) -> Table:
-    made = []
-    for label, r in _results(run, rows):
-        others = {"eager": r.us(UNFUSED), "compiled": _fastest(r, COMPILED, AUTOTUNED), "sglang": sglang(r), "ditnorm": r.us(EAGER)}
-        shown = {name: _time(us) for name, us in others.items()} | {"compiled": compiled(r)}
-        best = min((us, name) for name, us in others.items() if us is not None)[1]
-        shown[best] = f"**{shown[best]}**"
-        made.append([label, *shown.values(), _time(r.light_us)])
-    return _table(["eager PyTorch", "torch.compile", "sglang", "ditnorm", "copy"], made)
 
 
 def _results(run: Run[Any], rows: Rows) -> list[tuple[str, CellResult[Any]]]:

@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
-MODELS = ("transformers", "quantised", "modulation", "training")
 OPS = ("ops", "qk", "sandwich", "activation", "gradients", "quantize")
-PICTURES = ("ops",)
-"""Records whose benchmark draws a picture beside its JSON."""
-
 Run = dict[str, Any]
 
 
@@ -71,10 +67,9 @@ def where(run: Mapping[str, Any]) -> str:
     return f"{run['date'][:10]}, {environment['device']}, {', '.join(named)}"
 
 
-def commands(used: Mapping[int, Run] | list[Run]) -> str:
+def commands(used: list[Run]) -> str:
     """The commands of runs, each once, as a block of shell."""
-    listed = used if isinstance(used, list) else list(used.values())
-    return "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in listed)) + "\n```"
+    return "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in used)) + "\n```"
 
 
 def runs_of(found: list[Measured]) -> list[Run]:
@@ -89,12 +84,7 @@ def take(path: Path, docs: Path) -> list[str]:
     document = json.loads(path.read_text())
     script = _script(document)
     if script in OPS:
-        if not document["cells"]:
-            return [f"{path}: nothing was measured"]
-        shutil.copyfile(path, docs / path.name)
-        for picture in (p for p in (path.with_suffix(".png"),) if script in PICTURES and p.exists()):
-            shutil.copyfile(picture, docs / picture.name)
-        return [f"{path}: docs/{path.name}"]
+        return [_take_ops(path, docs, script, document)]
     if script not in ("transformers", "modulation", "training"):
         return [f"{path}: not a record of these pages"]
     said = []
@@ -105,6 +95,17 @@ def take(path: Path, docs: Path) -> list[str]:
             _merge(docs, name, good)
             said.append(f"{path}: docs/{name}.json: {', '.join(good['models'])}")
     return said
+
+
+def _take_ops(path: Path, docs: Path, script: str, document: Run) -> str:
+    record, cells = docs / f"{script}.json", len(document["cells"])
+    before = len(json.loads(record.read_text())["cells"]) if record.exists() else 1
+    if cells < before:
+        return f"{path}: left out: it has {cells} cells, where docs/{record.name} has {before}"
+    shutil.copyfile(path, record)
+    if (picture := path.with_suffix(".png")).exists():
+        shutil.copyfile(picture, record.with_suffix(".png"))
+    return f"{path}: docs/{record.name}"
 
 
 def _script(document: Mapping[str, Any]) -> str | None:
