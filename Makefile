@@ -24,7 +24,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=l
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format types test-build test-sanitized test-host test-suite clean
+.PHONY: help demo test test-all lint format types test-build test-sanitized test-host test-suite docs results clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
@@ -63,6 +63,13 @@ test-host: .venv/test build/cpu_sim.so  ## the op tests through the kernels on t
 test-suite: .venv/test  ## the whole suite, on the GPU where there is one, else through the PyTorch path
 	$(PYTEST) $(PARALLEL) -m "$(SELECTED)" --ignore tests/test_build.py
 
+docs: .venv/docs  ## the site of README and docs/ in build/site; dead links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+results: .venv/test  ## on a GPU: measures all that README and docs show, two hours, and writes the pages
+	$(BIN)/python scripts/results.py --out bench-output
+	$(BIN)/python scripts/results_page.py bench-output
+
 build/all_architectures.so: $(KERNEL_SOURCES) | .venv/test
 	DITNORM_CUDA_ARCHS=80,90,100,120 $(BIN)/python scripts/build_kernels.py --out $@
 
@@ -72,7 +79,7 @@ build/cpu_sim.so: $(KERNEL_SOURCES) | .venv/test
 build/cpu_sim_sanitized.so: $(KERNEL_SOURCES) | .venv/test
 	$(BIN)/python scripts/build_kernels.py --cpu-sim --sanitize --out $@
 
-.venv/demo .venv/test: .venv/%: $(INSTALL_INPUTS) | $(BIN)/pip
+.venv/demo .venv/test .venv/docs: .venv/%: $(INSTALL_INPUTS) | $(BIN)/pip
 	$(INSTALL) '.[$*]'
 	@touch $@
 

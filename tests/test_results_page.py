@@ -2,11 +2,15 @@
 
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import pages.models
 import pytest
+import results
 import results_page
 from bench import tables
+from bench.models.catalogue import MODELS
 from bench.norm.cells import Cell
 from bench.results import load
 from pages import blocks, records
@@ -134,6 +138,25 @@ def test_the_first_screen_says_what_the_table_says(take):
     assert "(2 of 4)" in rows[1]
     assert "equal" not in made["headline"]
     assert "all bits of eager's" in made["models"]
+
+
+def test_runs_that_differ_in_their_models_only_are_one_command():
+    found = ["python a.py --models x --quick", "python a.py --models y", "python a.py --models z x --quick", "python b.py"]
+    lines = ["python a.py --models x z --quick", "python a.py --models y", "python b.py"]
+    assert records.commands([{"command": command} for command in found]).split("\n")[1:-1] == lines
+
+
+def test_every_model_and_record_is_measured_by_one_command(monkeypatch, tmp_path):
+    assert set(MODELS) | set(records.OPS) | {"training", "modulation"} <= set(results.PARTS)
+    commands = []
+    monkeypatch.setattr(
+        results.subprocess, "run", lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 0)
+    )
+    assert results.main(["--out", str(tmp_path)]) == 0
+    assert len(commands) == len(results.PARTS)
+    assert all(Path(command[1]).exists() for command in commands)
+    with pytest.raises(SystemExit):
+        results.main(["no such part"])
 
 
 def test_latents_that_differ_are_named(take):

@@ -10,7 +10,7 @@ from bench.models.catalogue import MODELS
 from bench.models.variants import BF16, EAGER, PATCHED, PRECOMPUTED, SINGLE, VARIANTS
 
 from .blocks import table
-from .records import Measured, by_device, commands, measured, newest, runs_of, where
+from .records import Measured, by_device, card, commands, measured, newest, runs_of, where
 
 COMPILED, PATCHED_COMPILED = "compiled", "patched + compiled"
 MASKED = "hunyuan-video-1.5"
@@ -170,8 +170,7 @@ Measured {listed}.
 
 def chart_name(device: str) -> str:
     """The picture of a device's steps."""
-    card = device.removeprefix("NVIDIA ").split(" ")[0].lower()
-    return f"transformers-{card}.png"
+    return f"transformers-{card(device).lower()}.png"
 
 
 def main_table(found: list[Measured], *others: str) -> str:

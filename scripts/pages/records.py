@@ -33,7 +33,7 @@ class Measured:
     @property
     def card(self) -> str:
         """The device as people call it."""
-        return self.device.removeprefix("NVIDIA ").split(" ")[0]
+        return card(self.device)
 
 
 def runs(docs: Path, name: str) -> list[Run]:
@@ -67,9 +67,22 @@ def where(run: Mapping[str, Any]) -> str:
     return f"{run['date'][:10]}, {environment['device']}, {', '.join(named)}"
 
 
+def card(device: str) -> str:
+    """The short name of a device: H100 for NVIDIA H100 80GB HBM3."""
+    return re.sub(r"\W.*", "", device.removeprefix("NVIDIA "))
+
+
 def commands(used: list[Run]) -> str:
-    """The commands of runs, each once, as a block of shell."""
-    return "```sh\n" + "\n".join(dict.fromkeys(run["command"] for run in used)) + "\n```"
+    """The commands of runs as a block of shell; runs that differ in their models only are one
+    line.
+    """
+    models: dict[tuple[str, str], dict[str, None]] = {}
+    for command in (line for run in used for line in run["command"].split("\n")):
+        before, option, after = command.partition("--models ")
+        names, separator, rest = after.partition(" --")
+        models.setdefault((before + option, separator + rest), {}).update(dict.fromkeys(names.split()))
+    lines = [before + " ".join(names) + rest for (before, rest), names in models.items()]
+    return "```sh\n" + "\n".join(lines) + "\n```"
 
 
 def runs_of(found: list[Measured]) -> list[Run]:
