@@ -1,9 +1,9 @@
-// An activation, written behind what the next linear layer reads beside it. As plain copies are
-// fastest: small blocks, 16 bytes a thread.
+// An activation, written behind what the next linear layer reads beside it.
 #include "activation.h"
 #include "activations.cuh"
 #include "dispatch.cuh"
 #include "launch.h"
+#include "row_blocks.h"
 
 namespace ditnorm {
 
@@ -16,11 +16,11 @@ __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t batch, int6
 
 // `parts`: the blocks of one row.
 template <class T, Activation ACTIVATION>
-__global__ void __launch_bounds__(kActivationThreads) activation_kernel(const ActivationProblem p, const unsigned parts) {
+__global__ void __launch_bounds__(kMostRowThreads) activation_kernel(const ActivationProblem p, const unsigned parts) {
   constexpr int N = 16 / sizeof(T);
   const unsigned token = parts == 1 ? blockIdx.x : blockIdx.x / parts;
   const int beside = static_cast<int>(p.beside_width), width = beside + static_cast<int>(p.width);
-  const int column = static_cast<int>((blockIdx.x - token * parts) * kActivationThreads + threadIdx.x) * N;
+  const int column = static_cast<int>((blockIdx.x - token * parts) * blockDim.x + threadIdx.x) * N;
   if (column >= width) return;
   wait_for_previous_kernel();
   const int64_t batch = blockIdx.y;
@@ -67,15 +67,15 @@ __global__ void __launch_bounds__(kActivationThreads, 4) any_activation_kernel(c
 
 template <class T>
 int launch_activation_kernel(const ActivationProblem& p, void* stream) {
-  // Of a block.
-  constexpr int64_t kMost = 0x7fffffff, kElements = kActivationThreads * 16 / sizeof(T);
+  constexpr int64_t kMost = 0x7fffffff;
   const auto fits = [&](const Rows& rows) { return aligned16(rows.data, p.dtype, rows.batch_stride, rows.token_stride); };
-  const int64_t width = p.beside_width + p.width, parts = (width + kElements - 1) / kElements;
+  const int64_t width = p.beside_width + p.width;
+  const RowBlocks row = row_blocks(width / (16 / sizeof(T)), p.activation == Activation::gelu ? 2 : 3);
   const bool fast = fits(p.x) && fits(p.value) && fits(p.beside) && p.beside_width * sizeof(T) % 16 == 0 && p.width * sizeof(T) % 16 == 0 &&
-                    width <= kMost - kElements && p.tokens <= kMost / parts && p.batch <= 0xffff;
+                    width <= kMost / 2 && p.tokens <= kMost / row.count && p.batch <= 0xffff;
   if (!fast) return launch(&any_activation_kernel<T>, blocks(p.batch * p.tokens), kActivationThreads, stream, p);
-  const dim3 grid(static_cast<unsigned>(p.tokens * parts), static_cast<unsigned>(p.batch));
-  const auto go = [&](auto kernel) { return launch(kernel, grid, kActivationThreads, stream, p, static_cast<unsigned>(parts)); };
+  const dim3 grid(static_cast<unsigned>(p.tokens) * row.count, static_cast<unsigned>(p.batch));
+  const auto go = [&](auto kernel) { return launch(kernel, grid, row.threads, stream, p, row.count); };
   if (p.activation == Activation::gelu) return go(&activation_kernel<T, Activation::gelu>);
   return go(&activation_kernel<T, Activation::swiglu>);
 }

@@ -2,6 +2,7 @@
 #include "gate_gradient.cuh"
 #include "generic_backward.cuh"
 #include "norm_backward.h"
+#include "row_blocks.h"
 
 namespace ditnorm {
 
@@ -27,15 +28,13 @@ int launch_fast_kernel(const SiteBackward& b, void* stream) {
   }
 }
 
-constexpr int kThreads = 128;
-
 // gate * dr: as residual_kernel. `parts`: the blocks of one row.
 template <class T, class M, bool ROUND>
-__global__ void __launch_bounds__(kThreads) gate_backward_kernel(const SiteBackward b, const unsigned parts) {
+__global__ void __launch_bounds__(kMostRowThreads) gate_backward_kernel(const SiteBackward b, const unsigned parts) {
   constexpr int N = 16 / sizeof(T);
   const Problem& p = b.site;
   const unsigned token = parts == 1 ? blockIdx.x : blockIdx.x / parts;
-  const int column = static_cast<int>((blockIdx.x - token * parts) * kThreads + threadIdx.x) * N;
+  const int column = static_cast<int>((blockIdx.x - token * parts) * blockDim.x + threadIdx.x) * N;
   if (column >= p.width) return;
   wait_for_previous_kernel();
   const Token at(p, blockIdx.y, token);
@@ -50,12 +49,12 @@ __global__ void __launch_bounds__(kThreads) gate_backward_kernel(const SiteBackw
 
 template <class T>
 int launch_gate_kernel(const SiteBackward& b, DType modulation, void* stream) {
-  constexpr int kElements = kThreads * 16 / sizeof(T);  // of a block
+  constexpr int N = 16 / sizeof(T);
   const Problem& p = b.site;
-  const auto parts = static_cast<unsigned>((p.width + kElements - 1) / kElements);
-  if (p.tokens * parts > 0x7fffffff) return kNotServed;
-  const dim3 grid(static_cast<unsigned>(p.tokens) * parts, static_cast<unsigned>(p.batch));
-  const auto launch_law = [&](auto kernel) { return launch(kernel, grid, kThreads, stream, b, parts); };
+  const RowBlocks row = row_blocks((p.width + N - 1) / N, 2);
+  if (p.tokens * row.count > 0x7fffffff) return kNotServed;
+  const dim3 grid(static_cast<unsigned>(p.tokens) * row.count, static_cast<unsigned>(p.batch));
+  const auto launch_law = [&](auto kernel) { return launch(kernel, grid, row.threads, stream, b, row.count); };
   if constexpr (!std::is_same_v<T, float>) {
     if (modulation == DType::f32) return launch_law(&gate_backward_kernel<T, float, false>);
     if (p.round_each) return launch_law(&gate_backward_kernel<T, T, true>);

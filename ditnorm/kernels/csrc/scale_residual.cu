@@ -1,28 +1,15 @@
-// r = residual + gate * x. As plain copies are fastest: small blocks, 16 bytes a thread.
+// r = residual + gate * x.
 #include "dispatch.cuh"
 #include "formulas.cuh"
 #include "generic_kernel.cuh"
 #include "modulation.cuh"
+#include "row_blocks.h"
 
 namespace ditnorm {
 
-// The threads of a block, the fastest numbers first.
-constexpr unsigned kThreads[] = {128, 96, 160, 192, 64};
-constexpr int kMostThreads = 192;
-
-// Those that leave the fewest idle in a row of so many accesses.
-inline unsigned threads_for(int64_t accesses) {
-  unsigned best = kThreads[0];
-  const auto all = [&](unsigned threads) { return (accesses + threads - 1) / threads * threads; };
-  for (const unsigned threads : kThreads) {
-    if (all(threads) < all(best)) best = threads;
-  }
-  return best;
-}
-
 // `parts`: the blocks of one row.
 template <class T, class M, bool ROUND>
-__global__ void __launch_bounds__(kMostThreads) residual_kernel(const Problem p, const unsigned parts) {
+__global__ void __launch_bounds__(kMostRowThreads) residual_kernel(const Problem p, const unsigned parts) {
   constexpr int N = 16 / sizeof(T);
   const unsigned token = parts == 1 ? blockIdx.x : blockIdx.x / parts;
   const int column = static_cast<int>((blockIdx.x - token * parts) * blockDim.x + threadIdx.x) * N;
@@ -57,12 +44,10 @@ __global__ void __launch_bounds__(kMostThreads) residual_kernel(const Problem p,
 template <class T>
 int launch_residual_kernel(const Problem& p, DType modulation, void* stream) {
   constexpr int N = 16 / sizeof(T);
-  const int64_t accesses = (p.width + N - 1) / N;
-  const unsigned threads = threads_for(accesses);
-  const auto parts = static_cast<unsigned>((accesses + threads - 1) / threads);
-  if (p.tokens * parts > 0x7fffffff) return launch_generic_kernel<Op::scale_residual, Norm::layer>(p, stream);
-  const dim3 grid(static_cast<unsigned>(p.tokens) * parts, static_cast<unsigned>(p.batch));
-  const auto launch_law = [&](auto kernel) { return launch(kernel, grid, threads, stream, p, parts); };
+  const RowBlocks row = row_blocks((p.width + N - 1) / N, 3);
+  if (p.tokens * row.count > 0x7fffffff) return launch_generic_kernel<Op::scale_residual, Norm::layer>(p, stream);
+  const dim3 grid(static_cast<unsigned>(p.tokens) * row.count, static_cast<unsigned>(p.batch));
+  const auto launch_law = [&](auto kernel) { return launch(kernel, grid, row.threads, stream, p, row.count); };
   if constexpr (!std::is_same_v<T, float>) {
     if (modulation == DType::f32) return launch_law(&residual_kernel<T, float, false>);
     if (p.round_each) return launch_law(&residual_kernel<T, T, true>);
