@@ -49,9 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = [variant for variant in VARIANTS if variant is not PRECOMPUTED and (variant.quick or not options.quick)]
-    if not options.quick:
-        # Starts the compiler: no model's first step is to wait for that.
-        torch.compile(torch.neg)(torch.ones(8, device=device))
     options.out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, dict[str, Any]] = {}
     command = shlex.join(["python", "scripts/bench_training.py", *(sys.argv[1:] if argv is None else argv)])

@@ -7,14 +7,15 @@ from common.tables import text_table
 
 from ..models.variants import EAGER
 
-NOTES = """step ms: median wall time of one training step (forward, backward, AdamW); GPU ms: sum over its kernels.
+NOTES = """step ms: median wall time of one training step (forward, backward, AdamW); host ms: until Python had come to its end;
+GPU ms: sum over its kernels.
 other ms: outside matmul and attention; first step: with the compiler's work; loss: of the second step."""
 COSTS = 14  # kernels that --profile lists
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as text."""
-    header = ["model", "layers", "trained", "", "step ms", "speed", "GPU ms", "other ms", "kernels"]
+    header = ["model", "layers", "trained", "", "step ms", "speed", "host ms", "GPU ms", "other ms", "kernels"]
     rows = [[*header, "peak GB", "memory", "first step s", "loss"]]
     for entry, plan, columns in _measured(entries):
         eager = columns[EAGER.name]
@@ -28,6 +29,7 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
                     name,
                     f"{column['step_ms']:.1f}",
                     f"{eager['step_ms'] / column['step_ms']:.2f}",
+                    f"{column['host_ms']:.1f}",
                     f"{shares['busy_ms']:.1f}",
                     f"{shares['busy_ms'] * column['other_share']:.1f}",
                     str(shares["kernels"]),
