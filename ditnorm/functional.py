@@ -99,10 +99,40 @@ def norm_scale_shift(
     eps: float | None = None,
     rounding: str = "single",
 ) -> Tensor:
-    """``y = norm(x) * (1 + scale) + shift``. Shapes, dtypes and errors: see the module.
+    """``norm(x) * (1 + scale) + shift``: an adaptive LayerNorm or RMSNorm (adaLN).
 
-    Source: ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock``, ``AdaLayerNormZero``
-    in diffusers.
+    Shapes, dtypes, rounding and gradients in full: see the module. Source: ``AdaLayerNormZero``,
+    ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock`` in diffusers.
+
+    Args:
+        x: [B, S, D], or [S, D] meaning B = 1; float32, float16 or bfloat16; any strides.
+        scale: [D], [B or 1, D] or [B or 1, 1, D] (per sample), [B or 1, S, D] (per token) or [B or
+            1, F, 1, D] (per frame, F dividing S); with ``index`` rows [M, D] or [B or 1, M, D]. Any
+            strides but a dense last dim.
+        shift: as ``scale``.
+        weight: the norm's own, [D].
+        bias: the norm's own, [D].
+        scale_table: [D], added to ``scale`` in float32.
+        shift_table: [D], added to ``shift`` in float32.
+        index: integer or bool, [S] or [B or 1, S]: the row of the modulations that each token
+            takes.
+        norm: ``"layer"``, ``"rms"``, ``"fp32_layer"`` or ``"diffusers_rms"``.
+        eps: by default torch's: 1e-5 for LayerNorm, the resolution of float32 for RMSNorm.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Returns:
+        The result, in the shape and dtype of ``x``, contiguous.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+        IndexError: for an index out of range, on the CPU; elsewhere its row is NaN.
+
+    Examples:
+        >>> x, scale, shift = torch.randn(2, 16, 64), torch.randn(2, 1, 64), torch.randn(2, 1, 64)
+        >>> y = ditnorm.norm_scale_shift(x, scale, shift, rounding="eager")
+        >>> torch.equal(y, F.layer_norm(x, (64,)) * (1 + scale) + shift)
+        True
     """
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
@@ -134,11 +164,51 @@ def scale_residual_norm_scale_shift(
     eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """``(y, r)``: ``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift``. Shapes,
-    dtypes and errors: see the module.
+    """``r = residual + gate * x`` and ``norm(r) * (1 + scale) + shift``: what stands between two
+    sub-layers of a block.
 
-    Source: the middle of ``QwenImageTransformerBlock``, ``WanTransformerBlock``,
-    ``HunyuanVideoTransformerBlock`` in diffusers.
+    Shapes, dtypes, rounding and gradients in full: see the module. Source: the middle of
+    ``QwenImageTransformerBlock``, ``WanTransformerBlock``, ``HunyuanVideoTransformerBlock`` in
+    diffusers.
+
+    Args:
+        residual: the shape of ``x``; float32, float16 or bfloat16; any strides.
+        x: [B, S, D], or [S, D] meaning B = 1; float32, float16 or bfloat16; any strides.
+        gate: as ``scale``.
+        scale: [D], [B or 1, D] or [B or 1, 1, D] (per sample), [B or 1, S, D] (per token) or [B or
+            1, F, 1, D] (per frame, F dividing S); with ``index`` rows [M, D] or [B or 1, M, D]. Any
+            strides but a dense last dim.
+        shift: as ``scale``.
+        weight: the norm's own, [D].
+        bias: the norm's own, [D].
+        gate_table: [D], added to ``gate`` in float32.
+        scale_table: [D], added to ``scale`` in float32.
+        shift_table: [D], added to ``shift`` in float32.
+        index: integer or bool, [S] or [B or 1, S]: the row of the modulations that each token
+            takes.
+        norm: ``"layer"``, ``"rms"``, ``"fp32_layer"`` or ``"diffusers_rms"``.
+        eps: by default torch's: 1e-5 for LayerNorm, the resolution of float32 for RMSNorm.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Returns:
+        ``(y, r)``: the normed and modulated stream, in the dtype of ``x``, and the stream itself,
+        in the dtype of ``residual``, both contiguous.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+        IndexError: for an index out of range, on the CPU; elsewhere its row is NaN.
+
+    Examples:
+        >>> residual, x = torch.randn(2, 2, 16, 64).unbind()
+        >>> gate, scale, shift = torch.randn(3, 2, 1, 64).unbind()
+        >>> y, r = ditnorm.scale_residual_norm_scale_shift(
+        ...     residual, x, gate, scale, shift, norm="rms", rounding="eager"
+        ... )
+        >>> torch.equal(r, residual + gate * x)
+        True
+        >>> torch.equal(y, F.rms_norm(r, (64,)) * (1 + scale) + shift)
+        True
     """
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
@@ -162,9 +232,33 @@ def scale_residual(
     index: Tensor | None = None,
     rounding: str = "single",
 ) -> Tensor:
-    """``r = residual + gate * x``. Shapes, dtypes and errors: see the module.
+    """``residual + gate * x``: the end of a block.
 
-    Source: the end of every transformer block in diffusers.
+    Shapes, dtypes, rounding and gradients in full: see the module. Source: the end of every
+    transformer block in diffusers.
+
+    Args:
+        residual: the shape of ``x``; float32, float16 or bfloat16; any strides.
+        x: [B, S, D], or [S, D] meaning B = 1; float32, float16 or bfloat16; any strides.
+        gate: [D], [B or 1, D] or [B or 1, 1, D] (per sample), [B or 1, S, D] (per token) or [B or
+            1, F, 1, D] (per frame, F dividing S); with ``index`` rows [M, D] or [B or 1, M, D].
+        gate_table: [D], added to ``gate`` in float32.
+        index: integer or bool, [S] or [B or 1, S]: the row of the gate that each token takes.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Returns:
+        The sum, in the shape of ``x`` and the dtype of ``residual``, contiguous.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+        IndexError: for an index out of range, on the CPU; elsewhere its row is NaN.
+
+    Examples:
+        >>> residual, x = torch.randn(2, 2, 16, 64).unbind()
+        >>> gates, row = torch.randn(2, 64), torch.arange(16) >= 4
+        >>> r = ditnorm.scale_residual(residual, x, gates, index=row)
+        >>> torch.testing.assert_close(r, residual + gates[row.long()] * x)
     """
     tensors = (residual, x, gate, gate_table, index)
     try:
@@ -188,10 +282,33 @@ def norm_scale_residual(
     eps: float = 1e-5,
     rounding: str = "single",
 ) -> Tensor:
-    """``r = residual + gate * norm(x)``, the norm being diffusers' ``RMSNorm`` with ``x_weight``
-    [D]. Shapes, dtypes and errors: see the module.
+    """``residual + gate * norm(x)``, the norm being diffusers' ``RMSNorm``.
 
-    Source: the end of ``ZImageTransformerBlock`` in diffusers.
+    Shapes, dtypes, rounding and gradients in full: see the module. Source: the end of
+    ``ZImageTransformerBlock`` in diffusers.
+
+    Args:
+        residual: the shape of ``x``; float32, float16 or bfloat16; any strides.
+        x: [B, S, D], or [S, D] meaning B = 1; float32, float16 or bfloat16; any strides.
+        x_weight: the norm's own, [D].
+        gate: as of :func:`scale_residual`.
+        index: integer or bool, [S] or [B or 1, S]: the row of the gate that each token takes.
+        eps: of the norm.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Returns:
+        The sum, in the shape of ``x`` and the dtype of ``residual``, contiguous.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+        IndexError: for an index out of range, on the CPU; elsewhere its row is NaN.
+
+    Examples:
+        >>> residual, x = torch.randn(2, 2, 16, 64).unbind()
+        >>> weight, gate = torch.randn(64), torch.randn(64)
+        >>> r = functional.norm_scale_residual(residual, x, weight, gate)
+        >>> torch.testing.assert_close(r, residual + gate * F.rms_norm(x, (64,), weight, 1e-5))
     """
     tensors, options = (residual, x, x_weight, gate, index), (eps, rounding)
     try:
@@ -218,11 +335,41 @@ def norm_scale_residual_norm_scale_shift(
     eps: float = 1e-5,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """``(y, r)``: ``r = residual + gate * norm(x)``, ``y = norm(r) * (1 + scale) + shift``, both
-    norms being diffusers' ``RMSNorm``, with ``x_weight`` and ``weight`` [D] and one ``eps``.
-    Shapes, dtypes and errors: see the module.
+    """``r = residual + gate * norm(x)`` and ``norm(r) * (1 + scale) + shift``, both norms being
+    diffusers' ``RMSNorm`` with one ``eps``.
 
-    Source: the middle of ``ZImageTransformerBlock``, ``Lumina2TransformerBlock`` in diffusers.
+    Shapes, dtypes, rounding and gradients in full: see the module. Source: the middle of
+    ``ZImageTransformerBlock``, ``Lumina2TransformerBlock`` in diffusers.
+
+    Args:
+        residual: the shape of ``x``; float32, float16 or bfloat16; any strides.
+        x: [B, S, D], or [S, D] meaning B = 1; float32, float16 or bfloat16; any strides.
+        x_weight: of the norm of ``x``, [D].
+        gate: as ``scale``.
+        scale: [D], [B or 1, D] or [B or 1, 1, D] (per sample), [B or 1, S, D] (per token) or [B or
+            1, F, 1, D] (per frame, F dividing S); with ``index`` rows [M, D] or [B or 1, M, D]. Any
+            strides but a dense last dim.
+        shift: as ``scale``.
+        weight: of the norm of ``r``, [D].
+        index: integer or bool, [S] or [B or 1, S]: the row of the modulations that each token
+            takes.
+        eps: of both norms.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Returns:
+        ``(y, r)``, in the dtypes of ``x`` and ``residual``, contiguous.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+        IndexError: for an index out of range, on the CPU; elsewhere its row is NaN.
+
+    Examples:
+        >>> residual, x = torch.randn(2, 2, 16, 64).unbind()
+        >>> gate, scale = torch.randn(2, 64).unbind()
+        >>> y, r = functional.norm_scale_residual_norm_scale_shift(residual, x, None, gate, scale)
+        >>> torch.testing.assert_close(r, residual + gate * F.rms_norm(x, (64,), eps=1e-5))
+        >>> torch.testing.assert_close(y, F.rms_norm(r, (64,), eps=1e-5) * (1 + scale))
     """
     tensors, options = (residual, x, x_weight, gate, scale, shift, weight, index), (eps, rounding)
     try:
@@ -248,28 +395,47 @@ def qk_norm_rope(
     eps: float = 1e-6,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """``(query, key)``: each RMS-normed, then rotated by position; what stands between the
-    projections and the attention of a block.
+    """Query and key, each RMS-normed, then rotated by position (RoPE on neighbouring elements,
+    arXiv:2104.09864): what stands between the projections and the attention of a block.
 
-    ``query``, ``key``: [B, S, H * d], d being ``head_dim``, each with its own S and H; any strides
-    (a last dim that isn't dense is copied once, chunks of a fused projection are read in place).
-    Results: [B, S, H, d], contiguous, in the dtype of ``query``.
-    ``*_weight``: [d], normed per head; [H * d], normed across all heads; None: per head without a
-    weight.
-    ``norm``: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which
-    under ``"eager"`` rounds before it multiplies by the weight).
-    ``rotary`` (RoPE on neighbouring elements, arXiv:2104.09864): None, a complex64 table [S', d /
-    2] (Qwen-Image), or ``(cos, sin)``, float32, of width d (a value for each element, HunyuanVideo)
-    or d / 2 (for each pair, Wan); shared over heads; [S', n], [B or 1, S', n] or [B or 1, S', 1,
-    n], any strides. The first S' <= S tokens are rotated, the rest is only normed.
+    ``"eager"`` is fused for one dtype of query, key and weights; on CUDA its bits are promised for
+    the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads,
+    with d a multiple of 8. Rounding and gradients in full: see the module. Source:
+    ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor`` in diffusers.
 
-    Dtypes, rounding laws, gradients: see the module. ``"eager"`` is fused for one dtype of query,
-    key and weights; on CUDA its bits are promised for the norms that diffusers has:
-    ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads, with d a multiple of 8.
-    Errors: ``TypeError``, ``ValueError``, naming the argument.
+    Args:
+        query: [B, S, H * d], d being ``head_dim``; float32, float16 or bfloat16; any strides:
+            chunks of a fused projection are read in place.
+        key: as ``query``, with an S and H of its own.
+        query_weight: [d], normed per head; [H * d], normed across all heads; None: per head,
+            without a weight.
+        key_weight: as ``query_weight``.
+        rotary: None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``, float32, of
+            width d (a value for each element, HunyuanVideo) or d / 2 (for each pair, Wan), shared
+            by the heads: [S', n], [B or 1, S', n] or [B or 1, S', 1, n], any strides. The first S'
+            <= S tokens are rotated, the rest is only normed.
+        head_dim: d, an even number where there is a rotary table.
+        norm: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which
+            under ``"eager"`` rounds before it multiplies by the weight).
+        eps: of the norm.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
 
-    Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor`` in
-    diffusers.
+    Returns:
+        ``(query, key)``: [B, S, H, d] each, contiguous, in the dtype of ``query``.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+
+    Examples:
+        >>> query, key = torch.randn(2, 2, 16, 4 * 32).unbind()  # 4 heads of 32
+        >>> angles = torch.outer(torch.arange(16.0), torch.logspace(0, -4, 16))
+        >>> rotary = torch.polar(torch.ones_like(angles), angles)
+        >>> q, k = ditnorm.qk_norm_rope(query, key, rotary=rotary, head_dim=32)
+        >>> normed = F.rms_norm(query.unflatten(-1, (4, 32)), (32,), eps=1e-6)
+        >>> pairs = torch.view_as_complex(normed.unflatten(-1, (16, 2)))
+        >>> rotated = torch.view_as_real(pairs * rotary[:, None]).flatten(-2)
+        >>> torch.testing.assert_close(q, rotated)
     """
     cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_qk.tables(rotary)
     tensors = (query, key, query_weight, key_weight, cos, sin)
@@ -304,14 +470,48 @@ def joint_qk_norm_rope(
     encoder_first: bool = False,
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(query, key, value)`` of joint attention: :func:`qk_norm_rope` of two streams, both written
-    into one tensor each.
+    """Query, key and value of joint attention: :func:`qk_norm_rope` of two streams, both written
+    into one tensor each, with the values beside them.
 
-    Each stream: [B, S, H * d], S its own. Results: [B, S + S_encoder, H, d], contiguous, the
-    encoder's tokens first if ``encoder_first`` (Qwen-Image, FLUX.1) or last (HunyuanVideo). All
-    else as :func:`qk_norm_rope`.
+    All that isn't said here is as there. Source: ``QwenDoubleStreamAttnProcessor2_0``,
+    ``HunyuanVideoAttnProcessor2_0`` in diffusers.
 
-    Source: ``QwenDoubleStreamAttnProcessor2_0``, ``HunyuanVideoAttnProcessor2_0`` in diffusers.
+    Args:
+        query: [B, S, H * d] of the first stream.
+        key: as ``query``.
+        value: as ``query``.
+        query_weight: [d], [H * d] or None.
+        key_weight: [d], [H * d] or None.
+        rotary: of the first stream; None, a complex table or ``(cos, sin)``.
+        encoder_query: [B, S_encoder, H * d] of the second stream, the text.
+        encoder_key: as ``encoder_query``.
+        encoder_value: as ``encoder_query``.
+        encoder_query_weight: [d], [H * d] or None.
+        encoder_key_weight: [d], [H * d] or None.
+        encoder_rotary: of the second stream.
+        head_dim: d.
+        norm: ``"rms"`` or ``"diffusers_rms"``.
+        eps: of the norm.
+        encoder_first: whether the second stream's tokens come first (Qwen-Image, FLUX.1) or last
+            (HunyuanVideo).
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Returns:
+        ``(query, key, value)``: [B, S + S_encoder, H, d] each, contiguous.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+
+    Examples:
+        >>> image, text = torch.randn(3, 1, 16, 64).unbind(), torch.randn(3, 1, 5, 64).unbind()
+        >>> q, k, v = ditnorm.joint_qk_norm_rope(
+        ...     *image, None, None, None, *text, None, None, None, head_dim=32
+        ... )
+        >>> q.shape
+        torch.Size([1, 21, 2, 32])
+        >>> torch.equal(v.flatten(2), torch.cat([image[2], text[2]], dim=1))
+        True
     """
     cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_qk.tables(rotary)
     encoder_cos, encoder_sin = (
@@ -332,18 +532,31 @@ def joint_qk_norm_rope(
 
 def gelu(x: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -> Tensor:
     """GELU of ``x``, in its tanh approximation (arXiv:1606.08415), behind ``beside`` along the last
-    dim: attention's result and the MLP's in one buffer, as the last linear layer of a block reads
-    them.
+    dim: attention's result and the MLP's in one buffer, as the last linear layer of a block
+    reads them.
 
-    ``x``: [B, S, D] or [S, D]; ``beside``: None or [B, S, D'], [S, D']; any strides (a last dim
-    that isn't dense is copied once, chunks of a fused projection are read in place). Result: [B, S,
-    D' + D], contiguous, in the dtype of ``x``. Fused where all have one dtype: float32, float16,
-    bfloat16.
+    Both rounding laws are one here, and on CUDA have the bits of PyTorch's GELU. Fused where all
+    have one dtype: float32, float16, bfloat16. Gradients: see the module. Source:
+    ``FluxSingleTransformerBlock``, ``HunyuanVideoSingleTransformerBlock`` in diffusers.
 
-    Both rounding laws are one here, and on CUDA have the bits of PyTorch's GELU. Gradients: see the
-    module. Errors: ``TypeError``, ``ValueError``, naming the argument.
+    Args:
+        x: [B, S, D] or [S, D]; any strides: chunks of a fused projection are read in place.
+        beside: None, or [B, S, D'] or [S, D'].
+        rounding: ``"single"`` or ``"eager"``.
 
-    Source: ``FluxSingleTransformerBlock``, ``HunyuanVideoSingleTransformerBlock`` in diffusers.
+    Returns:
+        [B, S, D' + D], contiguous, in the dtype of ``x``.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+
+    Examples:
+        >>> attention, hidden = torch.randn(2, 16, 64), torch.randn(2, 16, 256)
+        >>> both = functional.gelu(hidden, attention)
+        >>> expected = torch.cat([attention, F.gelu(hidden, approximate="tanh")], dim=-1)
+        >>> torch.equal(both, expected)
+        True
     """
     tensors = (x, beside)
     try:
@@ -360,11 +573,27 @@ def gelu(x: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -
 def swiglu(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -> Tensor:
     """``silu(x) * value`` (SwiGLU, arXiv:2002.05202) behind ``beside`` along the last dim.
 
-    ``value`` has the shape of ``x``; all else as :func:`gelu`, but that ``"eager"`` rounds
-    ``silu(x)`` to its dtype.
-
+    All that isn't said here is as of :func:`gelu`. ``"eager"`` rounds ``silu(x)`` to its dtype.
     Source: ``Flux2SwiGLU``, Z-Image's ``FeedForward``, ``OvisImageSingleTransformerBlock`` in
     diffusers.
+
+    Args:
+        x: [B, S, D] or [S, D]; any strides.
+        value: the shape of ``x``.
+        beside: None, or [B, S, D'] or [S, D'].
+        rounding: ``"single"`` or ``"eager"``.
+
+    Returns:
+        [B, S, D' + D], contiguous, in the dtype of ``x``.
+
+    Raises:
+        TypeError: for the kind or dtype of an argument, which the message names.
+        ValueError: for a shape, a device or a combination.
+
+    Examples:
+        >>> x, value = torch.randn(2, 2, 16, 64).unbind()
+        >>> torch.equal(functional.swiglu(x, value, rounding="eager"), F.silu(x) * value)
+        True
     """
     tensors = (x, value, beside)
     try:

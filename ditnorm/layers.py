@@ -53,10 +53,15 @@ class _Norm(Swapped, nn.Module):
     def from_norm(cls: type[L], module: nn.Module, rounding: str = "single") -> L:
         """A layer with the Parameters (the same objects), eps and mode of ``module``.
 
-        Takes ``nn.LayerNorm``, ``nn.RMSNorm``, diffusers' ``FP32LayerNorm`` and, where it computes
-        the same, diffusers' ``RMSNorm``: not with a half-precision weight, to which it rounds
-        before it multiplies. ``TypeError`` for anything else, subclasses included;
-        ``ValueError`` for a norm over more than one dim.
+        Args:
+            module: ``nn.LayerNorm``, ``nn.RMSNorm``, diffusers' ``FP32LayerNorm`` or, where it
+                computes the same, diffusers' ``RMSNorm``: not with a half-precision weight, to
+                which it rounds before it multiplies.
+            rounding: ``"single"`` or ``"eager"``.
+
+        Raises:
+            TypeError: for anything else, subclasses included.
+            ValueError: for a norm over more than one dim.
         """
         norm, shape = _kind(module)
         eps: Any = module.eps
@@ -151,11 +156,31 @@ class NormScaleShiftLayer(_Norm):
 
 
 class LayerNormScaleShift(NormScaleShiftLayer, nn.LayerNorm):
-    """``LayerNorm(x) * (1 + scale) + shift`` (adaLN, arXiv:2212.09748) in one kernel.
+    """``LayerNorm(x) * (1 + scale) + shift`` (adaLN, arXiv:2212.09748) in one kernel; an
+    ``nn.LayerNorm`` with the same parameters and state-dict keys.
 
-    Args: those of ``torch.nn.LayerNorm``, ``normalized_shape`` being the last dim D, and
-    ``rounding``: ``"single"`` or ``"eager"``.
-    ``forward(x, scale, shift, *, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
+    ``forward(x, scale, shift, *, scale_table, shift_table, index)`` takes ``x`` [B, S, D] or [S, D]
+    and returns its shape and dtype; with ``x`` alone it is the plain norm. Modulations, errors:
+    :func:`ditnorm.norm_scale_shift`.
+
+    Args:
+        normalized_shape: the last dim, D.
+        eps: of the norm.
+        elementwise_affine: whether there is a weight [D], and a bias.
+        bias: whether there is a bias [D] beside the weight.
+        device: of the parameters.
+        dtype: of the parameters.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Raises:
+        ValueError: for more than one normalized dim, or another rounding.
+
+    Examples:
+        >>> norm = ditnorm.LayerNormScaleShift(64, elementwise_affine=False, rounding="eager")
+        >>> x, scale, shift = torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64)
+        >>> y = norm(x, scale=scale, shift=shift)
+        >>> torch.equal(y, F.layer_norm(x, (64,)) * (1 + scale[:, None]) + shift[:, None])
+        True
     """
 
     norm = "layer"
@@ -176,11 +201,29 @@ class LayerNormScaleShift(NormScaleShiftLayer, nn.LayerNorm):
 
 
 class RMSNormScaleShift(NormScaleShiftLayer, nn.RMSNorm):
-    """``RMSNorm(x) * (1 + scale) + shift`` (arXiv:1910.07467) in one kernel.
+    """``RMSNorm(x) * (1 + scale) + shift`` (arXiv:1910.07467) in one kernel; an ``nn.RMSNorm`` with
+    the same parameter and state-dict key.
 
-    Args: those of ``torch.nn.RMSNorm``, ``normalized_shape`` being the last dim D, and
-    ``rounding``: ``"single"`` or ``"eager"``.
-    ``forward(x, scale, shift, *, scale_table, shift_table, index)``: ``x`` [B, S, D] -> [B, S, D].
+    ``forward(x, scale, shift, *, scale_table, shift_table, index)`` takes ``x`` [B, S, D] or [S, D]
+    and returns its shape and dtype; with ``x`` alone it is the plain norm. Modulations, errors:
+    :func:`ditnorm.norm_scale_shift`.
+
+    Args:
+        normalized_shape: the last dim, D.
+        eps: of the norm; None: the resolution of float32.
+        elementwise_affine: whether there is a weight [D].
+        device: of the weight.
+        dtype: of the weight.
+        rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
+
+    Raises:
+        ValueError: for more than one normalized dim, or another rounding.
+
+    Examples:
+        >>> norm = ditnorm.RMSNormScaleShift.from_norm(torch.nn.RMSNorm(64))
+        >>> x, scale = torch.randn(2, 16, 64), torch.randn(2, 64)
+        >>> y = norm(x, scale=scale)
+        >>> torch.testing.assert_close(y, F.rms_norm(x, (64,)) * (1 + scale[:, None]))
     """
 
     norm = "rms"
@@ -201,14 +244,31 @@ class RMSNormScaleShift(NormScaleShiftLayer, nn.RMSNorm):
 
 
 class ScaleResidualNormScaleShift(_Norm):
-    """``r = residual + gate * x``, ``y = norm(r) * (1 + scale) + shift`` in one kernel; returns
-    ``(y, r)``.
+    """``r = residual + gate * x`` and ``norm(r) * (1 + scale) + shift`` in one kernel; also an
+    ``nn.LayerNorm`` or an ``nn.RMSNorm``, with its parameters and state-dict keys.
 
-    ``norm_type="layer"`` (default) makes an instance that is also an ``nn.LayerNorm``, ``"rms"``
-    one that is also an ``nn.RMSNorm``; the other args are those of that class, and ``rounding``:
-    ``"single"`` or ``"eager"``.
-    ``forward(residual, x, gate, scale, shift, *, gate_table, scale_table, shift_table, index)``:
-    [B, S, D] -> two of [B, S, D]; with ``residual`` alone, the plain norm of it.
+    ``forward(residual, x, gate, scale, shift, *, gate_table, scale_table, shift_table, index)``
+    takes ``residual`` and ``x`` [B, S, D] or [S, D] and returns ``(y, r)`` of that shape; with
+    ``residual`` alone it is the plain norm of it. Modulations, errors:
+    :func:`ditnorm.scale_residual_norm_scale_shift`.
+
+    Besides ``norm_type`` it takes what :class:`LayerNormScaleShift` and :class:`RMSNormScaleShift`
+    take.
+
+    Args:
+        norm_type: ``"layer"`` or ``"rms"``.
+
+    Raises:
+        ValueError: for another ``norm_type`` or rounding, or more than one normalized dim.
+        TypeError: when called with a modulation and without ``x``.
+
+    Examples:
+        >>> norm = ditnorm.ScaleResidualNormScaleShift(64, norm_type="rms")
+        >>> residual, x = torch.randn(2, 2, 16, 64).unbind()
+        >>> gate, scale = torch.randn(2, 2, 64).unbind()
+        >>> y, r = norm(residual, x, gate=gate, scale=scale)
+        >>> torch.testing.assert_close(r, residual + gate[:, None] * x)
+        >>> torch.testing.assert_close(y, F.rms_norm(r, (64,)) * (1 + scale[:, None]))
     """
 
     def __new__(cls, *args: Any, norm_type: str = "layer", **kwargs: Any) -> "ScaleResidualNormScaleShift":

@@ -53,14 +53,27 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
     the table has no row for is made from the weights when it comes. Changed weights and adapters
     empty the table. :func:`ditnorm.report` counts.
 
-    ``target``: a diffusers pipeline, whose scheduler says the schedule, or a model, patched or not:
-    it is patched as :func:`ditnorm.patch_pipeline` does. ``timesteps``, 1-D: those that a model
-    without a pipeline will be given. Calling it again adds a pipeline that shares the model, or
-    other timesteps.
+    Args:
+        target: a diffusers pipeline, whose scheduler says the schedule, or a model; it is patched
+            as :func:`ditnorm.patch_pipeline` does. Calling it again adds a pipeline that shares the
+            model, or other timesteps.
+        timesteps: 1-D, those that a model without a pipeline will be given.
 
-    Returns ``target``. Raises ``TypeError`` for anything else, ``ValueError`` where there is
-    nothing to gain, and ``RuntimeError`` with the reason where it can't be done; nothing is changed
-    then.
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: for anything but a pipeline or a model, or timesteps that aren't 1-D.
+        ValueError: where there is nothing to gain.
+        RuntimeError: where it can't be done, with the reason; nothing is changed then.
+
+    Examples:
+        >>> with torch.no_grad():
+        ...     before = transformer(**inputs).sample
+        ...     transformer = ditnorm.precompute_modulation(transformer, inputs["timestep"])
+        ...     torch.equal(transformer(**inputs).sample, before)
+        True
+        >>> transformer = ditnorm.unpatch_model(transformer)
     """
     if timesteps is not None and not (isinstance(timesteps, Tensor) and timesteps.ndim == 1):
         raise TypeError("timesteps: expected a 1-D tensor, as the model is given them one at a time")
@@ -90,10 +103,22 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
 
 def restore_modulation(target: T) -> T:
     """Undoes :func:`precompute_modulation`: the weights go to the device where the model is by now,
-    and run in every step again.
+    and run in every step again. The model stays patched.
 
-    Returns ``target``, which stays patched; without effect where nothing was precomputed.
-    ``TypeError`` for anything but a pipeline or a model.
+    Args:
+        target: a pipeline or a model; without effect where nothing was precomputed.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        TypeError: for anything but a pipeline or a model.
+
+    Examples:
+        >>> transformer = ditnorm.precompute_modulation(transformer)
+        >>> ditnorm.restore_modulation(transformer) is transformer
+        True
+        >>> transformer = ditnorm.unpatch_model(transformer)
     """
     restore(modules_of(target))
     return target

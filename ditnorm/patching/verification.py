@@ -54,12 +54,28 @@ class Verifications(dict[str, Verification]):
 
 
 def verify(target: object, *, strict: bool = False) -> Verifications:
-    """Runs each distinct fused op of a pipeline or model on 4096 random rows against the unfused
-    expression and compares the bits.
+    """Runs each distinct fused call of a pipeline or model on 4096 random rows against the unfused
+    expression, and compares the bits.
 
-    It runs where the model computes, once a process, and never initialises CUDA. Returns the
-    results by component name (``"model"`` for a model). A difference warns, or under ``strict``
-    raises ``RuntimeError``. ``TypeError`` and ``ValueError`` as :func:`ditnorm.patch_pipeline`.
+    It runs where the model computes, once a process, and never initialises CUDA. A difference
+    warns.
+
+    Args:
+        target: a pipeline or a model, patched or not.
+        strict: raise instead of warning.
+
+    Returns:
+        A dict of results by the name of the component (``"model"`` for a model), which prints as a
+        table.
+
+    Raises:
+        TypeError: for anything but a pipeline or a ``torch.nn.Module``.
+        ValueError: if nothing in it is of a family that is known.
+        RuntimeError: under ``strict``, where bits differ.
+
+    Examples:
+        >>> ditnorm.verify(transformer)["model"].differing
+        ()
     """
     found = targets(modules_of(target), target)
     return Verifications((name, verify_units(model, units, strict=strict)) for name, (model, units) in found.items())
