@@ -27,7 +27,7 @@ MODELS = ["wan-t2v", "wan-without-cross-attn-norm", "qwen-image", "hunyuan-video
 MODELS = [name for name in [*MODELS, "qwen-image-2.1"] if name in tiny.MODELS]
 FAMILIES = ["wan-t2v", "qwen-image", "hunyuan-video"]
 TWO_FAMILIES = ["wan-t2v", "qwen-image"]
-CALLS = {name: sum(tiny.MODELS[name].calls) for name in MODELS}
+CALLS = {name: tiny.MODELS[name].total for name in MODELS}
 
 Shown = list[tuple[str, Any]]
 Show = Callable[[nn.Module, Any], None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditnorm import patch_model, unpatch_model
+from ditnorm import patch_model, report, unpatch_model
 from ditnorm.fused import gelu as gelu_module
 from ditnorm.fused.gelu import FusedGELU, linear_gelu
 from ditnorm.fused.module import matches
@@ -335,7 +335,7 @@ def test_a_gelu_with_a_method_of_its_own_runs_it(when: str) -> None:
     assert torch.equal(run(patch_model(model, strict=True), "wan-t2v"), run(upstream, "wan-t2v"))
 
 
-def test_what_is_not_known_or_was_replaced_is_left_alone_in_silence() -> None:
+def test_what_is_not_known_or_was_replaced_is_left_alone_and_only_the_report_says_so() -> None:
     model = tiny.load("wan-t2v", DTYPE)
     model.blocks[0].ffn.net[0].__class__ = AnotherGELU
     model.blocks[1].ffn.net[0].forward = lambda hidden_states: hidden_states.repeat(1, 1, 2)
@@ -346,5 +346,7 @@ def test_what_is_not_known_or_was_replaced_is_left_alone_in_silence() -> None:
     assert all(generated.origin_of(type(block)) for block in model.blocks)
     assert torch.equal(run(model, "wan-t2v"), expected)
     assert in_place(model, "wan-t2v") == 1
+    (found,) = report(model).transformers
+    assert list(found.unfused_activations.values()) == [["blocks.0.ffn.net.0"], ["blocks.1.ffn.net.0"]]
     unpatch_model(model)
     assert type(model.blocks[0].ffn.net[0]) is AnotherGELU

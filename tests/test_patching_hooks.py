@@ -129,7 +129,7 @@ def test_a_feature_keeps_working_on_a_patched_model_and_after_unpatching(
     folders = tmp_path / "upstream", tmp_path / "patched"
     feature(upstream, folders[0])
     expected = run_twice(upstream)
-    plain_calls = 2 * sum(tiny.MODELS["wan-t2v"].calls)
+    plain_calls = 2 * tiny.MODELS["wan-t2v"].total
 
     if order == "patch first":
         patch_model(model)
@@ -185,7 +185,7 @@ def test_an_offloaded_norm_is_fused_through_its_own_hook(model: nn.Module) -> No
     sequential_offload(model, Path())
     assert model.blocks[0].norm2.weight.device.type == "meta"
     patch_model(model)
-    assert fused_calls(lambda: run(model)) == sum(tiny.MODELS["wan-t2v"].calls)
+    assert fused_calls(lambda: run(model)) == tiny.MODELS["wan-t2v"].total
 
 
 class Overwritten(ModelHook):
@@ -217,4 +217,4 @@ def test_weights_of_query_and_key_norms_outlive_the_call_that_their_hook_puts_th
     for norm in norms:
         HookRegistry.check_if_exists_or_initialize(norm).register_hook(Overwritten(), "overwritten")
     patch_model(model, strict=True)
-    assert fused_calls(lambda: torch.testing.assert_close(run(model, name), expected, rtol=0, atol=0)) == sum(tiny.MODELS[name].calls)
+    assert fused_calls(lambda: torch.testing.assert_close(run(model, name), expected, rtol=0, atol=0)) == tiny.MODELS[name].total

@@ -5,18 +5,18 @@ Upstream's expression runs where there is no kernel, where that has other bits, 
 wants to see it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels
 from ..functional import gelu, swiglu
-from ..ops.checks import FLOATS, same_bits
 from ..swapping.originals import replaced, replaced_functional
-from .gelu import activated, activation_of, called_as_module, fits_epilogue, is_torchs_gelu
+from .activation_sites import Activation, served
+from .gelu import activated, activation_of, called_as_module, fits_epilogue, is_torchs_gelu, why_not
+from .module import FusedModule
 
 _SILU_FORWARD = nn.SiLU.forward if replaced(nn.SiLU, "forward") is None else None
 _SILU = F.silu if replaced_functional("silu") is None else None
@@ -26,11 +26,7 @@ def begun(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> tu
     """Of ``activation(linear(x))``, GELU for a block that joins it with attention's result later:
     ``linear(x)`` and True where :func:`joined` does the rest, else the whole and False.
     """
-    if (
-        not is_torchs_gelu(activation)
-        or activation.approximate != "tanh"
-        or (rounding == "single" and fits_epilogue(linear, x, activation.approximate))
-    ):
+    if not _joins(activation) or (rounding == "single" and fits_epilogue(linear, x, activation.approximate)):
         return activated(activation, linear, x, rounding), False
     inner = linear(x)
     if served("gelu", inner):
@@ -45,9 +41,45 @@ def joined(beside: Tensor, inner: Tensor, pending: bool, rounding: str) -> Tenso
     return gelu(inner, beside, rounding=rounding) if pending else torch.cat([beside, inner], dim=-1)
 
 
+def gelu_joined(path: str, activation: Any) -> Activation:
+    """What :func:`begun` and :func:`joined` make of an activation."""
+    if _joins(activation):
+        reason = None
+    elif is_torchs_gelu(activation):
+        reason = "it isn't GELU in its tanh approximation"
+    else:
+        reason = why_not(activation, nn.GELU, "gelu")
+    return Activation(path, "GELU and what stands beside it in one call", "gelu", reason)
+
+
+class JoinedGELU:
+    """A block that hands its ``act_mlp`` to :func:`begun`."""
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        """See :class:`FusedModule`."""
+        yield gelu_joined("act_mlp", module.act_mlp)
+
+
+def _joins(activation: Any) -> bool:
+    return is_torchs_gelu(activation) and activation.approximate == "tanh"
+
+
 def is_torchs_silu(activation: nn.Module) -> bool:
     """Whether a call of a module is PyTorch's SiLU, and nobody looks at it."""
     return type(activation).forward is _SILU_FORWARD and called_as_module(activation)
+
+
+def silu_joined(path: str, activation: nn.Module) -> Activation:
+    """What :func:`silu_gated` makes of a SiLU where :func:`is_torchs_silu` is asked before."""
+    return swiglu_in(path, None if is_torchs_silu(activation) else why_not(activation, nn.SiLU, "silu"))
+
+
+def swiglu_in(path: str, reason: str | None = None) -> Activation:
+    """What :func:`silu_gated` makes of ``F.silu``; ``reason``: why it isn't called."""
+    if reason is None and F.silu is not _SILU:
+        reason = replaced_functional("silu") or "torch.nn.functional.silu was replaced before ditnorm was imported"
+    return Activation(path, "SwiGLU in one call", "swiglu", reason)
 
 
 def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str) -> Tensor:
@@ -58,42 +90,23 @@ def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, roundi
     return y if beside is None else torch.cat([beside, y], dim=-1)
 
 
-_known: dict[tuple[str, torch.device, torch.dtype], bool] = {}
-
-
-def served(op: str, x: Tensor) -> bool:
-    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, with the bits of PyTorch's for all
-    numbers of its dtype.
-
-    Both call CUDA's functions, of which their toolkits may have different ones. Tried once a
-    process, for which the host waits.
+class FusedSwiGLU(FusedModule):
+    """diffusers' ``SwiGLU``, a linear layer with its activation: hidden_states [..., D] -> [...,
+    inner dim].
     """
-    if not x.is_cuda or x.requires_grad or x.dim() not in (2, 3):
-        return False
-    if torch.compiler.is_compiling():
-        return x.dtype in FLOATS
-    key = op, x.device, x.dtype
-    if key not in _known:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        with torch.inference_mode():
-            _known[key] = x.dtype in FLOATS and _compared(*key) and kernels.unavailable_on(x.device) is None
-    return _known[key]
 
+    fingerprints = {"forward": frozenset({"08fb870923dc"})}  # 0.37.0 to 0.42.1
 
-def _compared(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """All numbers of a half-precision dtype, some millions of float32's."""
-    ours, pytorchs = _EXPRESSIONS[op]
-    if dtype.itemsize == 2:
-        numbers = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
-    else:
-        numbers = torch.arange(-(2**31), 2**31, 1021, device=device).to(torch.int32).view(torch.float32).to(dtype)
-        numbers = torch.cat([numbers, torch.linspace(-12, 12, 1 << 20, device=device, dtype=dtype)])
-    rows = numbers[: numbers.numel() // 64 * 64].view(-1, 64)
-    return same_bits(*(f(rows).nan_to_num(-1.0) for f in (ours, pytorchs)))
+    written_for = frozenset({"diffusers.models.activations.SwiGLU"})
+    optional = True
+    reported_as = "activation"
 
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        yield silu_joined("activation", module.activation)
 
-_EXPRESSIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (lambda x: gelu(x, rounding="eager"), lambda x: F.gelu(x, approximate="tanh")),
-    "swiglu": (lambda x: swiglu(x, x, rounding="eager"), lambda x: F.silu(x) * x),
-}
+    def forward(self, hidden_states: Any) -> Tensor:
+        if not self.intact() or not is_torchs_silu(self.activation):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return silu_gated(gate, value, rounding=self.rounding)

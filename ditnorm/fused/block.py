@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..swapping.generated import origin_of
+from .activation import FusedSwiGLU
 from .feed_forward import FusedFeedForward
 from .gelu import FusedGELU
 from .module import FusedModule
@@ -56,4 +57,4 @@ class FusedUnit(FusedModule):
 class FusedBlock(FusedUnit):
     """A transformer block. A new model is one file in :mod:`ditnorm.models` with such bodies."""
 
-    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, QuantizedLinear, FusedFeedForward)
+    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, FusedSwiGLU, QuantizedLinear, FusedFeedForward)

@@ -2,6 +2,7 @@
 quantised, and what GELU makes of its result goes to the last layer quantised in the same pass.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from ..functional import gelu_quantize, quantize
 from ..ops.quantization import FLOAT8_ROW_BFL, Law, Quantized
-from .gelu import FusedGELU
-from .module import FusedModule
+from .activation_sites import Activation
+from .gelu import FusedGELU, unlike_torchs
+from .module import FusedModule, upstream_of
 from .quantized_linear import QuantizedLinear, hooked, law_for
 
 
@@ -26,6 +28,13 @@ class FusedFeedForward(FusedModule):
     def applies_to(cls, module: nn.Module) -> bool:
         """Where something in it is quantised."""
         return super().applies_to(module) and any(QuantizedLinear.applies_to(m) for m in module.modules())
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        gelu, *_, linear = module.net
+        quantised = QuantizedLinear.applies_to(linear) and QuantizedLinear.unsupported(linear) is None
+        if quantised and FusedGELU.knows(upstream_of(type(gelu))) and gelu.approximate == "tanh" and unlike_torchs() is None:
+            yield Activation("net.0", "GELU and its quantiser in one call")
 
     def forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:
         layers = list(self.net._modules.values())

@@ -3,6 +3,7 @@ would both be alive; or, with ``rounding="single"``, before the product's roundi
 the matrix product.
 """
 
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, TypeGuard
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..ops.checks import autocasts, transformed
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, seen_by_a_mode
+from .activation_sites import WATCHED, Activation
 from .module import FusedModule
 
 # What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes
@@ -21,6 +23,8 @@ _LINEAR_FORWARD = nn.Linear.forward if replaced(nn.Linear, "forward") is None el
 _GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else None
 _GELU = F.gelu if replaced_functional("gelu") is None else None
 _LINEAR = F.linear if replaced_functional("linear") is None else None
+
+_REPLACED = "a function of torch.nn.functional was replaced before ditnorm was imported"
 
 _QUANTISERS = ("bitsandbytes", "diffusers", "ditnorm", "optimum")
 """Whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another
@@ -35,7 +39,10 @@ class FusedGELU(FusedModule):
 
     fingerprints = {"forward": frozenset({"04d27066e288"}), "gelu": frozenset({"5436b9b39a2e"})}  # 0.37.0 to 0.42.1
 
+    written_for = frozenset({"diffusers.models.activations.GELU"})
     optional = True
+    reported_as = "activation"
+    demanded = announced = False
 
     proj: nn.Module
     approximate: str
@@ -47,6 +54,10 @@ class FusedGELU(FusedModule):
         if self.rounding == "single" and self.is_torchs() and fits_epilogue(self.proj, hidden_states, self.approximate):
             return linear_gelu(self.proj, hidden_states)
         return self.activate(self.proj(hidden_states))
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        yield Activation("", "GELU in place", reason=unlike_torchs() or _kept("proj", module.proj))
 
     def is_torchs(self) -> bool:
         """Whether the activation is PyTorch's GELU: nobody has put another in its place."""
@@ -76,6 +87,21 @@ def activation_of(activation: nn.Module, linear: nn.Module, inner: Tensor) -> Te
 def is_torchs_gelu(activation: nn.Module) -> bool:
     """Whether a call of a module is PyTorch's GELU, and nobody looks at it."""
     return type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and called_as_module(activation)
+
+
+def why_not(activation: nn.Module, expected: type[nn.Module], function: str) -> str:
+    """Why a call of ``activation`` isn't that of a module of torch, which calls ``function``."""
+    cls = type(activation)
+    if cls.forward is not expected.forward:
+        return f"{cls.__module__}.{cls.__qualname__} is not torch.nn.{expected.__name__}"
+    return replaced(expected, "forward") or replaced_functional(function) or called_otherwise(activation)
+
+
+def called_otherwise(module: nn.Module) -> str:
+    """How a call of ``module`` is more than one of its class's ``forward``."""
+    if "forward" in module.__dict__:
+        return "its forward is wrapped or replaced"
+    return WATCHED if type(module).__call__ is module_call and module._compiled_call_impl is None else "its calls are wrapped or replaced"
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -139,6 +165,21 @@ def called_as_module(module: nn.Module) -> bool:
         and module._compiled_call_impl is None
         and not (module._forward_hooks or module._forward_pre_hooks or any(hooks_for_all_modules))
     )
+
+
+def _kept(name: str, linear: nn.Module) -> str | None:
+    """Why somebody may keep what ``linear``, of this name, returns."""
+    cls = type(linear)
+    if not (cls.forward is _LINEAR_FORWARD or _quantised(cls.forward)):
+        return f"{cls.__module__}.{cls.__qualname__}, its {name}, may keep what it returns"
+    if F.linear is not _LINEAR:
+        return replaced_functional("linear") or _REPLACED
+    return None if called_as_module(linear) else f"{name}: {called_otherwise(linear)}"
+
+
+def unlike_torchs() -> str | None:
+    """What stands in the place of PyTorch's GELU."""
+    return None if F.gelu is _GELU else replaced_functional("gelu") or _REPLACED
 
 
 def _quantised(forward: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
 from ..swapping.swapped import Swapped
+from .activation_sites import Activation
 from .norms import dtype_of, layer_for, layers_at, norm_call, shape_of
 from .sites import FusedCall, Site
 
@@ -35,8 +36,8 @@ class FusedModule(Swapped):
     names and return value, keeps no state, and calls every sub-module as a module (hooks of
     offloading, LoRA and quantisation sit there).
 
-    What it has it says in :meth:`parts` and :meth:`calls`, which go by the facts below; patching,
-    verification and the report ask there.
+    What it has it says in :meth:`parts`, :meth:`calls` and :meth:`activations`, which go by the
+    facts below; patching, verification and the report ask there.
     """
 
     fingerprints: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -57,6 +58,10 @@ class FusedModule(Swapped):
     """Calls of ``scale_residual`` in one forward, without those of its parts."""
     table: ClassVar[str | None] = None
     """The Parameter whose rows are added to the modulation in float32, if there is one."""
+    written_for: ClassVar[frozenset[str]] = frozenset()
+    """Of a part that is found wherever it is: upstream's classes. One that derives from them or was
+    changed is reported.
+    """
     optional: ClassVar[bool] = False
     """Whether a module without this part is fused all the same."""
     reported_as: ClassVar[str | None] = None
@@ -65,6 +70,10 @@ class FusedModule(Swapped):
     """
     demanded: ClassVar[bool] = True
     """Whether ``strict`` patching fails where such an optional part can't be swapped."""
+    announced: ClassVar[bool] = True
+    """Whether patching warns where such a part can't be swapped: not where it is PyTorch's op
+    either way, which only the report says.
+    """
     unfused_by_hooks: ClassVar[bool] = False
     """Whether the module runs unfused, or as upstream's, where a hook watches it."""
 
@@ -93,7 +102,8 @@ class FusedModule(Swapped):
     @classmethod
     def applies_to(cls, module: nn.Module) -> bool:
         """Whether ``module`` is one that the body is looked for in."""
-        return cls.knows(upstream_of(type(module)))
+        upstream = upstream_of(type(module))
+        return cls.knows(upstream) or any(f"{base.__module__}.{base.__qualname__}" in cls.written_for for base in upstream.__mro__)
 
     @classmethod
     def _look(cls) -> bool:
@@ -182,6 +192,13 @@ class FusedModule(Swapped):
                 yield norm_call(part.body, part.module, cls.width(module), dtype, table, part.path not in cls.unmodulated)
         for _ in range(cls.residuals):
             yield Site("scale_residual", cls.width(module), dtype, table=table)
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        """The activations between its linear layers, as they are called now, without those of the
+        parts that have a body of their own. ``module`` may be unfused yet.
+        """
+        return iter(())
 
     @classmethod
     def width(cls, module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fused.activation import JoinedGELU
 from ..fused.adaln import law_argument
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.flux import FluxAttention, Rotary, after_attention, laws, single_stream
@@ -115,7 +116,7 @@ class ChromaTransformerBlock(FusedBlock):
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 
 
-class ChromaSingleTransformerBlock(FusedBlock):
+class ChromaSingleTransformerBlock(JoinedGELU, FusedBlock):
     """diffusers' ``ChromaSingleTransformerBlock``: ``hidden_states`` [B, T + S, D], ``temb`` [B, 3,
     D].
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..fused.activation import JoinedGELU
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.block import FusedBlock
 from ..fused.flux import FluxAttention, Rotary, after_attention, laws, one_sequence, single_stream
@@ -76,7 +77,7 @@ class FluxTransformerBlock(FusedBlock):
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 
 
-class FluxSingleTransformerBlock(FusedBlock):
+class FluxSingleTransformerBlock(JoinedGELU, FusedBlock):
     """diffusers' ``FluxSingleTransformerBlock``: attention and MLP side by side over both streams
     as one, the text first.
     """
@@ -158,7 +159,7 @@ class BriaFiboSingleAttention(FluxAttention):
         return self.inner_dim // self.heads
 
 
-class BriaFiboSingleTransformerBlock(FusedBlock):
+class BriaFiboSingleTransformerBlock(JoinedGELU, FusedBlock):
     """diffusers' ``BriaFiboSingleTransformerBlock``: ``hidden_states`` [B, T + S, D], ``temb`` [B,
     D].
     """

@@ -2,14 +2,15 @@
 blocks whose projections are one linear layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import is_torchs_silu, silu_gated
+from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
+from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock
 from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, laws, scale_residual_clipped
@@ -24,7 +25,13 @@ class Flux2SwiGLU(FusedModule):
 
     fingerprints = {"forward": frozenset({"ff1466e9428a", "aa6f5cb2d04c"})}  # 0.37.0, 0.37.1, 0.38.0; 0.39.0 to 0.42.1
 
+    written_for = frozenset({"diffusers.models.transformers.transformer_flux2.Flux2SwiGLU"})
     optional = True
+    reported_as = "activation"
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        yield silu_joined("gate_fn", module.gate_fn)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.behind(None, x) if self.intact() and is_torchs_silu(self.gate_fn) else super().forward(x)  # type: ignore[misc]

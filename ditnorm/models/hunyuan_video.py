@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
-from ..fused.activation import begun, joined
+from ..fused.activation import JoinedGELU, begun, joined
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock, FusedUnit
@@ -213,7 +213,7 @@ class HunyuanImageTransformerBlock(HunyuanVideoTransformerBlock):
         return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
 
 
-class _Single:
+class _Single(JoinedGELU):
     """A single-stream block: its residual is the streams themselves, where upstream's is the copy
     that its norm was given.
     """

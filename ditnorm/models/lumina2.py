@@ -1,16 +1,19 @@
 """Lumina-Image 2.0."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import silu_gated
+from ..fused.activation import silu_gated, swiglu_in
+from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedUnit
-from ..fused.module import FusedModule
+from ..fused.gelu import called_otherwise
+from ..fused.module import FusedModule, upstream_of
 from ..fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift
 from ..fused.promotion import modulated, no_shift
 from ..fused.quantized_linear import quantized_for
@@ -81,23 +84,42 @@ class LuminaFeedForward(FusedModule):
 
     fingerprints = {"forward": frozenset({"e5b4885bc85f"})}  # 0.37.0 to 0.42.1, as the next
     optional = True
+    reported_as = "activation"
 
     silu_forward: ClassVar[Any] = None
     """That of ``FP32SiLU``, where it is known."""
 
     @classmethod
     def _look(cls) -> bool:
-        forward: Any = getattr(cls.origin.forward.__globals__.get("FP32SiLU"), "forward", None)
-        cls.silu_forward = staticmethod(forward) if fingerprint(forward) == "675043cfa7a3" else None
+        cls.silu_forward = staticmethod(_known_silu(cls.origin))
         return super()._look()
 
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        silu, reason = module.silu, None
+        known = _known_silu(upstream_of(type(module)))
+        if type(silu).forward is not known:
+            reason = f"{type(silu).__module__}.{type(silu).__qualname__} is not the SiLU that ditnorm knows here"
+        elif not _is_silu(silu, known):
+            reason = called_otherwise(silu)
+        yield swiglu_in("silu", reason)
+
     def forward(self, x: Tensor) -> Tensor:
-        silu = self._modules["silu"]
-        known = type(silu).forward is self.silu_forward and "forward" not in silu.__dict__ and untouched(silu)
-        if not known or not self.intact():
+        if not _is_silu(self._modules["silu"], self.silu_forward) or not self.intact():
             return super().forward(x)  # type: ignore[misc]
         shared = quantized_for(x, self.linear_1, self.linear_3)
         return self.linear_2(silu_gated(self.linear_1(shared), self.linear_3(shared), rounding=self.rounding))
+
+
+def _known_silu(origin: Any) -> Any:
+    """The forward of the ``FP32SiLU`` that upstream's feed-forward makes, where it is known."""
+    forward = getattr(origin.forward.__globals__.get("FP32SiLU"), "forward", None)
+    return forward if fingerprint(forward) == "675043cfa7a3" else None  # 0.37.0 to 0.42.1
+
+
+def _is_silu(silu: Any, forward: Any) -> bool:
+    """Whether a call of ``silu`` is one of ``forward``, and nobody looks at it."""
+    return type(silu).forward is forward and "forward" not in silu.__dict__ and untouched(silu)
 
 
 class LuminaRMSNormZero(FusedUnit):

@@ -1,11 +1,13 @@
 """Ovis-Image: FLUX.1's blocks, but for the SwiGLU of its single-stream blocks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fused.activation import is_torchs_silu, silu_gated
+from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
+from ..fused.activation_sites import Activation
 from ..fused.adaln import AdaLayerNormZeroSingle
 from ..fused.block import FusedBlock
 from ..fused.flux import FluxAttention, Rotary, law_joined, one_sequence, scale_residual_clipped
@@ -21,6 +23,10 @@ class OvisImageSingleTransformerBlock(FusedBlock):
     fingerprints = {"forward": frozenset({"fd0c37f9111b"})}  # 0.37.0 to 0.42.1
     sites = {"norm": AdaLayerNormZeroSingle, "attn": FluxAttention}
     residuals = 1
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        yield silu_joined("act_mlp", module.act_mlp)
 
     def forward(
         self,

@@ -2,15 +2,19 @@
 blocks.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
+from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
+from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
+from ..fused.module import FusedModule
 from ..fused.promotion import modulated, no_shift, promoted
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
@@ -82,6 +86,24 @@ class QwenImage21Attention(FusedAttention):
         return self.processor(projected, hidden_states, **kwargs | {"rotary_emb": None})
 
 
+class QwenImage21SwiGLUFeedForward(FusedModule):
+    """diffusers' class of this name: [..., D] -> [..., D]."""
+
+    fingerprints = {"forward": frozenset({"02e4ff668855"})}  # 0.41.0 to 0.42.1
+    optional = True
+    reported_as = "activation"
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        yield silu_joined("activation_fn", module.activation_fn)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.intact() or not is_torchs_silu(self.activation_fn):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        shared = quantized_for(hidden_states, self.gate_layer, self.proj)
+        return self.out(silu_gated(self.gate_layer(shared), self.proj(shared), rounding=self.rounding))
+
+
 def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:
     """With a mask [B + 1, N] -> [B, 2, N]: the rows that the mask selects from, that of timestep 0
     (the last one) and the sample's own.
@@ -103,7 +125,12 @@ class QwenImage21TransformerBlock(FusedBlock):
     names = frozenset({"QwenImage21TransformerBlock"})
     fingerprints = {"forward": frozenset({"5da14fbe1fdd"}), "_modulate": frozenset({"f369c76c2619"})}  # 0.41.0 to 0.42.1
     functions = _SELECTS_ROWS
-    sites = {"img_norm1": LayerNormScaleShift, "img_norm2": ScaleResidualNormScaleShift, "attn": QwenImage21Attention}
+    sites = {
+        "img_norm1": LayerNormScaleShift,
+        "img_norm2": ScaleResidualNormScaleShift,
+        "attn": QwenImage21Attention,
+        "img_mlp": QwenImage21SwiGLUFeedForward,
+    }
     residuals = 1
 
     def forward(

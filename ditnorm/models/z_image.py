@@ -1,12 +1,14 @@
 """Z-Image: Turbo, Base, Edit, Omni, ControlNet."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import silu_gated
+from ..fused.activation import silu_gated, swiglu_in
+from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedUnit
 from ..fused.module import FusedModule
@@ -78,6 +80,11 @@ class ZImageFeedForward(FusedModule):
 
     fingerprints = {"forward": frozenset({"ced537828999"}), "_forward_silu_gating": frozenset({"07067d2d0ac3"})}  # 0.37.0 to 0.42.1
     optional = True
+    reported_as = "activation"
+
+    @classmethod
+    def activations(cls, module: Any) -> Iterator[Activation]:
+        yield swiglu_in("")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.intact():

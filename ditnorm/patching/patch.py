@@ -226,7 +226,7 @@ def _refusals(found: Targets, demanded: bool = False) -> list[str]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, (_, units) in found.items():
         for unit in units:
-            unfused = [part for part in unit.unfused if part.demanded or not demanded]
+            unfused = [part for part in unit.left() if part.demanded or not demanded]
             left = [(part.name, part.reason) for part in unfused] if unit.refusal is None else [(unit.name, unit.refusal)]
             for part, reason in left:
                 by_reason.setdefault((name, reason), []).append(part)

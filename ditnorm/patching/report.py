@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import kernels
+from ..fused.activation_sites import other_bits
 from ..swapping.swapped import untouched
 from . import patch, verification
 from .restoring import tables
@@ -60,6 +61,12 @@ class TransformerReport:
     """
     unfused_products: Mapping[str, list[str]] = field(default_factory=dict)
     """Reason -> the linear layers with quantised weights that their own library serves."""
+    activations: Mapping[str, int] = field(default_factory=dict)
+    """What patching makes of the activations between linear layers -> those of the fusable or fused
+    blocks of which it does.
+    """
+    unfused_activations: Mapping[str, list[str]] = field(default_factory=dict)
+    """Reason -> the activations that are PyTorch's as upstream calls them."""
     modulations: tuple[str, ...] = ()
     """What the tables of precomputed modulations hold, and what they were asked for."""
 
@@ -77,10 +84,14 @@ class TransformerReport:
         if self.attentions:
             when = "" if self.rounding else "would be "
             yield "  query and key", f"{when}normed and rotated in one call in {number_of(self.attentions, 'attention module')}"
+        for how, count in self.activations.items():
+            yield "  activations", f"{how}: {count}"
         for law, count in self.products.items():
             yield "  quantised", f"{law}: {count} linear layers"
         for reason, attentions in self.unfused_attentions.items():
             yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
+        for reason, activations in self.unfused_activations.items():
+            yield "  unfused", f"activations {listed(activations)}: {reason}"
         for reason, linears in self.unfused_products.items():
             yield "  unfused", f"quantised linear layers {listed(linears)}: {reason}"
         for text in self.modulations:
@@ -154,6 +165,8 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
     fused = [unit for unit in units if unit.fused]
     counted = fused or [unit for unit in units if unit.refusal is None]
     calls = [call for unit in counted for call in unit.calls(torch.float32)]  # their number doesn't depend on the dtype
+    device, dtype = verification.execution_device(model), verification.stream_dtype(model)
+    activations, unfused_activations = _activations(counted, device, dtype)
     roundings = tuple(sorted({unit.rounding for unit in fused if unit.rounding is not None}))
     return TransformerReport(
         name=name,
@@ -164,7 +177,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         fusable=sum(unit.refusal is None for unit in blocks),
         sites=sum(call.quantised is None for call in calls),
         rounding=roundings,
-        backend=_backend(verification.execution_device(model)),
+        backend=_backend(device),
         verification=_verification(model, fused, roundings),
         refused=_by_reason(unit for unit in units if not unit.fused),
         changed=_by_reason(fused),
@@ -173,6 +186,8 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         unfused_attentions=_unfused(counted, "query and key"),
         products=Counter(call.quantised for call in calls if call.quantised is not None),
         unfused_products=_unfused(counted, "matrix product"),
+        activations=activations,
+        unfused_activations=unfused_activations,
         modulations=tuple(map(str, tables(model))),
     )
 
@@ -183,6 +198,21 @@ def _by_reason(units: Iterable[Unit]) -> dict[str, list[str]]:
 
 def _unfused(units: Iterable[Unit], what: str) -> dict[str, list[str]]:
     return _grouped((part.name, part.reason) for unit in units for part in unit.unfused if part.what == what)
+
+
+def _activations(units: list[Unit], device: torch.device, dtype: torch.dtype | None) -> tuple[Mapping[str, int], Mapping[str, list[str]]]:
+    """How many are made what, and those that are PyTorch's by the reasons for it."""
+    made: Counter[str] = Counter()
+    left = [(part.reason, part.name) for unit in units for part in unit.unfused if part.what == "activation"]
+    for activation in (activation for unit in units for activation in unit.activations()):
+        reason = activation.reason
+        if reason is None and activation.op is not None and dtype is not None:
+            reason = other_bits(activation.op, device, dtype)
+        if reason is None:
+            made[activation.how] += 1
+        else:
+            left.append((reason, activation.path))
+    return made, _grouped((name, reason) for reason, name in left)
 
 
 def _grouped(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -5,11 +5,12 @@ reason. Changes nothing.
 import inspect
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from ..fused.activation_sites import Activation
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.module import FusedModule
 from ..fused.module import upstream_of as upstream_of
@@ -45,7 +46,15 @@ class Swap:
         """Its fused calls on a stream of ``dtype``. Those of a norm belong to the body that calls
         it.
         """
-        return self.body.calls(self.module, dtype) if issubclass(self.body, FusedModule) else iter(())
+        if issubclass(self.body, FusedModule):
+            yield from self.body.calls(self.module, dtype)
+        yield from (site for activation in self.activations() if (site := activation.site(dtype)) is not None)
+
+    def activations(self) -> Iterator[Activation]:
+        """Its activations, under their names in the model."""
+        if issubclass(self.body, FusedModule):
+            for activation in self.body.activations(self.module):
+                yield replace(activation, path=_join(self.name, activation.path))
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Unfused:
     reason: str
     demanded: bool
     """Whether ``strict`` patching fails for it."""
+    announced: bool = True
+    """Whether patching warns of it."""
 
 
 @dataclass
@@ -90,6 +101,18 @@ class Unit:
     def calls(self, dtype: torch.dtype) -> Iterator[FusedCall]:
         """All fused calls of one forward on a stream of ``dtype``."""
         return (call for swap in self.swaps for call in swap.calls(dtype))
+
+    def activations(self) -> list[Activation]:
+        """Those between the linear layers, as they are called now."""
+        found = {activation.path: activation for swap in self.swaps for activation in swap.activations()}
+        return list(found.values())  # a feed-forward layer knows more of one than the module that has it
+
+    def left(self) -> Iterator[Unfused]:
+        """What patching warns of: it stays upstream's, and an op of ours is missing there."""
+        yield from (part for part in self.unfused if part.announced)
+        for activation in self.activations():
+            if activation.announced:
+                yield Unfused(activation.path, "activation", str(activation.reason), demanded=True)
 
 
 class _Refused(Exception):
@@ -200,7 +223,8 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
             yield from list(_swaps(unit, inside, part.module, part.body))
         except _Refused as refused:
             if part.body.reported_as is not None:
-                unit.unfused.append(Unfused(_join(unit.name, inside), part.body.reported_as, refused.within(inside), part.body.demanded))
+                how = part.body.reported_as, refused.within(inside), part.body.demanded, part.body.announced
+                unit.unfused.append(Unfused(_join(unit.name, inside), *how))
 
 
 def _untouchable(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ FAMILIES = ["wan-t2v", "qwen-image", "flux", "flux2", "hunyuan-video", "sd3.5-me
 BLOCK = {name: "blocks.0" if name == "wan-t2v" else "transformer_blocks.0" for name in FAMILIES}
 NORM = {"wan-t2v": "norm1", "qwen-image": "img_norm2", "flux": "norm2", "flux2": "norm2", "hunyuan-video": "norm2", "sd3.5-medium": "norm2"}
 ATTENTION = {name: "attn1" if name == "wan-t2v" else "attn" for name in FAMILIES}
-CALLS = {name: sum(tiny.MODELS[name].calls) for name in FAMILIES}
+CALLS = {name: tiny.MODELS[name].total for name in FAMILIES}
 
 Change = Callable[[nn.Module], object]
 

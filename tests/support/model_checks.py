@@ -33,8 +33,8 @@ def bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> Non
     assert expected.isfinite().all()
     assert torch.equal(output, expected)
     on_gpu = device == "cuda" and kernels.unavailable is None
-    activations = calls.pop(("gelu", kernels.path)) + calls.pop(("swiglu", kernels.path))
-    assert activations == (tiny.MODELS[name].activations if on_gpu else 0)
+    activations = sum(calls.pop((op, path)) for op in ("gelu", "swiglu") for path in (kernels.path, "reference"))
+    assert activations == tiny.MODELS[name].activations
     found = tuple(sum(n for (op, _), n in calls.items() if op == wanted) for wanted in kernels.OPS)
     assert found == (*tiny.MODELS[name].calls, *[0] * (len(found) - len(tiny.MODELS[name].calls)))
     if on_gpu:

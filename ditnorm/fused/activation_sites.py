@@ -1,0 +1,114 @@
+"""The activations between the linear layers of a fused body: what the report says of each, and the
+fused call of those that have one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels
+from ..functional import gelu, swiglu
+from ..ops.checks import FLOATS, same_bits
+
+WATCHED = "watched by a hook, which is shown upstream's own values"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What becomes of an activation in a call of a body."""
+
+    path: str
+    """Of its module inside the body; of the body itself, where it has none."""
+    how: str
+    """What patching makes of it, for users."""
+    op: str | None = None
+    """The op of ours that computes it. None: PyTorch's own does."""
+    reason: str | None = None
+    """Why it stays upstream's."""
+
+    @property
+    def announced(self) -> bool:
+        """Whether patching warns that an op of ours is missing: not of a hook, which whoever set it
+        knows of.
+        """
+        return self.op is not None and self.reason not in (None, WATCHED)
+
+    def site(self, dtype: torch.dtype) -> "ActivationSite | None":
+        """Its fused call on a stream of ``dtype``."""
+        return None if self.op is None or self.reason is not None else ActivationSite(self.op, dtype)
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """An activation. Its bits depend on nothing but the number."""
+
+    op: str
+    dtype: torch.dtype
+    fused: bool = True
+    quantised: None = None
+
+    def __str__(self) -> str:
+        return f"{self.op} ({self.dtype})".replace("torch.", "")
+
+    def same_bits(self, device: torch.device) -> bool:
+        """For all numbers of a half-precision dtype. Where the kernel has other bits, PyTorch's
+        operations run, which the report says.
+        """
+        return other_bits(self.op, device, self.dtype) is not None or _compared(self.op, device, self.dtype)
+
+
+_known: dict[tuple[str, torch.device, torch.dtype], bool] = {}
+
+
+def served(op: str, x: Tensor) -> bool:
+    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, with the bits of PyTorch's for all
+    numbers of its dtype. Elsewhere PyTorch does, and the call counts as one of its path.
+
+    Both call CUDA's functions, of which their toolkits may have different ones. Tried once a
+    process, for which the host waits.
+    """
+    fits = not x.requires_grad and x.dim() in (2, 3)
+    if torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+        return fits and x.dtype in FLOATS
+    if fits and x.is_cuda and (_known.get((op, x.device, x.dtype)) or _tried(op, x.device, x.dtype)):
+        return True
+    kernels.count_reference(op)
+    return False
+
+
+def other_bits(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel of ours serves an op on a GPU that has kernels. Must not initialise CUDA."""
+    if device.type != "cuda" or not torch.cuda.is_initialized() or kernels.unavailable_on(device) is not None:
+        return None
+    return None if dtype not in FLOATS or _tried(op, device, dtype) else f"the kernel has other bits than this PyTorch's {op} on this GPU"
+
+
+def _tried(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    key = op, torch.device("cuda", torch.cuda.current_device()) if device.index is None else device, dtype
+    if key not in _known:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        with torch.inference_mode():
+            _known[key] = dtype in FLOATS and _compared(*key) and kernels.unavailable_on(key[1]) is None
+    return _known[key]
+
+
+def _compared(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """All numbers of a half-precision dtype, some millions of float32's."""
+    ours, pytorchs = _EXPRESSIONS[op]
+    if dtype.itemsize == 2:
+        numbers = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    else:
+        numbers = torch.arange(-(2**31), 2**31, 1021, device=device).to(torch.int32).view(torch.float32).to(dtype)
+        numbers = torch.cat([numbers, torch.linspace(-12, 12, 1 << 20, device=device, dtype=dtype)])
+    rows = numbers[: numbers.numel() // 64 * 64].view(-1, 64)
+    return same_bits(*(f(rows).nan_to_num(-1.0) for f in (ours, pytorchs)))
+
+
+_EXPRESSIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "gelu": (lambda x: gelu(x, rounding="eager"), lambda x: F.gelu(x, approximate="tanh")),
+    "swiglu": (lambda x: swiglu(x, x, rounding="eager"), lambda x: F.silu(x) * x),
+}
