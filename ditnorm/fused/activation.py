@@ -84,10 +84,25 @@ def swiglu_in(path: str, reason: str | None = None) -> Activation:
 
 def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str) -> Tensor:
     """``F.silu(x) * value``, behind ``beside`` if that is given: x and value of one shape."""
-    if F.silu is _SILU and served("swiglu", x):
+    if _silu_served(x):
         return swiglu(x, value, beside, rounding=rounding)
     y = F.silu(x) * value
     return y if beside is None else torch.cat([beside, y], dim=-1)
+
+
+def gated(activation: nn.Module, gate: nn.Module, value: nn.Module, x: Any, rounding: str) -> Tensor:
+    """``activation(gate(x)) * value(x)`` of a SiLU and two linear layers. As upstream holds them,
+    the gate isn't kept beside its SiLU.
+    """
+    y: Tensor = gate(x)
+    if _silu_served(y):
+        return swiglu(y, value(x), rounding=rounding)
+    y = activation(y)
+    return y * value(x)
+
+
+def _silu_served(x: Tensor) -> bool:
+    return F.silu is _SILU and served("swiglu", x)
 
 
 class FusedSwiGLU(FusedModule):

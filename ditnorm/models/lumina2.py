@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import silu_gated, swiglu_in
+from ..fused.activation import gated, swiglu_in
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedUnit
@@ -105,10 +105,11 @@ class LuminaFeedForward(FusedModule):
         yield swiglu_in("silu", reason)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _is_silu(self._modules["silu"], self.silu_forward) or not self.intact():
+        silu = self._modules["silu"]
+        if not _is_silu(silu, self.silu_forward) or not self.intact():
             return super().forward(x)  # type: ignore[misc]
         shared = quantized_for(x, self.linear_1, self.linear_3)
-        return self.linear_2(silu_gated(self.linear_1(shared), self.linear_3(shared), rounding=self.rounding))
+        return self.linear_2(gated(silu, self.linear_1, self.linear_3, shared, self.rounding))
 
 
 def _known_silu(origin: Any) -> Any:

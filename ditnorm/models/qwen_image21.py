@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
-from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
+from ..fused.activation import gated, is_torchs_silu, silu_joined
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
@@ -101,7 +101,7 @@ class QwenImage21SwiGLUFeedForward(FusedModule):
         if not self.intact() or not is_torchs_silu(self.activation_fn):
             return super().forward(hidden_states)  # type: ignore[misc]
         shared = quantized_for(hidden_states, self.gate_layer, self.proj)
-        return self.out(silu_gated(self.gate_layer(shared), self.proj(shared), rounding=self.rounding))
+        return self.out(gated(self.activation_fn, self.gate_layer, self.proj, shared, self.rounding))
 
 
 def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:
