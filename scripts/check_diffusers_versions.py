@@ -1,9 +1,10 @@
-"""Runs the tests of the model families against every release of diffusers from the declared minimum
-on, each in a venv of its own.
+"""Runs tests/test_every_model.py, in which each model is patched and compared once, with every
+release of diffusers from the declared minimum on: half a minute a release.
 
-The venvs see this Python's packages but for diffusers. Prints a table; the exit status is 1 where a
-release fails. A run of all releases leaves what it found, with the fingerprints of the functions
-that ditnorm replaces, in docs/diffusers.json, of which tests/compatibility_table.py makes tables.
+Releases are installed into build/diffusers, without what they need, which is this Python's. Prints
+a table; the exit status is 1 where a release fails. What it found, with the fingerprints of the
+functions that ditnorm replaces, stands in docs/diffusers.json, of which
+tests/compatibility_table.py makes tables.
 """
 
 import argparse
@@ -12,10 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
-import tempfile
-import venv
-from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -29,7 +26,7 @@ else:  # pip has it inside
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "diffusers.json"
-TESTS = [str(path) for path in sorted((ROOT / "tests").glob("test_models_*.py"))]
+TESTS = "tests/test_every_model.py"
 
 
 def supported() -> Requirement:
@@ -47,46 +44,52 @@ def releases() -> list[Version]:
     return sorted(v for v in map(Version, listed[1].split(", ")) if supported().specifier.contains(v))
 
 
-def check(version: Version, folder: Path) -> tuple[str, dict[str, str]]:
-    """The last line of pytest with this release, and the fingerprints."""
-    venv.create(folder, with_pip=True, symlinks=True)
-    python = folder / "bin" / "python"
-    site = next((folder / "lib").glob("python*")) / "site-packages"
-    (site / "packages_of_the_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", f"diffusers=={version}"], check=True)
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the workers take every core
-    listed = _run([str(python), "tests/fingerprints.py"], env=environment).stdout
-    pytest = [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--numprocesses", "auto"]
-    done = _run([*pytest, *TESTS], env=environment)
+def environment(version: Version) -> dict[str, str]:
+    """That of a Python that imports this release."""
+    folder = ROOT / "build" / "diffusers" / str(version)
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        _run([*pip, f"diffusers=={version}"], check=True)
+    return {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))), "OMP_NUM_THREADS": "1"}
+
+
+def fingerprints(version: Version) -> dict[str, str]:
+    """Those of the functions that ditnorm replaces."""
+    return json.loads(_run([sys.executable, "tests/fingerprints.py"], check=True, env=environment(version)).stdout)  # type: ignore[no-any-return]
+
+
+def tests(version: Version, paths: list[str]) -> str:
+    """The last line of pytest with this release."""
+    pytest = [sys.executable, "-m", "pytest", "--quiet", "--disable-warnings", "-p", "no:cacheprovider"]
+    done = _run([*pytest, *paths], env=environment(version))
     lines = (done.stdout + done.stderr).strip().splitlines()
-    outcome = lines[-1] if lines else f"pytest ended with status {done.returncode} and printed nothing"
-    return outcome, json.loads(listed or "{}")
+    return lines[-1] if lines else f"pytest ended with status {done.returncode} and printed nothing"
 
 
 def _run(command: list[str], *, check: bool = False, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=check, cwd=ROOT, env={**os.environ, **(env or {})})
 
 
-def results(versions: list[Version]) -> Iterator[tuple[Version, str, dict[str, str]]]:
-    for version in tqdm(versions, desc="diffusers", unit="release"):
-        with tempfile.TemporaryDirectory() as folder:
-            outcome, fingerprints = check(version, Path(folder))
-        tqdm.write(f"{version}: {outcome}")
-        yield version, outcome, fingerprints
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="*", type=Version, help="these releases instead of all")
-    chosen = parser.parse_args().versions
-    table = list(results(chosen or releases()))
-    print("| diffusers | tests |\n|---|---|")
-    for version, outcome, _ in table:
-        print(f"| {version} | {outcome} |")
-    if not chosen:
-        found = {str(version): {"tests": outcome.rpartition(" in ")[0], "fingerprints": prints} for version, outcome, prints in table}
-        RECORD.write_text(json.dumps(found, indent=1) + "\n")
-    return int(any("failed" in outcome or "error" in outcome or "passed" not in outcome for _, outcome, _ in table))
+    parser.add_argument("--fingerprints", action="store_true", help="no tests: renew the fingerprints of the record")
+    parser.add_argument("--tests", nargs="+", default=[TESTS], metavar="PATH", help="these tests, which aren't recorded")
+    chosen = parser.parse_args()
+    record = json.loads(RECORD.read_text())
+    failed = False
+    if not chosen.fingerprints:
+        print("| diffusers | tests |\n|---|---|")
+    for version in tqdm(chosen.versions or releases(), desc="diffusers", unit="release"):
+        entry = {**record.get(str(version), {"tests": ""}), "fingerprints": fingerprints(version)}
+        if not chosen.fingerprints:
+            outcome = tests(version, chosen.tests)
+            failed |= "failed" in outcome or "error" in outcome or "passed" not in outcome
+            entry["tests"] = outcome.rpartition(" in ")[0] if chosen.tests == [TESTS] else entry["tests"]
+            tqdm.write(f"| {version} | {outcome} |")
+        record[str(version)] = entry
+    RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def _releases() -> Iterator[str]:
     yield from (
         "## Releases of diffusers",
         "",
-        "`python scripts/check_diffusers_versions.py` runs the tests of the model families with every release from the declared minimum",
-        "on, here on a machine without a GPU, whose tests are the skipped ones.",
+        "`python scripts/check_diffusers_versions.py` patches each model that a release has, from the declared minimum on, and compares it",
+        "with the unpatched one (`tests/test_every_model.py`), here on the CPU.",
         "",
         "| diffusers | Tests |",
         "|---|---|",
