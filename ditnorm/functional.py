@@ -741,18 +741,23 @@ def _autocast(name: str, options: tuple[Any, ...]) -> bool:
 
 
 def _differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
-    transformed = checks.transformed()  # a compiler chooses itself what to save
-    gradients, kernel = GRADIENTS.get(name), kernel_of(name)
-    if gradients is not None and not transformed and not _autocast(name, options) and kernels.serves(tensors[0]):
-        outputs = gradients.call(kernel, tensors, options, codes)
-        if outputs is not None:
-            return outputs
+    transformed, gradients = checks.transformed(), GRADIENTS.get(name)
+    if gradients is not None and not _autocast(name, options):
+        if not transformed and kernels.serves(tensors[0]):
+            outputs = gradients.call(kernel_of(name), tensors, options, codes)
+            if outputs is not None:
+                return outputs
+        # Sums over rows a compiler fuses itself, and chooses what to save for them.
+        compiled = _traced_by_dynamo() and not torch.compiler.is_exporting()
+        fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors, options)
+        if fits and not _unfused(name, tensors, options):
+            return getattr(kernels.ops, name).under_grad(*tensors, *codes)
     op = OPS[name]
     call = op.call(*tensors, *options)
     op.check(call)
     if call.rounding == "eager" or transformed:
         return kernels.in_pytorch(op, call)
-    return Recompute.apply(op, kernel, codes, options, *tensors)
+    return Recompute.apply(op, kernel_of(name), codes, options, *tensors)
 
 
 def _unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.autograd import GRADIENTS, kernel_of
 from ..ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS
 from ..ops.checks import UnfusedError, index_range
 from ..ops.quantization import LAWS
@@ -90,6 +91,19 @@ def _elsewhere(op: Op) -> Callable[..., Any]:
     return body
 
 
+def _under_grad(op: Op) -> Callable[..., Any]:
+    """The op's overload "under_grad", by which a compiler meets a call whose rows want gradients:
+    it traces the op and the one that makes these, or the reference.
+    """
+
+    def body(*arguments: Any) -> Any:
+        tensors, codes = arguments[: op.tensors], arguments[op.tensors :]
+        fused = GRADIENTS[op.name].call(kernel_of(op.name), tensors, (), codes) if serves(arguments[0]) else None
+        return op.reference(_checked(op, arguments)) if fused is None else fused
+
+    return body
+
+
 def _fake(op: Op) -> Callable[..., Any]:
     # Checks too: a call with one meta tensor among real ones is dispatched to the fake and must not
     # return uninitialised memory.
@@ -111,6 +125,10 @@ for _op in _TABLE.values():
     _lib.define(_op.schema.replace("(", ".reference(", 1))
     _lib.impl(f"{_op.name}.reference", _elsewhere(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ditnorm::{_op.name}", _fake(_op), lib=_lib)
+for _op in (_TABLE[_name] for _name in GRADIENTS):
+    _lib.define(_op.schema.replace("(", ".under_grad(", 1))
+    _lib.impl(f"{_op.name}.under_grad", _body(_op), "CompositeExplicitAutograd")
+    _lib.impl(f"{_op.name}.under_grad", _under_grad(_op), "Autograd")
 
 
 def _compiled_serves(x: Tensor) -> bool:
@@ -138,6 +156,13 @@ def serves(x: Any) -> bool:
     if library is None or path == "cuda":
         return _compiled_serves(x) if library is None else x.is_cuda and not (_refused and x.device.index in _refused)
     return bool(x.device.type == "cpu")
+
+
+def may_serve(x: Any) -> bool:
+    """:func:`serves` as a compiler may ask it, which puts nothing in place: yes where kernels may
+    come to run.
+    """
+    return bool(x.is_cuda or path == "cpu_sim")
 
 
 def unavailable_on(gpu: torch.device) -> str | None:

@@ -68,24 +68,33 @@ class Gradients:
     without: str | None = None
     """A norm whose gradients no kernel makes."""
 
-    def call(self, kernel: Callable[..., Any], tensors: Tensors, options: Tensors, codes: Tensors) -> Any:
-        """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make
-        its gradients, since its rows are of several dtypes.
-        """
-        rows, rest = self.parts(tensors)
+    def serve(self, rows: Tensors, options: Tensors) -> bool:
+        """Whether kernels make them: the rows are of one dtype."""
         dtype = rows[0].dtype
-        apply = _apply
         for row in rows:
             if row.dtype is not dtype:
-                return None
-            if outlived_transform(row):
-                apply = Fused.apply
-        if self.without is not None and self.without in options:
+                return False
+        return self.without is None or self.without not in options
+
+    def call(self, kernel: Callable[..., Any], tensors: Tensors, options: Tensors, codes: Tensors) -> Any:
+        """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make
+        its gradients.
+        """
+        rows, rest = self.parts(tensors)
+        if not self.serve(rows, options):
             return None
         for t in rest:
             if t is not None and t.requires_grad:
                 return Fused.apply(self, kernel, codes, tensors, *rows, *rest)
-        return apply(self, kernel, codes, tensors, *rows)
+        for row in rows:
+            if outlived_transform(row):
+                return Fused.apply(self, kernel, codes, tensors, *rows)
+        return _apply(self, kernel, codes, tensors, *rows)
+
+    def are_of_rows(self, tensors: Tensors, options: Tensors) -> bool:
+        """Whether nothing but rows wants one, and kernels make them."""
+        rows, rest = self.parts(tensors)
+        return self.serve(rows, options) and not any(t is not None and t.requires_grad for t in rest)
 
 
 class Fused(torch.autograd.Function):

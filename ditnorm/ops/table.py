@@ -69,6 +69,11 @@ class Op:
         results = get_args(get_type_hints(self.reference)["return"])
         return f"{self.name}({arguments}) -> {'(' + ', '.join('Tensor' for _ in results) + ')' if results else 'Tensor'}"
 
+    @cached_property
+    def tensors(self) -> int:
+        """How many of its arguments, the first ones, are tensors."""
+        return sum(hint in (Tensor, Tensor | None) for hint in self._hints.values())
+
     def named(self, arguments: tuple[Any, ...]) -> Any:
         """The call that arguments of the schema make: numbers become the names that they
         stand for.
