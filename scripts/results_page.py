@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.models import report
+from bench.norm import picture
+from bench.norm.cells import Cell
+from bench.results import load
 from pages import blocks, memory, models, ops, quantised, training
 from pages.records import DOCS, by_device, measured, take
 
@@ -41,7 +44,9 @@ def written(docs: Path) -> dict[Path, str]:
 
 
 def draw(docs: Path) -> None:
-    """The picture of each device's steps."""
+    """The pictures: of each device's steps, of all calls of the norm sites."""
+    if (record := docs / "ops.json").exists():
+        picture.draw(load(record, Cell), record.with_suffix(".png"))
     for device, found in by_device(measured(docs, "transformers")).items():
         report.chart({m.key: m.entry for m in found}, docs / models.chart_name(device), device)
 

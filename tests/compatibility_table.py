@@ -5,8 +5,9 @@ whether it is up to date.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from compatibility import matrix, parallel
 from compatibility.feature import FAMILIES, ORDERS, Feature
@@ -14,6 +15,7 @@ from compatibility.feature import FAMILIES, ORDERS, Feature
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 RELEASES = ROOT / "docs" / "diffusers.json"
+GPUS = ROOT / "docs" / "compatibility.json"
 
 INTRODUCTION = """\
 # Compatibility
@@ -35,6 +37,9 @@ Runs are under `torch.no_grad`, but for those that train.
 - **upstream fails**: so does the unpatched model, with the same error; the test shows it.
 - **-**: the family has no such feature.
 
+*Ran on* says where a row's tests have passed. CPU: in CI, or with `make test-all`. GPUs: in the newest run that was recorded there
+(`pytest tests/compatibility --ran-on docs/compatibility.json`); families in brackets where not all of the row ran.
+
 Of the guiders of modular pipelines those have rows that change the model or run it again; the others only combine its predictions.
 
 Each row of Qwen-Image, FLUX.1, HunyuanVideo and SD3 is tested beside `precompute_modulation`, too, which comes before the feature or after
@@ -50,7 +55,7 @@ def page() -> str:
     orders = "\n".join(f"- **{order}**: {meaning}" for order, meaning in ORDERS.items())
     lines = [INTRODUCTION.format(orders=orders, sampled=" and ".join(matrix.IN_ONE_ORDER))]
     for group, features in matrix.GROUPS.items():
-        lines += [f"## {group}", "", f"| | {' | '.join(FAMILIES)} | Remarks |", f"|---|{'---|' * len(FAMILIES)}---|"]
+        lines += [f"## {group}", "", f"| | {' | '.join(FAMILIES)} | Ran on | Remarks |", f"|---|{'---|' * len(FAMILIES)}---|---|"]
         lines += [_row(feature) for feature in features]
         lines.append("")
     lines += [
@@ -59,11 +64,35 @@ def page() -> str:
         "Two ranks, with gloo on the CPU and with NCCL on two GPUs. The output equals that of the unpatched model on two ranks bit for",
         "bit, and is as near to a float32 run's as that of the model on one device (`no_less_accurate` in `parallel.py`).",
         "",
-        "| | Models | Remarks |",
-        "|---|---|---|",
+        "| | Models | Ran on | Remarks |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| {kind} | {', '.join(models)} | {parallel.REMARKS.get(kind, '')} |" for kind, models in parallel.CASES.items()]
-    return "\n".join([*lines, "", *_releases()]) + "\n"
+    lines += [
+        f"| {kind} | {', '.join(models)} | {_ran(kind, models, kind != 'ring')} | {parallel.REMARKS.get(kind, '')} |"
+        for kind, models in parallel.CASES.items()
+    ]
+    return "\n".join([*lines, "", *_runs(), *_releases()]) + "\n"
+
+
+def _recorded() -> dict[str, dict[str, Any]]:
+    return json.loads(GPUS.read_text()) if GPUS.exists() else {}
+
+
+def _ran(row: str, families: Iterable[str], on_cpu: bool) -> str:
+    """Where the tests of a row passed."""
+    places = ["CPU"] if on_cpu else []
+    for gpus, machine in _recorded().items():
+        passed = [family for family in families if family in machine["rows"].get(row, ())]
+        some = "" if len(passed) == len(list(families)) else f" ({', '.join(passed)})"
+        places += [gpus.replace("NVIDIA ", "").replace(" 80GB HBM3", "") + some] if passed else []
+    return ", ".join(places) or "not recorded"
+
+
+def _runs() -> Iterator[str]:
+    """When and with what the GPUs' tests ran."""
+    for gpus, machine in _recorded().items():
+        yield f"{gpus}: {machine['date']}, torch {machine['torch']}, diffusers {machine['diffusers']}."
+        yield ""
 
 
 def _releases() -> Iterator[str]:
@@ -99,7 +128,9 @@ def _releases() -> Iterator[str]:
 
 
 def _row(feature: Feature) -> str:
-    return f"| {feature.name} | {' | '.join(_cell(feature, family) for family in FAMILIES)} | {'; '.join(_remarks(feature))} |"
+    cells = [_cell(feature, family) for family in FAMILIES]
+    ran = _ran(feature.name, feature.families, not feature.gpus)
+    return f"| {' | '.join([feature.name, *cells, ran, '; '.join(_remarks(feature))])} |"
 
 
 def _cell(feature: Feature, family: str) -> str:

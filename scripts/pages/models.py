@@ -109,9 +109,9 @@ def _main(found: list[Measured]) -> str:
         row = [_title(m.entry), m.card] if several else [_title(m.entry)]
         row += [f"{columns[EAGER.name]['step_ms']:,.1f} ms", f"{columns[PATCHED.name]['step_ms']:,.1f} ms", f"**{-saved(m):+.0%}**"]
         row.append(f"{columns[COMPILED]['step_ms']:,.1f} ms" if COMPILED in columns else "")
-        row.append(f"{gigabytes(peaks(m, EAGER.name))} → {gigabytes(peaks(m, PATCHED.name))} GB")
+        row.append(" → ".join("" if (gb := peaks(m, name)) is None else f"{gb:.1f}" for name in (EAGER.name, PATCHED.name)))
         rows.append(row)
-    header = ["One denoising step, bfloat16", *(["GPU"] if several else []), "diffusers", "ditnorm", "", "torch.compile", "peak of memory"]
+    header = ["One denoising step, bfloat16", *(["GPU"] if several else []), "diffusers", "ditnorm", "", "torch.compile", "peak GB"]
     used = runs_of(found)
     listed = "; ".join(dict.fromkeys(where(run) for run in sorted(used, key=lambda r: r["date"])))
     partly = " In brackets: layers measured, of all." if any(_partial(m.entry) for m in found) else ""

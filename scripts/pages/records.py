@@ -116,8 +116,6 @@ def _take_ops(path: Path, docs: Path, script: str, document: Run) -> str:
     if cells < before:
         return f"{path}: left out: it has {cells} cells, where docs/{record.name} has {before}"
     shutil.copyfile(path, record)
-    if (picture := path.with_suffix(".png")).exists():
-        shutil.copyfile(picture, record.with_suffix(".png"))
     return f"{path}: docs/{record.name}"
 
 
