@@ -291,6 +291,34 @@ def test_double_backward_is_that_of_the_expression(op: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms", "fp32_layer"])
+@pytest.mark.parametrize("layout", ["vector", "sample", "token", "frame", "rows"])
+@pytest.mark.parametrize("op", OPS)
+def test_sums_over_rows_have_the_bits_of_autograd_and_are_the_same_again(op: str, layout: str, norm: str) -> None:
+    if op == "scale_residual" and norm != "layer":
+        pytest.skip("scale_residual has no norm")
+    shape = Shape(2, 6, 96, frames=3, rows=3)
+    for dtype, m_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        for tables in (False, True):
+            more = {f"{name}_table": modulation("vector", shape, torch.float32) for name in MODULATIONS[op]} if tables else {}
+            affine = ("weight", "bias") if op != "scale_residual" else ()
+            more |= {name: modulation("vector", shape, dtype) for name in affine} | ({"norm": norm} if affine else {})
+            call = site(op, shape, dtype, m_dtype, layout, rounding="eager", **more)
+            wanted = [name for name in (*MODULATIONS[op], *more) if name != "norm"]
+            call |= {name: call[name].detach().requires_grad_() for name in wanted}
+            arguments = {name: call.get(name) for name in TABLE[op].call._fields}
+            outputs = outputs_of(OPS[op](**call))
+            cotangents = [torch.randn_like(o) for o in outputs]
+            leaves = [call[name] for name in wanted]
+            got = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+            again = torch.autograd.grad(outputs, leaves, cotangents)
+            expected = torch.autograd.grad(outputs_of(TABLE[op].expression(**arguments)), leaves, cotangents)
+            for name, a, b, c in zip(wanted, got, again, expected, strict=True):
+                assert torch.equal(a, b), name
+                if MODE == "cuda" or op != "scale_residual_norm_scale_shift" or "gate" not in name:  # through the CPU's LayerNorm
+                    assert torch.equal(a, c), name
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_rows_that_outlived_a_function_transform_keep_their_history(op: str) -> None:
     call, weight = site(op, Shape(1, 3, 64), torch.float32, torch.float32), torch.randn(1, 3, 64, device=DEVICE).requires_grad_()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import outlived_transform, without_transforms
-from .reference import modulated_norm, modulation, upcast
+from .reference import modulation, normalize, upcast
 from .table import OPS, Op
 
 Tensors = tuple[Any, ...]
@@ -140,25 +140,45 @@ def _expression(name: str) -> Callable[..., Any]:
     return lambda *arguments: op.reference(op.named(arguments))
 
 
-def _sums(
-    expression: Callable[[Tensors], Tensors], grads: Tensors, tensors: Tensors, places: Sequence[int | None], needed: Sequence[bool]
-) -> Tensors:
-    """The gradients of the tensors at ``places`` that want one through ``expression`` of all: those
-    that are sums over rows. None at the place None.
+Paths = list[tuple[Tensor, Tensor]]
+"""Tensors that a result is made of, as wide as it, each with its gradient."""
+
+
+def _sums(paths: Callable[[Tensors], Paths], tensors: Tensors, places: Sequence[int | None], needed: Sequence[bool]) -> Tensors:
+    """The gradients of the tensors at ``places`` that want one: those that are sums over rows of
+    what comes through ``paths``. None at the place None.
     """
     wanted = [place for place, need in zip(places, needed, strict=True) if need and place is not None and tensors[place] is not None]
     if not wanted:
         return (None,) * len(places)
     # Kept tensors have their history, which a second differentiation goes through.
     twice = torch.is_grad_enabled()
-    inputs = [t if t is None or twice else t.detach().requires_grad_(place in wanted) for place, t in enumerate(tensors)]
+    inputs = tuple(t if t is None or twice else t.detach().requires_grad_(place in wanted) for place, t in enumerate(tensors))
     with torch.enable_grad():
-        results = zip(expression(tuple(inputs)), grads, strict=True)
-    reached = [(result, grad) for result, grad in results if grad is not None and result.requires_grad]
+        reached = [(result, grad) for result, grad in paths(inputs) if result.requires_grad]
     outputs, cotangents = [result for result, _ in reached], [grad for _, grad in reached]
     found = torch.autograd.grad(outputs, [inputs[place] for place in wanted], cotangents, create_graph=twice, allow_unused=True)
     of = dict(zip(wanted, found, strict=True))
     return tuple(None if place is None else of.get(place) for place in places)
+
+
+def _through_norm(call: Any, dy: Tensor) -> Paths:
+    """Of ``y = n * (1 + scale) + shift``, without computing it again."""
+    law = upcast(call)
+    v, dy = (call.x, dy) if law is None else (call.x.to(law), dy.to(law))
+    scale, shift, n = modulation(call, "scale", law), modulation(call, "shift", law), normalize(v, call)
+    paths = [] if shift is None else [(shift.expand(v.shape), dy)]
+    if scale is not None and scale.requires_grad:
+        paths.append((scale.expand(v.shape), dy * n))
+    if n.requires_grad:
+        paths.append((n, dy if scale is None else dy * (1 + scale)))
+    return paths
+
+
+def _through_gate(call: Any, dr: Tensor) -> Paths:
+    """Of ``r = residual + gate * x``: in the dtype of the product."""
+    gate: Any = modulation(call, "gate", upcast(call))
+    return [(gate.expand(call.x.shape), dr.to(torch.result_type(gate, call.x)) * call.x)]
 
 
 def _norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -170,7 +190,7 @@ def _norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[
 
 def _norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["norm_scale_shift"]
-    return _sums(lambda tensors: (op.reference(op.named((*tensors, *codes))),), grads, saved, range(1, 8), needed)
+    return _sums(lambda tensors: _through_norm(op.named((*tensors, *codes)), grads[0]), saved, range(1, 8), needed)
 
 
 def _residual_norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -189,14 +209,13 @@ def _residual_norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Te
     op = OPS["scale_residual_norm_scale_shift"]
     r, _, *rest = saved
 
-    def of_norm(tensors: Tensors) -> Tensors:
-        call = op.named((r, *tensors[1:], *codes))._replace(x=tensors[0])
-        return (modulated_norm(call, tensors[0], upcast(call), None),)
+    def through_norm(tensors: Tensors) -> Paths:
+        return _through_norm(op.named((r, *tensors[1:], *codes))._replace(x=tensors[0]), grads[0])
 
-    of_gate = _sums(lambda tensors: (_gated(op.named((*tensors, *codes))),), rows[:1], saved, (2, *_NONE[:4], 7, *_NONE[:3]), needed)
+    of_gate = _sums(lambda tensors: _through_gate(op.named((*tensors, *codes)), rows[0]), saved, (2, *_NONE[:4], 7, *_NONE[:3]), needed)
     if grads[0] is None:
         return of_gate
-    found = _sums(of_norm, grads[:1], (r, r, *rest), (None, 3, 4, 5, 6, None, 8, 9, None), needed)
+    found = _sums(through_norm, (r, r, *rest), (None, 3, 4, 5, 6, None, 8, 9, None), needed)
     return tuple(a if b is None else b for a, b in zip(of_gate, found, strict=True))
 
 
@@ -210,13 +229,7 @@ def _residual_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
 
 def _residual_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["scale_residual"]
-    return _sums(lambda tensors: (_gated(op.named((*tensors, *codes))),), grads, (grads[0], *saved), (2, 3, None), needed)
-
-
-def _gated(call: Any) -> Tensor:
-    """What a gate lets through, in the dtype of the sum that its gradient comes from."""
-    gate: Any = modulation(call, "gate", upcast(call))
-    return (gate * call.x).to(call.residual.dtype)
+    return _sums(lambda tensors: _through_gate(op.named((*tensors, *codes)), grads[0]), (grads[0], *saved), (2, 3, None), needed)
 
 
 def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -230,7 +243,7 @@ def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bo
 
 def _qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["qk_norm_rope"]
-    return _sums(lambda tensors: op.reference(op.named((*tensors, *codes))), grads, saved, range(2, 6), needed)
+    return _sums(lambda tensors: _reached(op.reference(op.named((*tensors, *codes))), grads), saved, range(2, 6), needed)
 
 
 def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -252,13 +265,17 @@ def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
 def _joint_qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["joint_qk_norm_rope"]
 
-    def of_query_and_key(tensors: Tensors) -> Tensors:
+    def through_query_and_key(tensors: Tensors) -> Paths:
         own, encoder = tensors[:6], tensors[6:]
         # Of the values, which aren't kept, nothing is needed: keys have their shape.
         call = op.named((*own[:2], own[1], *own[2:], *encoder[:2], encoder[1], *encoder[2:], *codes))
-        return op.reference(call)[:2]
+        return _reached(op.reference(call)[:2], grads[:2])
 
-    return _sums(of_query_and_key, grads[:2], saved, (2, 3, 4, 5, 8, 9, 10, 11), needed)
+    return _sums(through_query_and_key, saved, (2, 3, 4, 5, 8, 9, 10, 11), needed)
+
+
+def _reached(results: Tensors, grads: Tensors) -> Paths:
+    return [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
 
 
 def _or_zeros(grad: Tensor | None, x: Tensor, tokens: int, head_dim: int) -> Tensor:
