@@ -79,6 +79,8 @@ _swiglu = kernels.ops.swiglu.default
 _dequantize_product = kernels.ops.dequantize_product.default
 _norm_scale_shift_quantize = kernels.ops.norm_scale_shift_quantize.default
 _scale_residual_norm_scale_shift_quantize = kernels.ops.scale_residual_norm_scale_shift_quantize.default
+_norm_scale_shift_and_quantize = kernels.ops.norm_scale_shift_and_quantize.default
+_scale_residual_norm_scale_shift_and_quantize = kernels.ops.scale_residual_norm_scale_shift_and_quantize.default
 
 # Under Dynamo an op that rejects its arguments ends the trace, and nothing catches that.
 # So what no kernel takes is found before.
@@ -685,6 +687,72 @@ def scale_residual_norm_scale_shift_quantize(
     options |= {"shift_table": shift_table, "index": index, "norm": norm, "eps": eps, "rounding": rounding}
     y, r = scale_residual_norm_scale_shift(residual, x, gate, scale, shift, **options)
     return quantize(y, law), r
+
+
+def norm_scale_shift_and_quantize(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    law: Law,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    index: Tensor | None = None,
+    norm: str = "layer",
+    eps: float | None = None,
+    rounding: str = "single",
+) -> tuple[Tensor, Quantized]:
+    """:func:`norm_scale_shift`, and :func:`quantize` of it beside it, for what else reads it. Not
+    differentiable.
+    """
+    tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
+    try:
+        if not _needs_pytorch(tensors, rounding):
+            codes = (_NORM[norm], default_eps(norm, x) if eps is None else eps, _ROUNDING[rounding], CODES[law])
+            y, values, row_scale = _norm_scale_shift_and_quantize(*tensors, *codes)
+            return y, Quantized(values, row_scale, x.shape, x.dtype, law)
+    except _REJECTED:
+        pass  # one of the two ops says what is wrong with the call
+    options: dict[str, Any] = {"weight": weight, "bias": bias, "scale_table": scale_table, "shift_table": shift_table, "index": index}
+    y = norm_scale_shift(x, scale, shift, **options, norm=norm, eps=eps, rounding=rounding)
+    return y, quantize(y, law)
+
+
+def scale_residual_norm_scale_shift_and_quantize(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    law: Law,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    index: Tensor | None = None,
+    norm: str = "layer",
+    eps: float | None = None,
+    rounding: str = "single",
+) -> tuple[Tensor, Quantized, Tensor]:
+    """``(y, quantised, r)``: :func:`scale_residual_norm_scale_shift`, and :func:`quantize` of its
+    ``y``. Not differentiable.
+    """
+    tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
+    try:
+        if not _needs_pytorch(tensors, rounding):
+            codes = (_NORM[norm], default_eps(norm, x) if eps is None else eps, _ROUNDING[rounding], CODES[law])
+            y, values, row_scale, r = _scale_residual_norm_scale_shift_and_quantize(*tensors, *codes)
+            return y, Quantized(values, row_scale, x.shape, x.dtype, law), r
+    except _REJECTED:
+        pass  # one of the two ops says what is wrong with the call
+    options: dict[str, Any] = {"weight": weight, "bias": bias, "gate_table": gate_table, "scale_table": scale_table}
+    options |= {"shift_table": shift_table, "index": index, "norm": norm, "eps": eps, "rounding": rounding}
+    y, r = scale_residual_norm_scale_shift(residual, x, gate, scale, shift, **options)
+    return y, quantize(y, law), r
 
 
 def gelu_quantize(x: Tensor, law: Law) -> Quantized:

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from .functional import (
     norm_scale_shift,
+    norm_scale_shift_and_quantize,
     norm_scale_shift_quantize,
     quantize,
     scale_residual,
     scale_residual_norm_scale_shift,
+    scale_residual_norm_scale_shift_and_quantize,
     scale_residual_norm_scale_shift_quantize,
 )
 from .ops import reference
 from .ops.calls import ROUNDINGS
 from .ops.calls import NormScaleShift as _NormCall
 from .ops.calls import ScaleResidualNormScaleShift as _ResidualNormCall
-from .ops.quantization import Law, Quantized
+from .ops.quantization import Law, Quantized, Wanted, keep
 from .swapping.norm_kinds import norm_kind, unknown_norm
 from .swapping.swapped import Swapped, untouched
 
@@ -112,14 +114,16 @@ class NormScaleShiftLayer(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> Any:
         """``norm(x) * (1 + scale) + shift``: ``x`` [B, S, D] or [S, D] -> the same shape and dtype,
         or that quantised by ``law``.
         """
         if scale is None and shift is None and not self.as_made():
             return super().forward(x)
-        op: Any = norm_scale_shift if law is None else partial(norm_scale_shift_quantize, law=law)
+        op: Any = norm_scale_shift
+        if law is not None:
+            op = partial(norm_scale_shift_quantize, law=law) if isinstance(law, Law) else partial(_norm_keeping, law=law.law)
         return op(
             x,
             scale,
@@ -148,7 +152,7 @@ class NormScaleShiftLayer(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> Tensor:
         affine = (self.weight, self.bias)
         call = _NormCall(x, scale, shift, *affine, scale_table, shift_table, index, self.norm, self.eps, self.rounding)
@@ -296,7 +300,7 @@ class ScaleResidualNormScaleShift(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> Tensor | tuple[Tensor | Quantized, Tensor]:
         """``(y, r)``, ``y`` quantised by ``law`` if there is one, or the plain norm of ``residual``
         where ``x`` is None.
@@ -306,7 +310,10 @@ class ScaleResidualNormScaleShift(_Norm):
             if not self.as_made():
                 return super().forward(residual)
             return norm_scale_shift(residual, weight=self.weight, bias=self.bias, norm=self.norm, eps=self.eps, rounding=self.rounding)
-        op: Any = scale_residual_norm_scale_shift if law is None else partial(scale_residual_norm_scale_shift_quantize, law=law)
+        op: Any = scale_residual_norm_scale_shift
+        if law is not None:
+            quantizing = scale_residual_norm_scale_shift_quantize
+            op = partial(quantizing, law=law) if isinstance(law, Law) else partial(_residual_norm_keeping, law=law.law)
         return op(
             residual,
             x,
@@ -344,7 +351,7 @@ class ScaleResidualNormScaleShift(_Norm):
         scale_table: Tensor | None = None,
         shift_table: Tensor | None = None,
         index: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> tuple[Tensor, Tensor]:
         tables = (gate_table, scale_table, shift_table)
         call = _ResidualNormCall(
@@ -415,7 +422,7 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         *,
         gate_table: Tensor | None = None,
         index: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> Tensor | tuple[Tensor | Quantized, Tensor]:
         """``(r, r)`` with ``r = residual + gate * x``, or ``residual`` itself where ``x`` is None.
 
@@ -425,11 +432,12 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
             _nothing_modulated(gate, gate_table, index, law)
             return super().forward(residual)
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
-        if law is not None:
+        if isinstance(law, Law):
             return quantize(r, law), r
         # Upstream casts to float32 and back here: unless the residual is float32, it hands on a
         # copy.
-        return r if r.dtype is torch.float32 else r.clone(), r
+        y = r if r.dtype is torch.float32 else r.clone()
+        return y if law is None else keep(y, quantize(y, law.law)), r
 
     def __call__(self, residual: Tensor, x: Tensor | None = None, *gate: Tensor | None, **modulation: Any) -> Any:
         if x is not None and not untouched(self):
@@ -444,11 +452,20 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         *,
         gate_table: Tensor | None = None,
         index: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> tuple[Tensor, Tensor]:
         tables = (gate_table, None, None)
         call = _ResidualNormCall(residual, x, gate, None, None, None, None, *tables, index, "fp32_layer", 0.0, self.rounding)
         return reference.scale_residual_norm_scale_shift(call, super().__call__)
+
+
+def _norm_keeping(*rows: Any, **options: Any) -> Tensor:
+    return keep(*norm_scale_shift_and_quantize(*rows, **options))
+
+
+def _residual_norm_keeping(*rows: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    y, quantized, r = scale_residual_norm_scale_shift_and_quantize(*rows, **options)
+    return keep(y, quantized), r
 
 
 def _nothing_modulated(*modulation: Any, **named: Any) -> None:

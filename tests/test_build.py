@@ -135,7 +135,7 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
             continue  # for all that the fast ones don't take
         if re.search(r"probe_kernel|maxima_kernel", name):
             continue  # of a few numbers
-        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|quantize_kernel[IE]|amax_kernelI)", name):
+        if access == "STG" and re.search(r"(row_kernelI\w*ELb[01]ELb[01]ELb1E|walking_kernelI|quantize_kernel[IE]|amax_kernelI)", name):
             # A thread's quantised values are a byte each: 4 to 16 bytes of them, in one access. The
             # dequantised are stored two by two.
             narrow += [name] if any(re.match(r"STG\.E\.[US](8|16)\b", opcode) for opcode in used) else []

@@ -193,6 +193,27 @@ def test_adapters_are_given_the_activation() -> None:
     assert same(run(patch_model(model), name), run(patched, name))
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "wan-t2v", "flux", "hunyuan-video", "sd3.5-medium"])
+def test_an_adapter_reads_the_activation_beside_what_it_is_quantised_to(name: str) -> None:
+    """Which is made with it, once for all that read it."""
+    model = model_of(name, FLOAT8_ROW)
+    patched = patch_model(copy.deepcopy(model))
+    run(patched, name)  # in which GELU's kernel is compared, once a process
+    without = calls_of(patched, name)
+    for m in (model, patched):
+        torch.manual_seed(1)
+        m.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "net.0.proj", "proj_mlp"], init_lora_weights=False))  # type: ignore[operator]
+    found = calls_of(patched, name)
+    beside = {op: n for op, n in found.items() if op.endswith("_and_quantize") and n > 0}
+    assert beside
+    assert sum(found[op] for op in found if op.endswith("quantize")) == sum(without[op] for op in without if op.endswith("quantize"))
+    assert same(run(patched, name), run(model, name))
+    with torch.inference_mode():
+        assert same(run(patched, name), run(model, name))
+    text = " ".join(str(report(patched)).split())
+    assert f"adapters on {sum(m.__class__.__name__ == 'TorchaoLoraLinear' for m in patched.modules())} of these" in text
+
+
 def test_gradients_autocast_and_float32_leave_it_to_torchao() -> None:
     name = "wan-t2v"
     model = model_of(name, FLOAT8_ROW).requires_grad_(False)

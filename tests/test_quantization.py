@@ -200,18 +200,25 @@ def test_a_norm_site_quantises_what_it_returns_otherwise(law: Law, rounding: str
         assert torch.equal(got_r.nan_to_num(), r.nan_to_num())
         assert equal(got[:2], expected(y, law)), (shape, dtype)
         assert got.shape == y.shape
+        kept, beside, beside_r = functional.scale_residual_norm_scale_shift_and_quantize(residual, x, law=law, **options)
+        assert torch.equal(kept.nan_to_num(), y.nan_to_num())
+        assert torch.equal(beside_r.nan_to_num(), r.nan_to_num())
+        assert equal(beside[:2], got[:2])
         for name in ("gate", "gate_table"):
             options.pop(name, None)
         if "affine" not in case or "and" not in case:
             y = functional.norm_scale_shift(x, **options)
             assert equal(functional.norm_scale_shift_quantize(x, law=law, **options)[:2], expected(y, law)), (shape, dtype)
+            kept, beside = functional.norm_scale_shift_and_quantize(x, law=law, **options)
+            assert torch.equal(kept.nan_to_num(), y.nan_to_num())
+            assert equal(beside[:2], expected(y, law))
 
 
-MANY_ROWS = ((1, 2049, 3072), (3, 683, 1536), (1, 2051, 5120), (1, 2053, 1152), (1, 2050, 2432), (1, 2050, 1984))
+MANY_ROWS = ((1, 2049, 3072), (3, 683, 1536), (1, 2051, 5120), (1, 2053, 1152), (1, 2050, 2432), (1, 2050, 1984), (2, 1031, 2048))
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("case", ["plain", "tables"])
+@pytest.mark.parametrize("case", ["plain", "tables", "none"])
 @pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
 def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tuple[int, ...], case: str, device: str) -> None:
     """There are kernels for modulations that many rows share."""
@@ -224,6 +231,9 @@ def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tup
     for norm in ("layer", "rms"):
         y = functional.norm_scale_shift(x, **options, norm=norm)
         assert equal(functional.norm_scale_shift_quantize(x, law=law, **options, norm=norm)[:2], expected(y, law))
+        kept, beside = functional.norm_scale_shift_and_quantize(x, law=law, **options, norm=norm)
+        assert torch.equal(kept.nan_to_num(), y.nan_to_num())
+        assert equal(beside[:2], expected(y, law))
 
 
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
@@ -368,6 +378,20 @@ def test_an_activation_is_quantised_once_for_several_layers(law: Law) -> None:
         got = [twin(shared) for twin in twins]
     assert counted("quantize") == before + 1
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_what_an_activation_was_quantised_to_is_not_taken_for_another() -> None:
+    linear = fused(quantized_linear_layer(FLOAT8_ROW))
+    x = rows((2, 17, 48), torch.bfloat16)
+    other = rows((2, 17, 48), torch.bfloat16)
+    with torch.no_grad():
+        quantization.keep(x, functional.quantize(other, FLOAT8_ROW))
+        assert torch.equal(linear(x), linear(other))  # it is taken
+        assert quantization.kept(x, INT8_ROW) is None
+        assert quantization.kept(x.clone(), FLOAT8_ROW) is None
+        x.add_(0)  # somebody has written to it
+        assert quantization.kept(x, FLOAT8_ROW) is None
+        assert not torch.equal(linear(x), linear(other))
 
 
 def test_nothing_is_shared_where_one_layer_wants_the_activation_itself() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerNormScaleShift
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 from .block import FusedUnit
 from .modulation import Modulating
@@ -34,7 +34,7 @@ class AdaLayerNormZero(Modulating, FusedUnit):
         class_labels: Tensor | None = None,
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if not self.intact():
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)  # type: ignore[misc]
@@ -54,7 +54,7 @@ class AdaLayerNormZeroSingle(Modulating, FusedUnit):
     fingerprints = {"forward": frozenset({"549caa2570fa"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, law: Law | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, emb: Tensor | None = None, law: Wanted | None = None) -> tuple[Tensor, Tensor]:
         if not self.intact():
             return super().forward(x, emb)  # type: ignore[misc]
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
@@ -79,7 +79,7 @@ class AdaLayerNormContinuous(Modulating, FusedUnit):
         return modulated(self.norm, x, scale, shift)
 
 
-def law_argument(norm: Any, law: Law | None) -> dict[str, Law]:
+def law_argument(norm: Any, law: Wanted | None) -> dict[str, Wanted]:
     """``law`` as an argument of ``norm``, which may have been replaced by one that takes none, and
     whose results somebody may look at.
     """

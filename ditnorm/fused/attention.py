@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..layers import _DEFAULT_EPS
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 from ..swapping.fingerprint import fingerprint
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from ..swapping.swapped import untouched
 from .module import FusedModule, Part, upstream_of
 from .norms import dtype_of
 from .qk_sites import QKSite
-from .quantized_linear import QuantizedLinear, hooked, law_for
+from .quantized_linear import hooked, law_for, quantized_base
 from .sites import FusedCall
 
 
@@ -239,7 +239,7 @@ class FusedAttention(FusedModule):
         cls.known = cls.known_processors(cls.origin)
         return cls.known.get(processor)
 
-    def law(self, x: Tensor, *names: str) -> Law | None:
+    def law(self, x: Tensor, *names: str) -> Wanted | None:
         """The law by which the projections ``names`` quantise what the module is given with the
         shape and dtype of ``x``.
 
@@ -247,7 +247,7 @@ class FusedAttention(FusedModule):
         it must not come quantised.
         """
         modules = self._modules
-        if not isinstance(modules.get(names[0]), QuantizedLinear) or "forward" in self.__dict__ or hooked(self) or not self.fuses():
+        if quantized_base(modules.get(names[0])) is None or "forward" in self.__dict__ or hooked(self) or not self.fuses():
             return None
         return law_for(x, *(modules[name] for name in names))
 
@@ -268,6 +268,6 @@ class FusedAttention(FusedModule):
         return type(self.processor).__call__.__globals__[name]
 
 
-def law_in(attention: Any, x: Tensor, *names: str) -> Law | None:
+def law_in(attention: Any, x: Tensor, *names: str) -> Wanted | None:
     """:meth:`FusedAttention.law` of an attention module that may be unfused."""
     return attention.law(x, *names) if isinstance(attention, FusedAttention) else None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import gelu_quantize, quantize
-from ..ops.quantization import FLOAT8_ROW_BFL, Law, Quantized
+from ..ops.quantization import FLOAT8_ROW_BFL, Law, Quantized, Wanted
 from .activation_sites import Activation
 from .gelu import FusedGELU, unlike_torchs
 from .module import FusedModule, upstream_of
@@ -43,12 +43,12 @@ class FusedFeedForward(FusedModule):
         gelu, _, linear = layers
         inner = gelu.proj(hidden_states)
         law = law_for(inner, linear)
-        if law is not None and _kernels_gelu_is_atens(inner):
+        if isinstance(law, Law) and _kernels_gelu_is_atens(inner):
             return linear(gelu_quantize(inner, law))
         inner = gelu.activate(inner)
-        return linear(inner if law is None else quantize(inner, law))
+        return linear(quantize(inner, law) if isinstance(law, Law) else inner)
 
-    def law(self, x: Tensor) -> Law | None:
+    def law(self, x: Tensor) -> Wanted | None:
         """The law by which its first layer quantises what the module is given with the shape and
         dtype of ``x``; None: as it is.
         """
@@ -58,7 +58,7 @@ class FusedFeedForward(FusedModule):
         return law_for(x, gelu.proj) if isinstance(gelu, FusedGELU) and _unobserved(gelu) else None
 
 
-def law_in_feed_forward(module: Any, x: Tensor) -> Law | None:
+def law_in_feed_forward(module: Any, x: Tensor) -> Wanted | None:
     """:meth:`FusedFeedForward.law` of a module that may be unfused."""
     return module.law(x) if isinstance(module, FusedFeedForward) else None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
 from ..ops.checks import transformed
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 from ..swapping.torch_private import seen_by_a_mode
 from .activation import begun, joined
@@ -16,7 +16,7 @@ from .attention import FusedAttention, law_in, weight_of
 from .feed_forward import law_in_feed_forward
 from .norms import dtype_of
 from .promotion import promoted
-from .quantized_linear import dense_for, law_for
+from .quantized_linear import dense_for, law_for, shared_law
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -143,19 +143,19 @@ def _tokens(rotary: Rotary | None, part: slice) -> Rotary | None:
     return None if rotary is None else (rotary[0][part], rotary[1][part])
 
 
-def laws(attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> tuple[Law | None, Law | None]:
+def laws(attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> tuple[Wanted | None, Wanted | None]:
     """By which laws the attention module of a dual-stream block takes the two streams quantised."""
     own, added = _projections(attn)
     found = law_in(attn, x, *own), law_in(attn, text, *added)
     return found if found == (None, None) or (kwargs.keys() <= attn.ignored and attn.takes(x, text, rotary)) else (None, None)
 
 
-def law_joined(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Law]:
+def law_joined(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Wanted]:
     """The same for a single-stream block, whose MLP reads what its attention does."""
     attn = block.attn
     law = law_in(attn, x, *_projections(attn)[0])
     taken = law is not None and kwargs.keys() <= attn.ignored and attn.takes(x, None, rotary)
-    return law_argument(block.norm, law) if taken and law_for(x, block.proj_mlp) is law else {}
+    return law_argument(block.norm, shared_law(law, law_for(x, block.proj_mlp))) if taken else {}
 
 
 def _projections(attn: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..ops import reference
 from ..ops.calls import NormScaleShift
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 
 
-def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None = None, law: Law | None = None) -> Any:
+def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None = None, law: Wanted | None = None) -> Any:
     """``norm(x) * (1 + scale) + shift`` with a norm layer: x [B, S, D] -> [B, S, D], in the dtype
     that upstream's has.
 

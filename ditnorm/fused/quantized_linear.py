@@ -6,21 +6,23 @@ What isn't served here, torchao serves: weights and configurations that aren't k
 autocast, compilers.
 """
 
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import dequantize_product, norm_scale_shift_quantize, quantize
+from ..functional import dequantize_product, norm_scale_shift_and_quantize, norm_scale_shift_quantize, quantize
 from ..ops import quantization, reference
 from ..ops.calls import NormScaleShift
 from ..ops.checks import same_bits
-from ..ops.quantization import INT8_ROW, Law, Quantized
-from ..swapping.originals import replaced, replaced_functional
+from ..ops.quantization import BESIDE, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
+from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.swapped import untouched
 from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm
 from .int8_product import int8_product
@@ -92,7 +94,8 @@ class QuantizedLinear(FusedModule):
         operand = operand_of(parameters["weight"])
         if operand is None or not operand.takes(input, bias):
             return super().forward(input)  # type: ignore[misc]
-        return product(quantize(input, operand.law), operand, bias)
+        law = operand.law
+        return product(kept(input, law) or quantize(input, law), operand, bias)
 
 
 def product(x: Quantized, operand: Any, bias: Tensor | None) -> Tensor:
@@ -116,13 +119,16 @@ def product(x: Quantized, operand: Any, bias: Tensor | None) -> Tensor:
     return y if len(shape) == 2 else y.view(*shape[:-1], -1)
 
 
-def law_for(x: Tensor, *linears: Any) -> Law | None:
+def law_for(x: Tensor, *linears: Any) -> Wanted | None:
     """The law by which all of ``linears`` quantise an activation with the shape and dtype of ``x``.
 
-    None where one of them wants it as it is: then nothing may be handed over quantised.
+    Beside the activation where some of them are in adapters, which read it as it is. None where one
+    of them wants nothing else: then nothing may be handed over quantised.
     """
     for linear in linears:  # first: most models aren't quantised
-        if not isinstance(linear, QuantizedLinear) or "forward" in linear.__dict__:
+        if not isinstance(linear, QuantizedLinear):
+            return _law_beside(x, linears)
+        if "forward" in linear.__dict__:
             return None
     if _is_compiling() or not _serves(x) or not untouched(*linears):
         return None
@@ -136,13 +142,50 @@ def law_for(x: Tensor, *linears: Any) -> Law | None:
     return law
 
 
+def _law_beside(x: Tensor, linears: tuple[Any, ...]) -> Beside | None:
+    """:func:`law_for` where not all are layers of ours."""
+    bases = []
+    for linear in linears:
+        base = quantized_base(linear)
+        if base is None or "forward" in linear.__dict__:
+            return None
+        bases.append(base)
+    law = law_for(x, *bases)
+    return BESIDE[law] if isinstance(law, Law) and untouched(*linears) else None
+
+
+def quantized_base(linear: Any) -> Any:
+    """The layer of ours that ``linear`` is, or that is in an adapter of PEFT's, which hands it on
+    what it is given itself, and writes to nothing. Else None.
+    """
+    if isinstance(linear, QuantizedLinear):
+        return linear
+    base = None if linear is None else linear._modules.get("base_layer")
+    return base if isinstance(base, QuantizedLinear) and _is_pefts(type(linear).forward) else None
+
+
+@functools.cache
+def _is_pefts(forward: Callable[..., Any]) -> bool:
+    return isinstance(forward, FunctionType) and defined_in(forward, "peft")
+
+
+def shared_law(first: Wanted | None, second: Wanted | None) -> Wanted | None:
+    """The law of two readers of one activation."""
+    if first is second or first is None or second is None:
+        return first if first is second else None
+    laws = [law.law if isinstance(law, Beside) else law for law in (first, second)]
+    return BESIDE[laws[0]] if laws[0] is laws[1] else None
+
+
 def quantized_for(x: Any, *linears: Any) -> Any:
-    """``x``, quantised where all of ``linears`` take it so; as it is where it comes quantised
-    already.
+    """``x``, quantised where all of ``linears`` take it so, or with what it was quantised to; as it
+    is where it comes quantised already.
     """
     if type(x) is Quantized:
         return x
     law = law_for(x, *linears)
+    if isinstance(law, Beside):
+        return x if kept(x, law.law) is not None else keep(x, quantize(x, law.law))
     return x if law is None else quantize(x, law)
 
 
@@ -151,7 +194,7 @@ def dense_for(x: Tensor, linear: Any) -> Any:
     to be contiguous.
     """
     law = law_for(x, linear)
-    return x.contiguous() if law is None else quantize(x, law)
+    return quantize(x, law) if isinstance(law, Law) else x.contiguous()
 
 
 def hooked(module: Any) -> bool:
@@ -221,7 +264,9 @@ class QuantizedProduct:
         def same_behind_a_norm(*tables: Tensor | None) -> bool:
             scale_table, shift_table = tables
             call = NormScaleShift(rows, scale, shift, None, None, scale_table, shift_table, None, **norm)
-            found = norm_scale_shift_quantize(rows, scale, shift, scale_table=scale_table, shift_table=shift_table, law=law, **norm)
-            return same(found, reference.norm_scale_shift(call))
+            expected, options = reference.norm_scale_shift(call), norm | {"scale_table": scale_table, "shift_table": shift_table}
+            y, beside = norm_scale_shift_and_quantize(rows, scale, shift, law=law, **options)
+            found = norm_scale_shift_quantize(rows, scale, shift, law=law, **options)
+            return same(found, expected) and same(beside, expected) and same_bits(y, expected)
 
         return same(quantize(rows, law), rows) and same_behind_a_norm(None, None) and same_behind_a_norm(*rows[2:4].float())

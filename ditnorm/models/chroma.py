@@ -11,7 +11,7 @@ from ..fused.block import FusedBlock, FusedUnit
 from ..fused.flux import FluxAttention, Rotary, after_attention, laws, single_stream
 from ..fused.promotion import modulated
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 
 
 class ChromaAdaLayerNormZeroPruned(FusedUnit):
@@ -29,7 +29,7 @@ class ChromaAdaLayerNormZeroPruned(FusedUnit):
         class_labels: Tensor | None = None,
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
-        law: Law | None = None,
+        law: Wanted | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if not self.intact():
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)  # type: ignore[misc]
@@ -48,7 +48,7 @@ class ChromaAdaLayerNormZeroSinglePruned(FusedUnit):
     fingerprints = {"forward": frozenset({"4277ae8f0792"})}  # 0.37.0 to 0.42.1
     sites = {"norm": LayerNormScaleShift}
 
-    def forward(self, x: Tensor, emb: Tensor | None = None, law: Law | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, emb: Tensor | None = None, law: Wanted | None = None) -> tuple[Tensor, Tensor]:
         if not self.intact():
             return super().forward(x, emb)  # type: ignore[misc]
         shift_msa, scale_msa, gate_msa = emb.unbind(1)  # type: ignore[union-attr]  # always given

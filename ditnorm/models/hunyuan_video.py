@@ -17,9 +17,9 @@ from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.pairwise_mask import mask_form, pairwise_mask
 from ..fused.promotion import modulated, promoted
-from ..fused.quantized_linear import law_for
+from ..fused.quantized_linear import law_for, shared_law
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 
 MODULATED = (
@@ -278,7 +278,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZero(Modulating, FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(
-        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Law | None = None
+        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Wanted | None = None
     ) -> tuple[Tensor, ...]:
         if not self.intact():
             return super().forward(hidden_states, emb, token_replace_emb, first_frame_num_tokens)  # type: ignore[misc]
@@ -303,7 +303,7 @@ class HunyuanVideoTokenReplaceAdaLayerNormZeroSingle(Modulating, FusedUnit):
     sites = {"norm": LayerNormScaleShift}
 
     def forward(
-        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Law | None = None
+        self, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int, law: Wanted | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.intact():
             return super().forward(hidden_states, emb, token_replace_emb, first_frame_num_tokens)  # type: ignore[misc]
@@ -411,7 +411,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(_Single, FusedBlock):
         return _scale_residuals(hidden_states, encoder_hidden_states, x, gate, _row_index(x, num_tokens), rounding=self.rounding)
 
 
-def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[dict[str, Law], dict[str, Law]]:
+def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[dict[str, Wanted], dict[str, Wanted]]:
     """By which laws the attention module of a dual-stream block takes the two streams quantised, as
     arguments of their norms.
     """
@@ -421,12 +421,12 @@ def _laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | N
     return law_argument(block.norm1, law), law_argument(block.norm1_context, text_law)
 
 
-def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Law]:
+def _law_joined(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Wanted]:
     """By which law attention and MLP of a single-stream block take both streams in one piece, as an
     argument of its norm.
     """
     law = law_in(block.attn, x, "to_q", "to_k", "to_v")
-    return law_argument(block.norm, law) if law is not None and rotary is not None and law_for(x, block.proj_mlp) is law else {}
+    return {} if law is None or rotary is None else law_argument(block.norm, shared_law(law, law_for(x, block.proj_mlp)))
 
 
 def _attend_joined(

@@ -13,7 +13,7 @@ from ..fused.modulation import ModulatedModel
 from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import dense_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 
 MODULATED = (
     ModulatedModel(
@@ -115,7 +115,7 @@ class QwenImageAttention(FusedAttention):
 
 def _laws(
     attn: Any, image: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any] | None
-) -> tuple[Law | None, Law | None]:
+) -> tuple[Wanted | None, Wanted | None]:
     """By which laws the attention module takes the two streams quantised."""
     laws = law_in(attn, image, "to_q", "to_k", "to_v"), law_in(attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
     return laws if laws == (None, None) or (not kwargs and _aligned(image, text, rotary)) else (None, None)

@@ -13,10 +13,10 @@ from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.promotion import modulate, modulated, promoted
-from ..fused.quantized_linear import quantized_for
+from ..fused.quantized_linear import quantized_for, shared_law
 from ..fused.sites import FusedCall, Site
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 
 MODULATED = (
@@ -111,7 +111,7 @@ class SD35AdaLayerNormZeroX(Modulating, FusedUnit):
         for _ in range(2):
             yield from super().calls(module, dtype)
 
-    def forward(self, hidden_states: Tensor, emb: Tensor | None = None, law: Law | None = None) -> tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, emb: Tensor | None = None, law: Wanted | None = None) -> tuple[Tensor, ...]:
         if not self.intact():
             return super().forward(hidden_states, emb)  # type: ignore[misc]
         emb = self.modulation(emb)  # type: ignore[arg-type]  # upstream's default; always given
@@ -238,13 +238,13 @@ def _without_plain_attention(module: Any, sites: Mapping[str, type]) -> Mapping[
     return {path: body for path, body in sites.items() if path not in plain}
 
 
-def _laws(block: Any, x: Tensor, text: Tensor) -> tuple[dict[str, Law], dict[str, Law]]:
+def _laws(block: Any, x: Tensor, text: Tensor) -> tuple[dict[str, Wanted], dict[str, Wanted]]:
     """By which laws the attention modules take the two streams quantised, as arguments of their
     norms.
     """
     law = law_in(block.attn, x, "to_q", "to_k", "to_v")
-    if law is not None and block.use_dual_attention and law_in(block.attn2, x, "to_q", "to_k", "to_v") is not law:
-        law = None
+    if law is not None and block.use_dual_attention:
+        law = shared_law(law, law_in(block.attn2, x, "to_q", "to_k", "to_v"))
     text_law = None if block.context_pre_only else law_in(block.attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
     return law_argument(block.norm1, law), law_argument(block.norm1_context, text_law)
 
@@ -256,7 +256,7 @@ def _feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Tensor:
     return block.origin.forward.__globals__["_chunked_feed_forward"](ff, x, block._chunk_dim, block._chunk_size)
 
 
-def _law_in_feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Law | None:
+def _law_in_feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Wanted | None:
     return law_in_feed_forward(ff, x) if block._chunk_size is None else None
 
 

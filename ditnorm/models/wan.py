@@ -13,7 +13,7 @@ from ..fused.gelu import FusedGELU
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.checks import transformed
-from ..ops.quantization import Law
+from ..ops.quantization import Wanted
 from ..swapping.callers import caller_of
 from ..swapping.swapped import untouched
 
@@ -89,7 +89,7 @@ class WanAttention(FusedAttention):
         return self.to_out[1](self.to_out[0](hidden_states))
 
 
-def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Law | None:
+def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Wanted | None:
     """By which law the self-attention takes its input, of the shape and dtype of ``x``,
     quantised.
     """
@@ -97,7 +97,7 @@ def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Law | None:
     return law if law is None or rotary_emb is None or rotary_emb[0].shape[1] == x.shape[1] else None
 
 
-def _law_across(attn: Any, x: Tensor, text: Tensor) -> Law | None:
+def _law_across(attn: Any, x: Tensor, text: Tensor) -> Wanted | None:
     """The same of the cross-attention, where only the query is made of ``x``."""
     return law_in(attn, x, "to_q") if text.shape[0] == x.shape[0] else None
 

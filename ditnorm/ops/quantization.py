@@ -60,6 +60,41 @@ class Quantized(NamedTuple):
         return self.values.device
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """In place of a law: an activation is wanted as it is, and quantised beside it, since only some
+    of what reads it takes it quantised.
+    """
+
+    law: Law
+
+
+Wanted = Law | Beside
+"""How those that read an activation take it."""
+
+
+def keep(x: Tensor, quantized: Quantized) -> Tensor:
+    """``x``, which has what it was quantised to with it, for whoever gets this very object."""
+    setattr(x, _KEPT, (_version(x), quantized))
+    return x
+
+
+def kept(x: Tensor, law: Law) -> Quantized | None:
+    """What ``x`` was quantised to by ``law``, if it has that with it and nobody has written to it
+    since.
+    """
+    found = getattr(x, _KEPT, None)
+    return found[1] if found is not None and found[1].law is law and found[0] == _version(x) else None
+
+
+_KEPT = "_ditnorm_quantized"
+
+
+def _version(x: Tensor) -> int | None:
+    """Of tensors of inference mode PyTorch doesn't count what is written to them."""
+    return None if x.is_inference() else x._version
+
+
 def quantize(x: Tensor, law: Law) -> tuple[Tensor, Tensor]:
     """``(values, scale)`` of ``x`` [..., D], as of :class:`Quantized`."""
     rows = x.reshape(-1, x.shape[-1])
@@ -95,5 +130,7 @@ FLOAT8_ROW_BFL = Law("float8-row-bfl", torch.float8_e4m3fn, True, _bfl_scale, _t
 
 LAWS = (FLOAT8_ROW, FLOAT8_TENSOR, INT8_ROW, FLOAT8_ROW_BFL)
 """By the number that the ops know them by: ``quantize.cuh`` has the same order."""
+
+BESIDE = {law: Beside(law) for law in LAWS}
 
 CODES = {law: code for code, law in enumerate(LAWS)}

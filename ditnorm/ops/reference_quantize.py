@@ -30,6 +30,18 @@ def scale_residual_norm_scale_shift_quantize(call: ScaleResidualNormScaleShiftQu
     return *quantization.quantize(y, call.law), r
 
 
+def norm_scale_shift_and_quantize(call: NormScaleShiftQuantize) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, values, scale)``: ``y`` itself, and the same of it."""
+    y = reference.norm_scale_shift(call.site)
+    return y, *quantization.quantize(y, call.law)
+
+
+def scale_residual_norm_scale_shift_and_quantize(call: ScaleResidualNormScaleShiftQuantize) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(y, values, scale, r)``: the same beside ``r``."""
+    y, r = reference.scale_residual_norm_scale_shift(call.site)
+    return y, *quantization.quantize(y, call.law), r
+
+
 def dequantize_product(call: DequantizeProduct) -> Tensor:
     """[rows, N] in ``dtype``.
 

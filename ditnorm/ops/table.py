@@ -219,6 +219,26 @@ OPS: Mapping[str, Op] = {
             lambda call: (*checks_quantize.like_quantized(call.x, call.law), call.residual.new_empty(call.x.shape)),
         ),
         Op(
+            "norm_scale_shift_and_quantize",
+            NormScaleShiftQuantize,
+            reference_quantize.norm_scale_shift_and_quantize,
+            checks_quantize.check_site,
+            checks_quantize.unfused_site,
+            lambda call: (call.x.new_empty(call.x.shape), *checks_quantize.like_quantized(call.x, call.law)),
+        ),
+        Op(
+            "scale_residual_norm_scale_shift_and_quantize",
+            ScaleResidualNormScaleShiftQuantize,
+            reference_quantize.scale_residual_norm_scale_shift_and_quantize,
+            checks_quantize.check_site,
+            checks_quantize.unfused_site,
+            lambda call: (
+                call.x.new_empty(call.x.shape),
+                *checks_quantize.like_quantized(call.x, call.law),
+                call.residual.new_empty(call.x.shape),
+            ),
+        ),
+        Op(
             "norm_scale_shift_backward",
             NormScaleShiftBackward,
             reference_backward.norm_scale_shift_backward,

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import kernels
 from ..fused.activation_sites import other_bits
+from ..fused.quantized_linear import QuantizedLinear, quantized_base
 from ..swapping.swapped import untouched
 from . import patch, verification
 from .restoring import tables
@@ -67,6 +68,8 @@ class TransformerReport:
     """
     unfused_activations: Mapping[str, list[str]] = field(default_factory=dict)
     """Reason -> the activations that are PyTorch's as upstream calls them."""
+    adapted_products: int = 0
+    """Of those, the ones in adapters, which read the activation itself too."""
     modulations: tuple[str, ...] = ()
     """What the tables of precomputed modulations hold, and what they were asked for."""
 
@@ -88,6 +91,8 @@ class TransformerReport:
             yield "  activations", f"{how}: {count}"
         for law, count in self.products.items():
             yield "  quantised", f"{law}: {count} linear layers"
+        if self.adapted_products:
+            yield "  adapters", f"on {self.adapted_products} of these: the activation is written too, beside what it is quantised to"
         for reason, attentions in self.unfused_attentions.items():
             yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
         for reason, activations in self.unfused_activations.items():
@@ -188,6 +193,7 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         unfused_products=_unfused(counted, "matrix product"),
         activations=activations,
         unfused_activations=unfused_activations,
+        adapted_products=sum(quantized_base(module) is not None for module in model.modules() if not isinstance(module, QuantizedLinear)),
         modulations=tuple(map(str, tables(model))),
     )
 

@@ -101,12 +101,26 @@ __device__ __forceinline__ Pack<T, N> add_gated_contracted(const Pack<T, N>& res
 }
 
 template <class T, int N>
-__device__ __forceinline__ Pack<T, N> modulate_rounded(const Pack<T, N>& n, const Pack<T, N>& scale, const Pack<T, N>& shift) {
+__device__ __forceinline__ Pack<T, N> one_plus(const Pack<T, N>& scale) {
   const auto one = twice(from_float<T>(1.0f));
+  Pack<T, N> factor;
+#pragma unroll
+  for (int j = 0; j < N; j += 2) put(factor, j, __hadd2_rn(one, pair(scale, j)));
+  return factor;
+}
+
+// n * factor + shift
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> modulate_rounded_by(const Pack<T, N>& n, const Pack<T, N>& factor, const Pack<T, N>& shift) {
   Pack<T, N> y;
 #pragma unroll
-  for (int j = 0; j < N; j += 2) put(y, j, __hadd2_rn(__hmul2_rn(pair(n, j), __hadd2_rn(one, pair(scale, j))), pair(shift, j)));
+  for (int j = 0; j < N; j += 2) put(y, j, __hadd2_rn(__hmul2_rn(pair(n, j), pair(factor, j)), pair(shift, j)));
   return y;
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> modulate_rounded(const Pack<T, N>& n, const Pack<T, N>& scale, const Pack<T, N>& shift) {
+  return modulate_rounded_by(n, one_plus(scale), shift);
 }
 
 }  // namespace ditnorm

@@ -14,7 +14,8 @@ constexpr int kTile = kLanes * kGroup;  // the elements that all lanes together 
 // waits for another warp.
 // AHEAD: how many accesses ahead of its use a modulation is asked for, or one of the two constants
 // below.
-// ROWS: of one block, neighbours.
+// ROWS: of one block at a time, neighbours. A block of several goes on to others, and all of them
+// share their modulations (walking_kernel.cuh).
 template <int LANES, int AHEAD, int ROWS = 1>
 struct Shape {
   static constexpr int kLanesPerThread = LANES;

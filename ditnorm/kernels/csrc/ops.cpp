@@ -207,25 +207,32 @@ class Call {
 
 Tensor empty_like(const Tensor& t) { return abi::empty(t.dim(), t.sizes(), t.dtype(), t); }
 
-// y of `plain`, quantised: in its kernel where there is one that does both, else behind it.
+// y of `plain`, quantised: in its kernel where there is one that does both, else behind it. `kept`:
+// takes y itself, where somebody else reads it.
 QuantizedOutput run_quantized(Call& call, const Tensor& x, int64_t law, int (*both)(const Problem&, void*),
-                              int (*plain)(const Problem&, void*)) {
+                              int (*plain)(const Problem&, void*), Tensor* kept = nullptr) {
   QuantizedOutput output(x, law);
   call.problem.quantized = output.out;
   const bool per_row = output.out.law != Law::float8_tensor;
-  if (per_row && call.try_run(both)) return output;
-  const Tensor y = empty_like(x);
-  call.problem.y = y.data();
+  Tensor own;
+  Tensor& y = kept == nullptr ? own : *kept;
+  const auto make_y = [&] {
+    if (y.handle() != nullptr) return;
+    y = empty_like(x);
+    call.problem.y = y.data();
+  };
   Tensor maxima;
+  if (kept != nullptr || !per_row) make_y();
   if (!per_row) {
     const int64_t rows = call.problem.batch * call.problem.tokens;
     maxima = abi::empty(1, &rows, aoti_torch_dtype_int32(), x);
     call.problem.quantized.maxima = static_cast<uint32_t*>(maxima.data());
-    if (call.try_run(both)) {
-      quantize_into(output, y, false, &maxima);
-      return output;
-    }
   }
+  if (call.try_run(both)) {
+    if (!per_row) quantize_into(output, y, false, &maxima);
+    return output;
+  }
+  make_y();
   call.run(plain);
   quantize_into(output, y, false);
   return output;
@@ -268,10 +275,10 @@ std::tuple<Tensor, Tensor> scale_residual_norm_scale_shift_op(const Tensor& resi
   return {std::move(y), std::move(r)};
 }
 
-std::tuple<Tensor, Tensor> norm_scale_shift_quantize_op(const Tensor& x, const Optional& scale, const Optional& shift,
-                                                        const Optional& weight, const Optional& bias, const Optional& scale_table,
-                                                        const Optional& shift_table, const Optional& index, int64_t norm, double eps,
-                                                        int64_t rounding, int64_t law) {
+// `kept`: as of run_quantized.
+QuantizedOutput quantized_norm(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& weight, const Optional& bias,
+                               const Optional& scale_table, const Optional& shift_table, const Optional& index, int64_t norm, double eps,
+                               int64_t rounding, int64_t law, Tensor* kept = nullptr) {
   Call call(x);
   call.index(index);
   call.modulation(call.problem.scale, scale, scale_table);
@@ -279,14 +286,32 @@ std::tuple<Tensor, Tensor> norm_scale_shift_quantize_op(const Tensor& x, const O
   call.affine(weight, bias);
   call.norm(norm, eps);
   call.rounding(rounding);
-  QuantizedOutput output = run_quantized(call, x, law, &norm_scale_shift_quantize, &norm_scale_shift);
+  return run_quantized(call, x, law, &norm_scale_shift_quantize, &norm_scale_shift, kept);
+}
+
+std::tuple<Tensor, Tensor> norm_scale_shift_quantize_op(const Tensor& x, const Optional& scale, const Optional& shift,
+                                                        const Optional& weight, const Optional& bias, const Optional& scale_table,
+                                                        const Optional& shift_table, const Optional& index, int64_t norm, double eps,
+                                                        int64_t rounding, int64_t law) {
+  QuantizedOutput output = quantized_norm(x, scale, shift, weight, bias, scale_table, shift_table, index, norm, eps, rounding, law);
   return {std::move(output.values), std::move(output.scale)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> scale_residual_norm_scale_shift_quantize_op(
-    const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& scale, const Optional& shift, const Optional& weight,
-    const Optional& bias, const Optional& gate_table, const Optional& scale_table, const Optional& shift_table, const Optional& index,
-    int64_t norm, double eps, int64_t rounding, int64_t law) {
+std::tuple<Tensor, Tensor, Tensor> norm_scale_shift_and_quantize_op(const Tensor& x, const Optional& scale, const Optional& shift,
+                                                                    const Optional& weight, const Optional& bias,
+                                                                    const Optional& scale_table, const Optional& shift_table,
+                                                                    const Optional& index, int64_t norm, double eps, int64_t rounding,
+                                                                    int64_t law) {
+  Tensor y;
+  QuantizedOutput output = quantized_norm(x, scale, shift, weight, bias, scale_table, shift_table, index, norm, eps, rounding, law, &y);
+  return {std::move(y), std::move(output.values), std::move(output.scale)};
+}
+
+std::tuple<QuantizedOutput, Tensor> quantized_residual_norm(const Tensor& residual, const Tensor& x, const Optional& gate,
+                                                            const Optional& scale, const Optional& shift, const Optional& weight,
+                                                            const Optional& bias, const Optional& gate_table, const Optional& scale_table,
+                                                            const Optional& shift_table, const Optional& index, int64_t norm, double eps,
+                                                            int64_t rounding, int64_t law, Tensor* kept = nullptr) {
   Call call(x);
   call.residual(x, residual);
   call.index(index);
@@ -298,8 +323,27 @@ std::tuple<Tensor, Tensor, Tensor> scale_residual_norm_scale_shift_quantize_op(
   call.rounding(rounding);
   Tensor r = empty_like(residual);
   call.problem.r = r.data();
-  QuantizedOutput output = run_quantized(call, x, law, &scale_residual_norm_scale_shift_quantize, &scale_residual_norm_scale_shift);
+  QuantizedOutput output = run_quantized(call, x, law, &scale_residual_norm_scale_shift_quantize, &scale_residual_norm_scale_shift, kept);
+  return {std::move(output), std::move(r)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_residual_norm_scale_shift_quantize_op(
+    const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& scale, const Optional& shift, const Optional& weight,
+    const Optional& bias, const Optional& gate_table, const Optional& scale_table, const Optional& shift_table, const Optional& index,
+    int64_t norm, double eps, int64_t rounding, int64_t law) {
+  auto [output, r] = quantized_residual_norm(residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index,
+                                             norm, eps, rounding, law);
   return {std::move(output.values), std::move(output.scale), std::move(r)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_residual_norm_scale_shift_and_quantize_op(
+    const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& scale, const Optional& shift, const Optional& weight,
+    const Optional& bias, const Optional& gate_table, const Optional& scale_table, const Optional& shift_table, const Optional& index,
+    int64_t norm, double eps, int64_t rounding, int64_t law) {
+  Tensor y;
+  auto [output, r] = quantized_residual_norm(residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index,
+                                             norm, eps, rounding, law, &y);
+  return {std::move(y), std::move(output.values), std::move(output.scale), std::move(r)};
 }
 
 Tensor scale_residual_op(const Tensor& residual, const Tensor& x, const Optional& gate, const Optional& gate_table, const Optional& index,
@@ -422,6 +466,8 @@ Ops norm_site_ops() {
       op<&norm_scale_residual_norm_scale_shift_op>("norm_scale_residual_norm_scale_shift"),
       op<&norm_scale_shift_quantize_op>("norm_scale_shift_quantize"),
       op<&scale_residual_norm_scale_shift_quantize_op>("scale_residual_norm_scale_shift_quantize"),
+      op<&norm_scale_shift_and_quantize_op>("norm_scale_shift_and_quantize"),
+      op<&scale_residual_norm_scale_shift_and_quantize_op>("scale_residual_norm_scale_shift_and_quantize"),
   };
   return {kOps, std::size(kOps)};
 }

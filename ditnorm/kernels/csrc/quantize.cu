@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMaxQuantizeThreads, ITEMS == 8 ? 1 : 0) quant
   if (p.partials == nullptr) bits = amax.bits();
   const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.out.law), p.out.law);
   if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
-  store_quantized(v, by, p.out.values + row * p.width + first, step, inside);
+  store_quantized(v, by, p.out.values + row * p.width + first, step, inside, [](auto) {});
 }
 
 // Many rows of GELU, which takes more instructions than all the rest: each block has a table of its
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
     load(row + gridDim.x < rows ? row + gridDim.x : row);
     const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
     if (threadIdx.x == 0) p.out.scale[row] = by.scale;
-    store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; });
+    store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; }, [](auto) {});
   }
 }
 

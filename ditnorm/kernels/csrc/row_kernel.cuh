@@ -51,7 +51,6 @@ class Row {
   using Place = Columns<T, TILES, SHAPE>;
   static constexpr int N = Place::N, kAccesses = Place::kAccesses;
   static constexpr bool kAffine = EXTRAS == Extras::affine, kTables = EXTRAS == Extras::tables, kAny = EXTRAS == Extras::any;
-  static constexpr bool kSummed = kTables && SHAPE::kRows > 1;  // see Sums
 
   // Access i of a modulation waits in slot i % kSlots, from the moment that access i - kAhead is
   // worked on.
@@ -66,19 +65,6 @@ class Row {
   struct Modulations {
     Gate gate;
     ScaleShift scale, shift;
-  };
-
-  // 1 + scale, and shift, with their tables: added once for all rows of a block, which share them.
-  struct Sums {
-    static constexpr int kTogether = SHAPE::kThreads * N / 2;  // that all threads add at a time
-    static constexpr int kRounds = kSummed ? (kAccesses * Place::kStep + kTogether - 1) / kTogether : 0;
-    static constexpr int kColumns = kSummed ? kRounds * kTogether : 4;
-    alignas(16) float scale[kColumns], shift[kColumns];
-
-    // Half an access of one thread is next to that of its neighbour, for the sake of the banks.
-    static __device__ __forceinline__ int at(int access, int thread, int half) {
-      return access * Place::kStep + half * (Place::kStep / 2) + thread * (N / 2);
-    }
   };
 
   // All of the row is asked for at once.
@@ -123,25 +109,6 @@ class Row {
     });
   }
 
-  __device__ __forceinline__ void add_tables(Sums& sums) const {
-    constexpr int kHalf = N / 2;
-    static_assert(Sums::kTogether % kStep == 0);
-    const int first = static_cast<int>(threadIdx.x) * kHalf, target = Sums::at(first / kStep, first % kStep / N, threadIdx.x % 2);
-    const ModulationRow<M, kHalf> scale(p_.scale, at_, p_.index, 0), shift(p_.shift, at_, p_.index, 0);
-    each(std::make_integer_sequence<int, Sums::kRounds>{}, [&](auto round) {
-      constexpr int kOffset = round * Sums::kTogether;
-      // Behind the row is its end once more: a branch would wait for each load.
-      const int last = place_.width - kHalf, column = first + kOffset < last ? first + kOffset : last;
-      float scales[kHalf], shifts[kHalf];
-      add_table(scales, scale.load(column), scale.load_table(column));
-      add_table(shifts, shift.load(column), shift.load_table(column));
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) scales[j] = __fadd_rn(1.0f, scales[j]);
-      store_row<Cache::normal>(&sums.scale[target + kOffset], from_floats<float, kHalf>(scales));
-      store_row<Cache::normal>(&sums.shift[target + kOffset], from_floats<float, kHalf>(shifts));
-    });
-  }
-
   // Mean and reciprocal deviation in ATen's order. Asks for scale and shift before the threads
   // exchange what they have.
   __device__ __forceinline__ Statistics statistics(const Elements& v, const Modulations& m, Exchange& exchange) const {
@@ -166,21 +133,6 @@ class Row {
     return statistics;
   }
 
-  // nvcc would keep what it unpacked for the statistics, in twice the registers, where that is most
-  // of a row.
-  static __device__ __forceinline__ void keep_packed(Elements& v) {
-#ifdef __CUDA_ARCH__
-    if constexpr (kAccesses > 12) {
-      each(std::make_integer_sequence<int, kAccesses>{}, [&](auto i) {
-#pragma unroll
-        for (int j = 0; j < N; j += 2) asm("" : "+r"(*reinterpret_cast<uint32_t*>(&v[i].v[j])));
-      });
-    }
-#else
-    (void)v;
-#endif
-  }
-
   // norm(row) * (1 + scale) + shift
   __device__ __forceinline__ void store(const Elements& v, const Statistics& statistics, const Modulations& m, const Affine& weights,
                                         const Affine& biases, int64_t target) const {
@@ -191,32 +143,40 @@ class Row {
     });
   }
 
-  // The same, quantised: the row is y then, and stays in registers until its largest element is
-  // known.
+  // The same, quantised.
   __device__ __forceinline__ void store_quantized(Elements& v, const Statistics& statistics, const Modulations& m, const Affine& weights,
-                                                  const Affine& biases, const Sums& sums, int64_t target,
-                                                  uint32_t (&exchange)[kMaxWarps]) const {
+                                                  const Affine& biases, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
+    const auto make = [&](auto i) {
+      ask(m, i + kAhead);
+      return modulated<kAny>(v[i], statistics, m, weights, biases, i);
+    };
+    quantize(v, make, [](auto) {}, target, exchange);
+  }
+
+  // The row is y then, whose accesses `make` makes, and stays in registers until its largest element
+  // is known. `done`: called for each access when that is stored. Where somebody else reads y too it
+  // is written beside its values.
+  template <class MAKE, class DONE>
+  __device__ __forceinline__ void quantize(Elements& v, MAKE make, DONE done, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
     Amax<T> amax;
     place_.each([&](auto i) {
-      if constexpr (kSummed) {
-        v[i] = modulated_by(sums, v[i], statistics, i);
-      } else {
-        ask(m, i + kAhead);
-        v[i] = modulated<kAny>(v[i], statistics, m, weights, biases, i);
-      }
+      v[i] = make(i);
       amax.take(v[i]);
     });
     const Law law = p_.quantized.law;
     const uint32_t largest = reduce_max<SHAPE::kThreadsPerRow>(amax.bits(), exchange);
     const int64_t row = at_.batch * p_.tokens + at_.token;
+    if (unlikely(p_.y != nullptr)) {
+      place_.each([&](auto i) { store_row<kCache>(static_cast<T*>(p_.y) + target + i * kStep, v[i]); });
+    }
     if (p_.quantized.maxima != nullptr) {
       if (place_.first == 0) p_.quantized.maxima[row] = largest;
-      place_.each([&](auto i) { store_row<kCache>(static_cast<T*>(p_.y) + target + i * kStep, v[i]); });
+      place_.each(done);
       return;
     }
     const Divisor by = divide_by(scale_of<T>(float_of(largest), law), law);
     if (place_.first == 0) p_.quantized.scale[row] = by.scale;
-    ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); });
+    ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); }, done);
   }
 
  private:
@@ -231,7 +191,7 @@ class Row {
     }
   }
   __device__ __forceinline__ void ask(const Modulations& m, int i) const {
-    if (!kSummed && i < kAccesses && modulated_ && place_.inside(i)) {
+    if (i < kAccesses && modulated_ && place_.inside(i)) {
       m.scale.ask(i, i * kStep), m.shift.ask(i, i * kStep);
       m.scale.ask_table(i, i * kStep), m.shift.ask_table(i, i * kStep);
     }
@@ -325,24 +285,6 @@ class Row {
     return y;
   }
 
-  __device__ __forceinline__ Pack<T, N> modulated_by(const Sums& sums, const Pack<T, N>& v, const Statistics& statistics, int i) const {
-    float n[N];
-    to_floats(n, v);
-    each(std::integer_sequence<int, 0, 1>{}, [&](auto half) {
-      constexpr int kHalf = N / 2;
-      const int at = Sums::at(i, place_.first / N, half);
-      const auto scale = load_row<Cache::normal, float, kHalf>(&sums.scale[at]),
-                 shift = load_row<Cache::normal, float, kHalf>(&sums.shift[at]);
-#pragma unroll
-      for (int j = 0; j < kHalf; ++j) {
-        float& element = n[half * kHalf + j];
-        element = __fmul_rn(statistics.rstd, __fsub_rn(element, statistics.mean));
-        element = __fadd_rn(__fmul_rn(element, scale.v[j]), shift.v[j]);
-      }
-    });
-    return from_floats<T, N>(n);
-  }
-
   __device__ __forceinline__ void apply_affine(float (&n)[N], const Affine& weights, const Affine& biases, int i) const {
     float weight[N], bias[N];
     if constexpr (kAffine) {
@@ -376,11 +318,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) row_kernel(co
   __shared__ Exchange exchange;
   const typename R::Place place(p);
   wait_for_previous_kernel();
-  int64_t token = blockIdx.x;
-  if constexpr (SHAPE::kRows > 1) token = token * SHAPE::kRows + threadIdx.x / SHAPE::kThreadsPerRow;
-  // What is left of the last block works on the last row too.
-  if (SHAPE::kRows > 1 && token >= p.tokens) token = p.tokens - 1;
-  const Token at(p, blockIdx.y, token);
+  const Token at(p, blockIdx.y, blockIdx.x);
 
   typename R::Elements v;
   typename R::Branch branch;
@@ -400,16 +338,10 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) row_kernel(co
 
   typename R::Affine weights, biases;
   if constexpr (EXTRAS == Extras::affine) row.load_affine(weights, biases);
-  __shared__ typename R::Sums sums;
-  if constexpr (R::kSummed) row.add_tables(sums);
   const Statistics statistics = row.statistics(v, m, exchange);
-  if constexpr (R::kSummed) {
-    __syncthreads();
-    R::keep_packed(v);
-  }
   if constexpr (QUANTIZES) {
     __shared__ uint32_t maxima[kMaxWarps];
-    row.store_quantized(v, statistics, m, weights, biases, sums, target, maxima);
+    row.store_quantized(v, statistics, m, weights, biases, target, maxima);
   } else {
     row.store(v, statistics, m, weights, biases, target);
   }

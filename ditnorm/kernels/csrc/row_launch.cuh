@@ -8,6 +8,7 @@
 #include "quantize.h"
 #include "row_kernel.cuh"
 #include "variants.h"
+#include "walking_kernel.cuh"
 
 namespace ditnorm {
 
@@ -59,9 +60,23 @@ class RowLaunch {
     using Row = Tiles<kSite.widths.list[WIDTH].tiles, kSite.widths.full(WIDTH), kSite.widths.list[WIDTH].blocks>;
     using Threads = Shape<kSite.lanes, kSite.ahead, kSite.rows>;
     if (!Row::serves(p_.width)) return false;
-    const dim3 grid(static_cast<unsigned>((p_.tokens + kSite.rows - 1) / kSite.rows), static_cast<unsigned>(p_.batch));
-    result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
+    if constexpr (kSite.rows > 1) {
+      result_ = walk<&walking_kernel<T, M, kSite.extras, ROUND, Row, Threads>, Threads>();
+    } else {
+      const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
+      result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
+    }
     return true;
+  }
+
+  // As many blocks as run at the same time, or fewer with as many rows each.
+  template <auto KERNEL, class THREADS>
+  int walk() {
+    const int64_t groups = (p_.tokens + THREADS::kRows - 1) / THREADS::kRows;
+    const int64_t resident = std::max<int64_t>(1, resident_blocks<KERNEL>(THREADS::kThreads) / p_.batch);
+    const int64_t turns = (groups + resident - 1) / resident;
+    const dim3 grid(static_cast<unsigned>((groups + turns - 1) / turns), static_cast<unsigned>(p_.batch));
+    return launch(KERNEL, grid, THREADS::kThreads, stream_, p_);
   }
 
   const Problem& p_;

@@ -20,6 +20,8 @@ struct Token {
   int64_t indexed_row = 0;  // the row that the index selects; 0 where there is no index, or where it selects none
   bool valid = true;        // false: the index is out of range, and the row becomes NaN
 
+  // Where there is no index.
+  __device__ __forceinline__ Token(int64_t batch, int64_t token) : batch(batch), token(token) {}
   __device__ __forceinline__ Token(const Problem& p, int64_t batch, int64_t token) : batch(batch), token(token) {
     if (!unlikely(p.index.data != nullptr)) return;
     indexed_row = load_index(p.index, batch, token);

@@ -138,16 +138,16 @@ constexpr NormSite kNormSites[] = {
 // With y quantised: what models with quantised weights run in. What no row serves is quantised by a
 // kernel of its own. With a byte an element to write, and more to compute, these wait for
 // instructions, not for memory. A warp for each row has fewest: what is done once for a row is done
-// by one. With few rows it takes longest, though.
+// by one. Several of them make a block that goes from row to row (walking_kernel.cuh).
 constexpr NormSite kQuantizedNormSites[] = {
   // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks} rows
-  {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 2,         0, {4, 6}},
+  {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 0,         0, {4, {6, 5}},    4},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
-  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         0, {3, 6},         8},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         0, {{3, 6}, 6},      4},
   {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         6, {{10, 3}},      4},
   {kNorm,         bf16, of_x,      exact,        any,    all,    2, 0,         0, {{3, 16}}},
-  {kNorm,         bf16, of_x,      exact,        any,    all,    1, 1,         3, {6, 10}},
+  {kNorm,         bf16, of_x,      exact,        any,    all,    1, 1,         3, {{6, 8}, 10}},
 
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
