@@ -5,8 +5,9 @@ operations, plain and compiled, and plain copies.
     python scripts/bench_gradients.py --quick               some of the cells
     python scripts/bench_gradients.py --cells sr_nss        the cells whose names contain this
 
-Method: as scripts/bench_ops.py. The plain copy moves the rows and their gradients. Needs a GPU,
-nvcc, and pip install 'ditnorm[bench]'. Writes gradients.json.
+Method: as scripts/bench_ops.py. The plain copy moves the rows and their gradients. Last comes the
+host's time of a call under grad and its backward pass. Needs a GPU, nvcc, and
+pip install 'ditnorm[bench]'. Writes gradients.json.
 """
 
 import sys
@@ -16,11 +17,19 @@ from pathlib import Path
 # The checkout's ditnorm, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.command import Benchmark
+from bench import host
+from bench.command import Benchmark, Finished
 from bench.gradients import contestants
+from bench.gradients import host as under_grad
 from bench.gradients.cells import CELLS, OPS, GradientCell
-from bench.host import SIZE
 from bench.libraries import Found
+from bench.results import Run
+
+
+def finish(run: Run[GradientCell], folder: Path) -> Finished:
+    """The host's time of training, too."""
+    return Finished(texts=[host.table(host.timed(under_grad.calls()), "a call and its backward pass")])
+
 
 BENCHMARK = Benchmark(
     script=Path(__file__),
@@ -31,7 +40,8 @@ BENCHMARK = Benchmark(
     compiled=contestants.compiled,
     peers=Found,
     check=contestants.check,
-    host_cells={op: GradientCell(op, *SIZE) for op in OPS},
+    host_cells={op: GradientCell(op, *host.SIZE) for op in OPS},
+    finish=finish,
 )
 
 

@@ -44,6 +44,11 @@ def measure(cells: Mapping[str, Cell], contestants: Sequence[Contestant], warn: 
     x = torch.randn(1, *SIZE, dtype=torch.bfloat16, device="cuda")
     calls[LAYER_NORM] = functools.partial(F.layer_norm, x, SIZE[1:], None, None, EPS)
     calls[ADD] = functools.partial(torch.add, x, x)
+    return timed(calls)
+
+
+def timed(calls: Mapping[str, Call]) -> dict[str, float]:
+    """Seconds of each call: the median over rotating repeats."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.disable()
@@ -68,9 +73,9 @@ def _once(call: Call) -> float:
     return seconds
 
 
-def table(seconds: Mapping[str, float]) -> str:
+def table(seconds: Mapping[str, float], what: str = "a call") -> str:
     """Microseconds of a call and the ratio to ``F.layer_norm``."""
-    rows = [[f"host time of a call at {SIZE[0]} x {SIZE[1]}, GPU kept behind", "us", f"/ {LAYER_NORM}"]]
+    rows = [[f"host time of {what} at {SIZE[0]} x {SIZE[1]}, GPU kept behind", "us", f"/ {LAYER_NORM}"]]
     order = sorted(seconds, key=lambda name: (": " in name, name.split(": ")[0], seconds[name]))
     rows += [[name, f"{seconds[name] * 1e6:.2f}", f"{seconds[name] / seconds[LAYER_NORM]:.2f}"] for name in order]
     return text_table(rows)
