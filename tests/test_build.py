@@ -11,13 +11,16 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
+import packaging.utils
 import pytest
 import torch
 
+import ditnorm
 from ditnorm import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "ditnorm/kernels/csrc"
+NOT_BUILT = "ditnorm/kernels/_not_built.txt"
 SYSTEM_LIBRARIES = {
     "ld-linux-x86-64.so.2",
     "libc.so.6",
@@ -169,6 +172,13 @@ def test_library_uses_no_python_and_no_unstable_torch_symbol(library: Path) -> N
     assert [symbol for symbol in symbols if re.search(r"torch|at::|c10", symbol) and not symbol.startswith("aoti_torch_")] == []
 
 
+def test_library_exports_its_own_functions_only(library: Path) -> None:
+    """Not those of the CUDA runtime that is linked in: PyTorch has its own."""
+    exported = re.findall(r" [A-Zu] (\w+)", output_of("nm", "--dynamic", "--defined-only", library))
+    assert exported
+    assert all(symbol.startswith("ditnorm_") for symbol in exported)
+
+
 def test_torch_abi_audit_calls_the_library_stable(library: Path) -> None:
     audit = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
     if audit is None:
@@ -250,7 +260,7 @@ def build(project: Path, kind: str, **environment: str) -> str:
     """Runs a PEP 517 hook as pip would, without its isolation; returns the file name of what it
     made in dist/.
     """
-    program = f"import hatchling.build; print(hatchling.build.build_{kind}('dist'))"
+    program = f"import sys; sys.path.insert(0, 'scripts'); import build_backend; print(build_backend.build_{kind}('dist'))"
     printed = output_of(sys.executable, "-c", program, cwd=project, env={**os.environ, "DITNORM_CUDA_ARCHS": "80", **environment})
     return next(line for line in printed.splitlines() if line.endswith((".whl", ".tar.gz")))
 
@@ -261,10 +271,28 @@ def needs_nvcc() -> None:
         pytest.skip("no nvcc: the test extra brings it")
 
 
-def test_wheel_without_kernels_is_pure(project: Path) -> None:
+def test_wheel_without_kernels_is_pure_and_says_why_in_its_name_and_at_run_time(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that an editable install left in the tree isn't taken for it."""
+    (project / NOT_BUILT).write_text("stale")
     wheel = build(project, "wheel", DITNORM_CUDA="0")
-    assert wheel.endswith("-py3-none-any.whl")
-    assert not [name for name in zipfile.ZipFile(project / "dist" / wheel).namelist() if name.endswith(".so")]
+    assert wheel == f"ditnorm-{ditnorm.__version__}-0nokernels-py3-none-any.whl"
+    names = zipfile.ZipFile(project / "dist" / wheel).namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert names.count(NOT_BUILT) == 1
+    installed = Path(zipfile.ZipFile(project / "dist" / wheel).extract(NOT_BUILT, project / "installed"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernels, "_PATH", installed.with_name("_C.so"))
+    monkeypatch.setattr(kernels, "_NOT_BUILT", installed)
+    monkeypatch.delenv("DITNORM_LIBRARY", raising=False)
+    assert kernels._unavailable() == "ditnorm was installed without compiled kernels (DITNORM_CUDA=0)"
+
+
+@pytest.mark.parametrize(("archs", "build_tag"), [("90", "-0sm90"), ("90,80", "-0sm80_sm90"), (",".join(build_kernels.ALL_ARCHS), "")])
+def test_the_name_of_a_wheel_tells_which_kernels_it_has(archs: str, build_tag: str, project: Path) -> None:
+    needs_nvcc()
+    wheel = build(project, "wheel", DITNORM_CUDA="1", DITNORM_CUDA_ARCHS=archs)
+    assert wheel.startswith(f"ditnorm-{ditnorm.__version__}{build_tag}-py3-none-linux_")
+    assert packaging.utils.parse_wheel_filename(wheel)[0] == "ditnorm"  # as pip reads it
 
 
 def test_wheel_with_kernels_serves_every_python_and_leaves_the_tree_clean(project: Path) -> None:
@@ -272,6 +300,7 @@ def test_wheel_with_kernels_serves_every_python_and_leaves_the_tree_clean(projec
     wheel = build(project, "wheel", DITNORM_CUDA="1")
     assert "-py3-none-linux_" in wheel
     names = zipfile.ZipFile(project / "dist" / wheel).namelist()
+    assert NOT_BUILT not in names
     assert "ditnorm/kernels/_C.so" in names
     assert "ditnorm/py.typed" in names
     assert not [name for name in names if "csrc" in name]
@@ -289,12 +318,24 @@ def test_editable_install_without_kernels_removes_a_stale_library(project: Path)
     stale.touch()
     build(project, "editable", DITNORM_CUDA="0")
     assert not stale.exists()
+    assert (project / NOT_BUILT).read_text() == "DITNORM_CUDA=0\n"
 
 
 def test_source_distribution_can_build_the_kernels(project: Path) -> None:
     listing = output_of("tar", "--list", "--file", project / "dist" / build(project, "sdist"))
     for name in ("ditnorm/kernels/csrc/kernels.cu", "ditnorm/kernels/csrc/ops.cpp", "scripts/build_kernels.py", "scripts/hatch_build.py"):
         assert f"/{name}\n" in listing
+
+
+def test_tests_run_from_the_source_distribution(tmp_path: Path) -> None:
+    program = f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
+    output_of(sys.executable, "-c", program, cwd=ROOT)
+    (archive,) = tmp_path.glob("ditnorm-*.tar.gz")
+    assert archive.stat().st_size < 12e6
+    output_of("tar", "--extract", "--file", archive, "--directory", tmp_path)
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_loading.py", "tests/test_op_tables.py"]
+    output_of(*pytest, cwd=unpacked, env={**os.environ, "PYTHONPATH": str(unpacked)})
 
 
 NEW_GPU = [build_kernels.Gpu(arch="90", driver=580)]
@@ -362,6 +403,13 @@ def test_architecture_that_this_nvcc_does_not_know_is_named(tmp_path: Path) -> N
     needs_nvcc()
     with pytest.raises(build_kernels.BuildError, match=r"can't compile for 85, only for .*80"):
         build_kernels.build_cuda(tmp_path / "_C.so", ["80", "85"])
+
+
+def test_a_linker_for_an_older_glibc_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITNORM_GLIBC", "2.28")
+    monkeypatch.setattr(build_kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(build_kernels.BuildError, match=r'DITNORM_GLIBC=2\.28 needs the linker of pip install "ziglang'):
+        build_kernels.link_command([])
 
 
 def test_failing_compiler_is_quoted() -> None:
