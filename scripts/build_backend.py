@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import hatchling.build
-from hatchling.build import *  # noqa: F403 (the other hooks of the backend)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import build_kernels
@@ -25,6 +24,11 @@ LIBRARY = "ditnorm/kernels/_C.so"
 def build_wheel(wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None) -> str:
     """As of PEP 517."""
     return _tagged(Path(wheel_directory, hatchling.build.build_wheel(wheel_directory, config_settings, metadata_directory)))
+
+
+def __getattr__(name: str) -> Any:
+    """The other hooks are hatchling's; which of them it has depends on who asks."""
+    return getattr(hatchling.build, name)
 
 
 def _tagged(wheel: Path) -> str:
