@@ -262,9 +262,12 @@ def _parts_of_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module
     """Those of ``ours`` that fused modules elsewhere have for parts, which call them with more than
     upstream's -> one of these.
     """
-    if _held_by_others(ours):  # perhaps by modules that nobody uses any more
+    held = _held_by_others(ours)
+    if held:  # perhaps by modules that nobody uses any more
+        del held
         gc.collect()
-    return _held_by_others(ours)
+        held = _held_by_others(ours)
+    return held
 
 
 def _held_by_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]:
