@@ -52,13 +52,14 @@ from torch import Tensor
 from . import kernels
 from .ops import checks, checks_qk
 from .ops.autograd import GRADIENTS, Recompute, kernel_of
-from .ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS, default_eps
+from .ops.calls import HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS, default_eps
 from .ops.quantization import CODES, Law, Quantized
 from .ops.table import OPS
 from .swapping.torch_private import any_autocast_enabled, forward_ad
 
 _NORM = {name: code for code, name in enumerate(NORMS)}
 _QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
+_PAIRS = {"neighbours": 0, "halves": PAIRS.index(HALVES_OF_CUDA)}
 _ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
 _HALF = {dtype: code for code, dtype in enumerate(HALVES)}
 # What bad arguments raise on the way to the kernel.
@@ -392,18 +393,21 @@ def qk_norm_rope(
     key_weight: Tensor | None = None,
     rotary: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
+    key_rotary: Tensor | tuple[Tensor, Tensor] | None = None,
     head_dim: int,
     norm: str = "rms",
     eps: float = 1e-6,
+    pairs: str = "neighbours",
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """Query and key, each RMS-normed, then rotated by position (RoPE on neighbouring elements,
-    arXiv:2104.09864): what stands between the projections and the attention of a block.
+    """Query and key, each RMS-normed, then rotated by position (RoPE, arXiv:2104.09864): what stands
+    between the projections and the attention of a block.
 
     ``"eager"`` is fused for one dtype of query, key and weights; on CUDA its bits are promised for
     the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads,
     with d a multiple of 8. Rounding and gradients in full: see the module. Source:
-    ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor`` in diffusers.
+    ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor``,
+    ``LTX2AudioVideoAttnProcessor`` in diffusers.
 
     Args:
         query: [B, S, H * d], d being ``head_dim``; float32, float16 or bfloat16; any strides:
@@ -413,13 +417,16 @@ def qk_norm_rope(
             without a weight.
         key_weight: as ``query_weight``.
         rotary: None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``, float32, of
-            width d (a value for each element, HunyuanVideo) or d / 2 (for each pair, Wan), shared
-            by the heads: [S', n], [B or 1, S', n] or [B or 1, S', 1, n], any strides. The first S'
-            <= S tokens are rotated, the rest is only normed.
+            width d (a value for each element, HunyuanVideo) or d / 2 (for each pair, Wan): [S', n],
+            [B or 1, S', n] or [B or 1, S', 1 or H, n], any strides. The first S' <= S tokens are
+            rotated, the rest is only normed.
+        key_rotary: the key's tables, where it has its own (LTX-2).
         head_dim: d, an even number where there is a rotary table.
         norm: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which
             under ``"eager"`` rounds before it multiplies by the weight).
         eps: of the norm.
+        pairs: the elements that are turned against each other: ``"neighbours"`` or, by tables of
+            width d / 2, the ``"halves"`` of a head (LTX-2).
         rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
 
     Returns:
@@ -440,16 +447,19 @@ def qk_norm_rope(
         >>> torch.testing.assert_close(q, rotated)
     """
     cos, sin = (rotary, None) if rotary is None or isinstance(rotary, Tensor) else checks_qk.tables(rotary)
-    tensors = (query, key, query_weight, key_weight, cos, sin)
+    key_cos, key_sin = (
+        (key_rotary, None) if key_rotary is None or isinstance(key_rotary, Tensor) else checks_qk.tables(key_rotary, "key_rotary")
+    )
+    tensors = (query, key, query_weight, key_weight, cos, sin, key_cos, key_sin)
     try:
-        codes = (head_dim, _QK_NORM[norm], eps, _ROUNDING[rounding])
+        codes = (head_dim, _QK_NORM[norm], eps, _PAIRS[pairs], _ROUNDING[rounding])
         if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and _in_pytorch(tensors, rounding, norm):
-            return _differentiable("qk_norm_rope", tensors, (head_dim, norm, eps, rounding), codes)
-        if _traced_by_dynamo() and _unfused("qk_norm_rope", tensors, (head_dim, norm, eps, rounding)):
-            return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, rounding))
+            return _differentiable("qk_norm_rope", tensors, (head_dim, norm, eps, pairs, rounding), codes)
+        if _traced_by_dynamo() and _unfused("qk_norm_rope", tensors, (head_dim, norm, eps, pairs, rounding)):
+            return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, pairs, rounding))
         return _qk_norm_rope(*tensors, *codes)
     except _REJECTED:
-        return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, rounding))
+        return _rejected("qk_norm_rope", tensors, (head_dim, norm, eps, pairs, rounding))
 
 
 def joint_qk_norm_rope(

@@ -62,7 +62,9 @@ def exact(call: dict[str, Any], cotangents: Sequence[Tensor]) -> Sequence[Tensor
     wide = {name: t.detach().double() for name, t in call.items() if isinstance(t, Tensor) and t.is_floating_point()}
     inputs = [wide[name].requires_grad_() for name in ("query", "key")]
     weights = (wide.get("query_weight"), wide.get("key_weight"))
-    outputs = TABLE["qk_norm_rope"].expression(*inputs, *weights, cos, sin, call["head_dim"], call["norm"], EPS, "single")
+    outputs = TABLE["qk_norm_rope"].expression(
+        *inputs, *weights, cos, sin, None, None, call["head_dim"], call["norm"], EPS, "neighbours", "single"
+    )
     return torch.autograd.grad(outputs, inputs, [c.double() for c in cotangents])
 
 
@@ -161,7 +163,7 @@ def test_opcheck() -> None:
     own = (call["query"].detach(), call["key"].detach(), call["query_weight"], call["key_weight"], call["rotary"], None)
     gradients = [normal(2, 6, 3, 64, dtype=torch.bfloat16) for _ in range(2)]
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels.ops.qk_norm_rope_backward.default, (*gradients, *own, 64, 1, EPS, 1), test_utils=checks)
+    torch.library.opcheck(kernels.ops.qk_norm_rope_backward.default, (*gradients, *own, None, None, 64, 1, EPS, 0, 1), test_utils=checks)
     joined = [normal(2, 12, 3, 64, dtype=torch.bfloat16) for _ in range(2)]
     other = tuple(t.clone() if isinstance(t, Tensor) else t for t in own)
     torch.library.opcheck(kernels.ops.joint_qk_norm_rope_backward.default, (*joined, *own, *other, 64, 1, EPS, 1, 1), test_utils=checks)

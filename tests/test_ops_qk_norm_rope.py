@@ -330,7 +330,7 @@ def test_compiles_without_a_graph_break(rounding: str) -> None:
 def test_opcheck() -> None:
     weight, rotary = normal(16), rotary_tables("complex", 4, 16)
     own, encoder = ([stream(2, s, 2, 16, torch.float32) for _ in range(3)] for s in (4, 3))
-    torch.library.opcheck(kernels.ops.qk_norm_rope.default, (*own[:2], weight, weight, rotary, None, 16, 1, EPS, 1))
+    torch.library.opcheck(kernels.ops.qk_norm_rope.default, (*own[:2], weight, weight, rotary, None, None, None, 16, 1, EPS, 0, 1))
     arguments = (*own, weight, weight, rotary, None, *encoder, weight, weight, None, None, 16, 1, EPS, True, 1)
     torch.library.opcheck(kernels.ops.joint_qk_norm_rope.default, arguments)
 

@@ -115,8 +115,8 @@ class FusedAttention(FusedModule):
     across: ClassVar[bool] = False
     """Whether one norm goes across all heads."""
     rotary: ClassVar[str | None]
-    """The kind of its tables: ``"complex"``, ``"per_pair"``, ``"per_element"``; None: it has
-    none.
+    """The kind of its tables: ``"complex"``, ``"per_pair"``, ``"per_element"``, or for each head
+    ``"halves"``, ``"per_element_of_head"``; None: it has none.
     """
     optional = True
     reported_as = "query and key"

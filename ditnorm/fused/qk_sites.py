@@ -2,7 +2,7 @@
 unfused expression.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import functional
 from ..ops import checks
 from ..ops.table import OPS
+
+Tables = tuple[Tensor | None, Tensor | None]
 
 _TOKENS, _ENCODER_TOKENS = 512, 24  # times a model's heads: rows enough to show a wrong order of reduction, which changes about 1 %
 
@@ -73,16 +75,32 @@ class QKSite:
             with_pairs: tuple[Any, ...] = (*tensors[:5], _rotary(*tensors[5:7]), *tensors[7:12], _rotary(*tensors[12:]))
             return checks.same_bits(fused(*with_pairs, **options), expected)
         rows: tuple[Any, ...] = (*streams(_TOKENS, 2), *weights())
-        for tokens in (_TOKENS, _TOKENS - _ENCODER_TOKENS):
-            cos, sin = self._tables(random, tokens)
-            expected = unfused(*rows, cos, sin, **options)
-            if not checks.same_bits(fused(*rows, _rotary(cos, sin), **options), expected):
+        options["pairs"] = "halves" if self.rotary == "halves" else "neighbours"
+        for tables, of_key in self._tables_of_calls(random):
+            expected = unfused(*rows, *tables, *of_key, **options)
+            if not checks.same_bits(fused(*rows, _rotary(*tables), key_rotary=_rotary(*of_key), **options), expected):
                 return False
         return True
 
-    def _tables(self, random: Callable[..., Tensor], tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    def _tables_of_calls(self, random: Callable[..., Tensor]) -> Iterator[tuple[Tables, Tables]]:
+        """The query's and the key's own: in all ways in which a module of this kind is called."""
+        if self.rotary in ("halves", "per_element_of_head"):
+            yield (None, None), (None, None)
+            yield self._tables(random, _TOKENS), (None, None)
+            yield self._tables(random, _TOKENS), self._tables(random, _TOKENS)
+        else:
+            for tokens in (_TOKENS, _TOKENS - _ENCODER_TOKENS):
+                yield self._tables(random, tokens), (None, None)
+
+    def _tables(self, random: Callable[..., Tensor], tokens: int) -> Tables:
         if self.rotary is None:
             return None, None
+        if self.rotary == "halves":
+            angles = random(1, tokens, self.heads, self.head_dim // 2)
+            return angles.cos(), angles.sin()
+        if self.rotary == "per_element_of_head":
+            angles = random(1, tokens, self.heads, self.head_dim // 2).repeat_interleave(2, dim=-1)
+            return angles.cos(), angles.sin()
         angles = random(tokens, self.head_dim // 2)
         if self.rotary == "complex":
             return torch.polar(torch.ones_like(angles), angles), None

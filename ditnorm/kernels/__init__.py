@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops.autograd import GRADIENTS, kernel_of
-from ..ops.calls import HALVES, NORMS, QK_NORMS, ROUNDINGS
+from ..ops.calls import HALVES, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.checks import UnfusedError, index_range
 from ..ops.quantization import LAWS
 from ..ops.table import OPS as _TABLE
@@ -232,7 +232,8 @@ def _differs(compiled: ctypes.CDLL) -> str | None:
     Python.
     """
     halves = [str(half).removeprefix("torch.") for half in HALVES]
-    options = {"norm": NORMS, "qk_norm": QK_NORMS, "rounding": ROUNDINGS, "half": halves, "law": [str(law) for law in LAWS]}
+    options = {"norm": NORMS, "qk_norm": QK_NORMS, "pairs": PAIRS, "rounding": ROUNDINGS, "half": halves}
+    options["law"] = [str(law) for law in LAWS]
     codes = [(option, name, code) for option, names in options.items() for code, name in enumerate(names)]
     has_ops = all(compiled.ditnorm_calls(op.encode()) >= 0 for op in OPS)
     if has_ops and all(compiled.ditnorm_code(option.encode(), name.encode()) == code for option, name, code in codes):

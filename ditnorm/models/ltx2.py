@@ -1,6 +1,7 @@
 """LTX-2, 2.3 and 2.5: a stream of video and one of audio, each in the other's attention."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +28,23 @@ class LTX2Attention(FusedAttention):
 
     fingerprints = {"forward": frozenset({"49027ebdcad2"})}  # 0.37.0 to 0.42.1
     processors = {
-        "LTX2AudioVideoAttnProcessor": {"6c1bea2c0ac0": None, "87a9dda9ebdb": None},  # 0.37.0 and 0.37.1; 0.38.0 to 0.42.1, as the next
-        "LTX2PerturbedAttnProcessor": {"38e651df4523": None},
+        # 0.37.0 and 0.37.1; 0.38.0 to 0.42.1, as the next. With what they take by name.
+        "LTX2AudioVideoAttnProcessor": {"6c1bea2c0ac0": frozenset(), "87a9dda9ebdb": frozenset()},
+        "LTX2PerturbedAttnProcessor": {"38e651df4523": frozenset({"perturbation_mask", "all_perturbed"})},
     }
-    helpers = {}
+    helpers = {
+        "apply_split_rotary_emb": frozenset({"6d589884cfc8"}),
+        "apply_interleaved_rotary_emb": frozenset({"2b1d509a4cfb"}),
+    }  # as that
     norm = "rms"
     across = True
-    rotary = None
+    rotary = "halves"
+
+    @classmethod
+    def calls(cls, module: Any, dtype: torch.dtype) -> Iterator[FusedCall]:
+        """One; its rotary embedding may be of neighbours, with tables for each head, too."""
+        for call in super().calls(module, dtype):
+            yield call if module.rope_type == "split" else replace(call, rotary="per_element_of_head")  # type: ignore[type-var]
 
     def forward(
         self,
@@ -44,12 +55,16 @@ class LTX2Attention(FusedAttention):
         key_rotary_emb: Rotary | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         perturbed = any(value is not None and value is not False for value in kwargs.values())
-        if perturbed or query_rotary_emb is not None or self.fuses() is None:
+        if (
+            perturbed
+            or self.fuses() is None
+            or not self.fits("qk_norm_rope", self.takes(hidden_states, context, query_rotary_emb, key_rotary_emb))
+        ):
             return super().forward(  # type: ignore[misc]
                 hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb, **kwargs
             )
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             attention_mask = self.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
             attention_mask = attention_mask.view(context.shape[0], self.heads, -1, attention_mask.shape[-1])
@@ -66,9 +81,12 @@ class LTX2Attention(FusedAttention):
             key,
             weight_of(self.norm_q),
             weight_of(self.norm_k),
+            self.tables(query_rotary_emb),
+            key_rotary=None if query_rotary_emb is None else self.tables(key_rotary_emb),
             head_dim=self.head_dim,
             norm="rms",
             eps=self.eps(),
+            pairs="halves" if self.rope_type == "split" else "neighbours",
             rounding=self.rounding,
         )
         processor = self.processor
@@ -87,6 +105,31 @@ class LTX2Attention(FusedAttention):
             gates = 2.0 * torch.sigmoid(gate_logits)
             attended = (attended.unflatten(2, (self.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
         return self.to_out[1](self.to_out[0](attended))
+
+    def takes(self, x: Tensor, context: Tensor, rotary: Rotary | None, key_rotary: Rotary | None) -> bool:
+        """Whether the fused path serves a call: tables are of the module's heads and of the tokens.
+        Elsewhere upstream shares out the columns as the tables say.
+        """
+        if x.shape[0] != context.shape[0]:
+            return False
+        if rotary is None:
+            return True
+        return self._is_of(rotary, x) and self._is_of(rotary if key_rotary is None else key_rotary, context)
+
+    def _is_of(self, rotary: Rotary, x: Tensor) -> bool:
+        batch, tokens, _ = x.shape
+        if self.rope_type == "split":
+            return rotary[0].shape == (batch, self.heads, tokens, self.head_dim // 2)
+        return rotary[0].shape == (batch, tokens, self.heads * self.head_dim)
+
+    def tables(self, rotary: Rotary | None) -> Rotary | None:
+        """As the op takes them: [B, S, H, d / 2] or, of neighbours, [B, S, H, d]."""
+        if rotary is None:
+            return None
+        cos, sin = rotary
+        if self.rope_type == "split":
+            return cos.transpose(1, 2), sin.transpose(1, 2)
+        return cos.unflatten(2, (self.heads, -1)), sin.unflatten(2, (self.heads, -1))
 
 
 class LTX2VideoTransformerBlock(FusedBlock):

@@ -243,7 +243,7 @@ def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bo
 
 def _qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["qk_norm_rope"]
-    return _sums(lambda tensors: _reached(op.reference(op.named((*tensors, *codes))), grads), saved, range(2, 6), needed)
+    return _sums(lambda tensors: _reached(op.reference(op.named((*tensors, *codes))), grads), saved, range(2, 8), needed)
 
 
 def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:

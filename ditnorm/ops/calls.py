@@ -15,12 +15,19 @@ from .quantization import LAWS, Law
 
 NORMS = ("layer", "rms", "fp32_layer", "diffusers_rms")
 QK_NORMS = ("rms", "diffusers_rms")
+PAIRS = ("neighbours", "halves", "halves, rounded")
+"""Which elements of a head a rotary embedding turns against each other: ``j`` and ``j + 1``, or
+``j`` and ``j + d / 2``. The last is the second as CUDA computes it with older releases of PyTorch.
+"""
+HALVES_OF_CUDA = PAIRS[1 if torch.__version__ >= (2, 11) else 2]  # type: ignore[operator]
+"""Up to PyTorch 2.10 ``addcmul_`` rounds the product on CUDA before it adds it."""
 ROUNDINGS = ("single", "eager")
 
 HALVES = (torch.float16, torch.bfloat16)
 
 Norm = Annotated[str, NORMS]
 QKNorm = Annotated[str, QK_NORMS]
+Pairs = Annotated[str, PAIRS]
 Rounding = Annotated[str, ROUNDINGS]
 Quantiser = Annotated[Law, LAWS]
 Half = Annotated[torch.dtype, HALVES]
@@ -114,7 +121,7 @@ class NormScaleResidualNormScaleShift(NamedTuple):
 
 class QKNormRope(NamedTuple):
     """Query and key, normed and rotated. A rotary table that is complex stands in ``cos``, without
-    ``sin``.
+    ``sin``; the key is rotated by the query's tables where it has none of its own.
     """
 
     query: Tensor
@@ -123,10 +130,18 @@ class QKNormRope(NamedTuple):
     key_weight: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
+    key_cos: Tensor | None
+    key_sin: Tensor | None
     head_dim: int
     norm: QKNorm
     eps: float
+    pairs: Pairs
     rounding: Rounding
+
+    @property
+    def key_tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those that the key is rotated by."""
+        return (self.cos, self.sin) if self.key_cos is None else (self.key_cos, self.key_sin)
 
 
 class JointQKNormRope(NamedTuple):
@@ -267,9 +282,12 @@ class QKNormRopeBackward(NamedTuple):
     key_weight: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
+    key_cos: Tensor | None
+    key_sin: Tensor | None
     head_dim: int
     norm: QKNorm
     eps: float
+    pairs: Pairs
     rounding: Rounding
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import QK_NORMS, ROUNDINGS, JointQKNormRope, JointQKNormRopeBackward, QKCall, QKNormRope, QKNormRopeBackward
+from .calls import PAIRS, QK_NORMS, ROUNDINGS, JointQKNormRope, JointQKNormRopeBackward, QKCall, QKNormRope, QKNormRopeBackward
 from .checks import _FLOATS, DOUBLES, _devices, _option, _shape, _tensor, in_double
 from .reference_qk import token_count
 
@@ -27,9 +27,9 @@ def check(call: QKCall) -> None:
             for name, x in streams.items():
                 if x.dtype is not query.dtype:
                     raise TypeError(f"{prefix}{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
-            cos = getattr(call, f"{prefix}cos")
-            if cos is not None and cos.dtype not in (torch.float32, torch.complex64, *DOUBLES):
-                raise TypeError(f"{prefix}rotary: expected dtype float32 or complex64, got {cos.dtype}")
+            _dtype_of_tables(f"{prefix}rotary", getattr(call, f"{prefix}cos"))
+    if isinstance(call, QKNormRope):
+        _key_rotary(call)
     named = {name.replace("cos", "rotary").replace("sin", "rotary"): t for name, t in zip(call._fields, call, strict=True) if t is not None}
     _devices(named, query, "query")
 
@@ -47,6 +47,27 @@ def check_backward(call: QKNormRopeBackward | JointQKNormRopeBackward) -> None:
     _devices({"d_query": call.d_query, "d_key": call.d_key}, call.query, "query")
 
 
+def _dtype_of_tables(name: str, cos: Tensor | None) -> None:
+    if cos is not None and cos.dtype not in (torch.float32, torch.complex64, *DOUBLES):
+        raise TypeError(f"{name}: expected dtype float32 or complex64, got {cos.dtype}")
+
+
+def _key_rotary(call: QKNormRope) -> None:
+    """Checks the key's own tables, and how tables of either go with ``pairs``."""
+    _option("pairs", call.pairs, PAIRS)
+    if call.key_cos is not None:
+        if call.cos is None:
+            raise ValueError("key_rotary: given without rotary")
+        if call.rounding == "single":
+            _dtype_of_tables("key_rotary", call.key_cos)
+        _rotary("key_rotary", call.key_cos, call.key_sin, call.head_dim, call.query, call.key.shape[1], call.key.shape[-1])
+    if call.pairs == "neighbours":
+        return
+    for name, cos in {"rotary": call.cos, "key_rotary": call.key_cos}.items():
+        if cos is not None and (cos.is_complex() or cos.shape[-1] != call.head_dim // 2):
+            raise ValueError(f'{name}: with pairs="halves" expected (cos, sin) of width {call.head_dim // 2}, got {_shape(cos)}')
+
+
 def unfused(call: QKCall) -> str | None:
     """Why no kernel takes a call that ``check`` has passed, or None."""
     double = in_double(call)
@@ -58,9 +79,9 @@ def unfused(call: QKCall) -> str | None:
         for t in (*streams_of(call, prefix).values(), *weights):
             if t is not None and t.dtype is not dtype:
                 return f'query: rounding="eager" is fused for one dtype of all, got {dtype} and {t.dtype}'
-        cos = getattr(call, f"{prefix}cos")
-        if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
-            return f"{prefix}rotary: expected float32 or complex64, got {cos.dtype}"
+        for cos in (getattr(call, f"{prefix}cos"), getattr(call, "key_cos", None)):
+            if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
+                return f"{prefix}rotary: expected float32 or complex64, got {cos.dtype}"
     return None
 
 
@@ -88,12 +109,12 @@ def _joined(call: JointQKNormRope, prefix: str, streams: dict[str, Tensor]) -> N
             )
 
 
-def tables(rotary: Any) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)``, or a ``TypeError`` that names ``rotary``."""
+def tables(rotary: Any, name: str = "rotary") -> tuple[Tensor, Tensor]:
+    """``(cos, sin)``, or a ``TypeError`` that names the argument."""
     if isinstance(rotary, (tuple, list)) and len(rotary) == 2:
         cos, sin = rotary
         return cos, sin
-    raise TypeError(f"rotary: expected None, a complex Tensor or a pair (cos, sin), got {type(rotary).__name__}")
+    raise TypeError(f"{name}: expected None, a complex Tensor or a pair (cos, sin), got {type(rotary).__name__}")
 
 
 def _options(call: QKCall) -> None:
@@ -127,10 +148,13 @@ def _stream(call: QKCall, prefix: str, streams: dict[str, Tensor]) -> None:
             )
     cos, sin = getattr(call, f"{prefix}cos"), getattr(call, f"{prefix}sin")
     if cos is not None:
-        _rotary(f"{prefix}rotary", cos, sin, head_dim, query, min(x.shape[1] for x in streams.values()))
+        rotated = list(streams.values()) if getattr(call, "key_cos", None) is None else [query]
+        width = rotated[0].shape[-1] if all(x.shape[-1] == rotated[0].shape[-1] for x in rotated) else None
+        _rotary(f"{prefix}rotary", cos, sin, head_dim, query, min(x.shape[1] for x in rotated), width)
 
 
-def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Tensor, tokens: int) -> None:
+def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Tensor, tokens: int, width: int | None) -> None:
+    """``tokens``, ``width``: of the rows that are rotated, None where they are of several."""
     if head_dim % 2 != 0:
         raise ValueError(f"head_dim: expected an even number with {name}, got {head_dim}")
     _tensor(name, cos, (torch.complex64, torch.complex128) if sin is None and cos.is_complex() else _FLOATS)
@@ -141,10 +165,11 @@ def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Te
         if sin.shape != cos.shape or sin.dtype is not cos.dtype:
             raise ValueError(f"{name}: expected cos and sin alike, got {_shape(cos)} of {cos.dtype} and {_shape(sin)} of {sin.dtype}")
     widths = (head_dim // 2,) if sin is None else (head_dim // 2, head_dim)
-    per_head = cos.dim() != 4 or cos.shape[2] == 1
+    heads = "1" if width is None else f"1 or {width // head_dim}"
+    of_heads = cos.dim() != 4 or cos.shape[2] == 1 or (width is not None and cos.shape[2] == width // head_dim)
     batch = cos.dim() == 2 or (cos.dim() in (3, 4) and cos.shape[0] in (1, query.shape[0]))
-    if not (per_head and batch and cos.shape[-1] in widths and token_count(cos) <= tokens):
+    if not (of_heads and batch and cos.shape[-1] in widths and token_count(cos) <= tokens):
         raise ValueError(
-            f"{name}: got {_shape(cos)}; expected [S, n], [{query.shape[0]} or 1, S, n] or [{query.shape[0]} or 1, S, 1, n] with "
+            f"{name}: got {_shape(cos)}; expected [S, n], [{query.shape[0]} or 1, S, n] or [{query.shape[0]} or 1, S, {heads}, n] with "
             f"S at most {tokens} and n {' or '.join(map(str, widths))}"
         )

@@ -2,13 +2,15 @@
 device without kernels, and the fallback.
 
     n = rms_norm(x) * weight                            over each head, or across all heads
-    (a, b) -> (a * cos - b * sin, b * cos + a * sin)    for each pair of neighbours of n
-                                                        (RoPE, arXiv:2104.09864)
+    (a, b) -> (a * cos - b * sin, b * cos + a * sin)    for each pair of neighbours of n, or of its
+                                                        halves (RoPE, arXiv:2104.09864)
 
 ``rounding="eager"`` is what diffusers' attention processors compute, rounding for rounding: the
 norm as its module computes it, the rotation in float32 from the rounded norm. ``rounding="single"``
 is float32 throughout with one rounding of the result.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,9 @@ from .calls import JointQKNormRope, QKNormRope
 
 def qk_norm_rope(call: QKNormRope) -> tuple[Tensor, Tensor]:
     """``(query, key)``, each [B, S, H, d], contiguous."""
-    options = (call.head_dim, call.norm, call.eps, call.rounding)
+    options: tuple[Any, ...] = (call.head_dim, call.norm, call.eps, call.rounding, call.pairs)
     q = norm_rope(call.query, call.query_weight, call.cos, call.sin, *options)
-    k = norm_rope(call.key, call.key_weight, call.cos, call.sin, *options)
+    k = norm_rope(call.key, call.key_weight, *call.key_tables, *options)
     return q.contiguous(), k.contiguous()
 
 
@@ -46,19 +48,27 @@ def joint_qk_norm_rope(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def norm_rope(
-    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, head_dim: int, norm: str, eps: float, rounding: str
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    rounding: str,
+    pairs: str = "neighbours",
 ) -> Tensor:
     """``x`` [B, S, H * d] normed, its leading tokens rotated, as many as ``cos`` has -> [B, S, H,
     d].
     """
     if rounding == "single":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        wide = norm_rope(x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager")
+        wide = norm_rope(x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager", pairs)
         return wide.to(x.dtype)
     n = normalize(x, weight, head_dim, norm, eps)
     if cos is None:
         return n
-    rotated = rotate(n[:, : token_count(cos)], cos, sin)
+    rotated = rotate(n[:, : token_count(cos)], cos, sin, pairs)
     return rotated if rotated.shape[1] == n.shape[1] else torch.cat([rotated, n[:, rotated.shape[1] :]], dim=1)
 
 
@@ -86,11 +96,13 @@ def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (n if weight.dtype is torch.float32 else n.to(weight.dtype)) * weight
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor | None, pairs: str = "neighbours") -> Tensor:
     """``x`` [B, S, H, d] rotated, pair by pair, by tables as of the op."""
+    if sin is not None and pairs != "neighbours":
+        return rotate_halves(x, per_head(cos), per_head(sin))
     if sin is None:  # complex: diffusers' apply_rotary_emb_qwen
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * per_head(cos)).flatten(3).type_as(x)
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * per_head(cos)
+        return torch.view_as_real(turned).flatten(3).type_as(x)
     cos, sin = per_head(cos), per_head(sin)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     if cos.shape[-1] == x.shape[-1]:  # a value for each element: diffusers' apply_rotary_emb
@@ -102,8 +114,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
     return out
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same of the two halves of each head: LTX-2's ``apply_split_rotary_emb``, operation for
+    operation.
+    """
+    cos, sin = (table if table.dim() == 4 else table[None] for table in (cos, sin))
+    cos, sin = (table.transpose(1, 2).unsqueeze(-2) for table in (cos, sin))
+    halves = x.transpose(1, 2).unflatten(-1, (2, -1)).float()
+    out = halves * cos
+    out[..., :1, :].addcmul_(-sin, halves[..., 1:, :])
+    out[..., 1:, :].addcmul_(sin, halves[..., :1, :])
+    return out.flatten(-2).transpose(1, 2).to(x.dtype)
+
+
 def token_count(table: Tensor) -> int:
-    """The tokens of a rotary table [S, n], [B, S, n] or [B, S, 1, n]."""
+    """The tokens of a rotary table [S, n], [B, S, n], [B, S, 1, n] or [B, S, H, n]."""
     return table.shape[0] if table.dim() == 2 else table.shape[1]
 
 

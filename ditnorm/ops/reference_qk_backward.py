@@ -17,9 +17,9 @@ from .reference_qk import per_head, token_count
 
 def qk_norm_rope_backward(call: QKNormRopeBackward) -> tuple[Tensor, Tensor]:
     """``(d_query, d_key)``, contiguous, in the shapes of query and key."""
-    options = (call.cos, call.sin, call.head_dim, call.norm, call.eps, call.rounding)
-    d_query = _norm_rope_backward(call.d_query, call.query, call.query_weight, *options)
-    d_key = _norm_rope_backward(call.d_key, call.key, call.key_weight, *options)
+    options: tuple[Any, ...] = (call.head_dim, call.norm, call.eps, call.rounding, call.pairs)
+    d_query = _norm_rope_backward(call.d_query, call.query, call.query_weight, call.cos, call.sin, *options)
+    d_key = _norm_rope_backward(call.d_key, call.key, call.key_weight, *call.forward.key_tables, *options)
     return d_query.contiguous(), d_key.contiguous()
 
 
@@ -50,17 +50,18 @@ def _norm_rope_backward(
     norm: str,
     eps: float,
     rounding: str,
+    pairs: str = "neighbours",
 ) -> Tensor:
     """``d`` [B, S, H, d] -> the gradient of ``x`` [B, S, H * d]."""
     if rounding == "single":
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide = _norm_rope_backward(
-            d.to(dtype), x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager"
+            d.to(dtype), x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager", pairs
         )
         return wide.to(x.dtype)
     if cos is not None:
         tokens = token_count(cos)
-        turned = _rotate_backward(d[:, :tokens], cos, sin)
+        turned = _rotate_backward(d[:, :tokens], cos, sin, pairs)
         d = turned if tokens == d.shape[1] else torch.cat([turned, d[:, tokens:]], dim=1)
     across = weight is not None and weight.shape[0] != head_dim
     rows = x if across else x.unflatten(-1, (-1, head_dim))
@@ -72,11 +73,15 @@ def _norm_rope_backward(
     return gradient if across else gradient.flatten(2)
 
 
-def _rotate_backward(d: Tensor, cos: Tensor, sin: Tensor | None) -> Tensor:
-    """Of ``rotate``: the products of real tables are rounded before their sum."""
+def _rotate_backward(d: Tensor, cos: Tensor, sin: Tensor | None, pairs: str) -> Tensor:
+    """Of ``rotate``: the products of real tables are rounded before their sum, but of halves."""
+    if sin is not None and pairs != "neighbours":
+        cos, sin = per_head(cos), per_head(sin)
+        a, b = d.float().chunk(2, dim=-1)
+        return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(d.dtype)
     if sin is None:
-        pairs = torch.view_as_complex(d.float().contiguous().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * per_head(cos).conj()).flatten(3).type_as(d)
+        turned = torch.view_as_complex(d.float().contiguous().unflatten(-1, (-1, 2))) * per_head(cos).conj()
+        return torch.view_as_real(turned).flatten(3).type_as(d)
     cos, sin = per_head(cos), per_head(sin)
     if cos.shape[-1] == d.shape[-1]:
         (cos_a, cos_b), (sin_a, sin_b) = (table.unflatten(-1, (-1, 2)).unbind(-1) for table in (cos, sin))

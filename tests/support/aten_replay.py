@@ -210,3 +210,11 @@ def complex_rotary(x: Tensor, freqs: Tensor) -> Tensor:
     cos, sin = (t.unsqueeze(1).expand_as(a) for t in (freqs.real, freqs.imag))
     turned = torch.stack([fma(a, cos, -(b * sin)), fma(a, sin, b * cos)], dim=-1)
     return turned.flatten(3).type_as(x)
+
+
+def split_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """LTX-2's ``apply_split_rotary_emb`` as on CUDA, of ``x`` [B, S, H, d] and tables [B, S, H, d /
+    2]: from PyTorch 2.11 on ``addcmul_`` rounds once.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([fma(-sin, second, first * cos), fma(sin, first, second * cos)], dim=-1).to(x.dtype)

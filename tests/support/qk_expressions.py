@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor
 
@@ -52,3 +53,16 @@ def wan_rotary(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
     out[..., 0::2] = x1 * cos - x2 * sin
     out[..., 1::2] = x1 * sin + x2 * cos
     return out.type_as(x)
+
+
+def ltx2_rotary(x: Tensor, freqs: tuple[Tensor, Tensor], pairs: str) -> Tensor:
+    """``x`` [B, S, H, d] by tables [B, S, H, n], of ``LTX2AudioVideoRotaryPosEmbed`` but for their
+    order of dims.
+    """
+    cos, sin = freqs
+    rows, heads = x.flatten(2), x.shape[2]
+    if pairs == "neighbours":
+        return apply_interleaved_rotary_emb(rows, (cos.flatten(2), sin.flatten(2))).unflatten(2, (heads, -1))
+    if MODE == "cpu_sim":
+        return aten_replay.split_rotary(x, cos, sin)
+    return apply_split_rotary_emb(rows, (cos.transpose(1, 2), sin.transpose(1, 2))).unflatten(2, (heads, -1))

@@ -76,11 +76,22 @@ __global__ void __launch_bounds__(kLanes, 4) any_qk_kernel(const HeadProblem p) 
     const int64_t tables = batch * rotary.batch_stride + token * rotary.token_stride;
     const float* const cos = advance<float>(rotary.cos, tables);
     const float* const sin = advance<float>(rotary.sin, tables);
+    if (rotated && rotary.halves) {
+      const int64_t half = p.head_dim / 2;
+      for (int64_t pair = lane; 2 * pair < span; pair += 32) {
+        const int64_t column = pair % half, j = pair / half * p.head_dim + column;
+        const int64_t at = (start + j) / p.head_dim * rotary.head_stride + column * rotary.step;
+        const float a = normed(j), b = normed(j + half);
+        out[j] = from_float<T>(rotate_half(a, b, cos[at], -sin[at], rotary.contracted));
+        out[j + half] = from_float<T>(rotate_half(b, a, cos[at], sin[at], rotary.contracted));
+      }
+      continue;
+    }
     for (int64_t j = 2 * lane; j < span; j += 2 * 32) {
       float a = normed(j), b = j + 1 < span ? normed(j + 1) : 0.0f;
       if (rotated) {
-        const int64_t column = j % p.head_dim;
-        const int64_t of_a = (rotary.per_element ? column : column / 2) * rotary.step;
+        const int64_t column = j % p.head_dim, of_head = (start + j) / p.head_dim * rotary.head_stride;
+        const int64_t of_a = of_head + (rotary.per_element ? column : column / 2) * rotary.step;
         const int64_t of_b = rotary.per_element ? of_a + rotary.step : of_a;
         if (rotary.contracted) {
           rotate_pair<true>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b]);

@@ -167,9 +167,26 @@ __global__ void __launch_bounds__(kHeadThreads) any_head_kernel(const HeadProble
   });
 }
 
+// N elements of a row, rotated against those of the same head's other half, which another thread of
+// the warp has, `half` elements from here. All threads of the warp call it.
+template <int N>
+__device__ __forceinline__ void rotate_halves(float (&n)[N], const Pack<float, N>& cos, const Pack<float, N>& sin, int column, int half,
+                                              bool contracted) {
+  const bool lower = column < half;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float other = __shfl_xor_sync(0xffffffffu, n[j], half / N);
+    n[j] = rotate_half(n[j], other, cos.v[j], lower ? -sin.v[j] : sin.v[j], contracted);
+  }
+}
+
+// How many tiles ahead of its use a part of a table is asked for.
+constexpr int kTablesAhead = 2;
+
 // LANES: how many of ATen's lanes one thread stands in for. head_dim divides kTile, so a thread's
-// columns have the same angles in every tile.
-template <class T, bool ROUND, class TILES, int LANES>
+// columns have the same angles in every tile if the heads share them.
+// HALVES: as Rotary says, with tables for each head; else neither.
+template <class T, bool ROUND, class TILES, int LANES, bool HALVES = false>
 __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProblem p) {
   constexpr int N = LANES * kGroup;
   __shared__ Exchange exchange;
@@ -191,9 +208,25 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
     });
   }
   const bool rotated = at.rotated();
-  const int column = first % static_cast<int>(p.head_dim);
-  Angles<N, false> angles;
-  if (rotated) angles = load_angles<N, false>(at.stream.rotary, at.batch, at.token, column);
+  const Rotary& rotary = at.stream.rotary;
+  const int head_dim = static_cast<int>(p.head_dim), column = first % head_dim, half = head_dim / 2;
+  [[maybe_unused]] Angles<N, false> angles;
+  [[maybe_unused]] Pack<float, N> cos[HALVES ? TILES::kCount : 1], sin[HALVES ? TILES::kCount : 1];
+  [[maybe_unused]] const int64_t table =
+      at.batch * rotary.batch_stride + at.token * rotary.token_stride + first / head_dim * rotary.head_stride + column % half;
+  [[maybe_unused]] const int64_t of_tile = kTile / head_dim * rotary.head_stride;
+  [[maybe_unused]] const auto load_tables = [&](auto i) {
+    if constexpr (HALVES && i < TILES::kCount) {
+      if (!inside(i) || !rotated) return;
+      cos[i] = load_pack<float, N>(rotary.cos + table + i * of_tile);
+      sin[i] = load_pack<float, N>(rotary.sin + table + i * of_tile);
+    }
+  };
+  if constexpr (HALVES) {
+    each(std::make_integer_sequence<int, kTablesAhead>{}, load_tables);
+  } else {
+    if (rotated) angles = load_angles<N, false>(rotary, at.batch, at.token, column);
+  }
 
   Welford lanes[LANES] = {};
   each(kEach, [&](auto i) {
@@ -205,13 +238,25 @@ __global__ void __launch_bounds__(kLanes / LANES) across_kernel(const HeadProble
   const Welford whole = reduce<Norm::rms, Counts::equal>(lanes, exchange);
   const float rstd = rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps));
   each(kEach, [&](auto i) {
-    if (!inside(i)) return;
-    float n[N];
-    to_floats(n, v[i]);
-    const auto weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
-    normalize_row<T, ROUND, false>(n, rstd, true, weight);
-    if (rotated) rotate(n, angles, at.stream.rotary.contracted);
-    store_row<Cache::normal>(out + i * kTile, from_floats<T, N>(n));
+    if constexpr (HALVES) {
+      load_tables(Constant<i + kTablesAhead>{});
+      float n[N] = {};
+      if (inside(i)) {
+        to_floats(n, v[i]);
+        const auto weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
+        normalize_row<T, ROUND, false>(n, rstd, true, weight);
+      }
+      if (rotated) rotate_halves(n, cos[i], sin[i], column, half, rotary.contracted);
+      if (inside(i)) store_row<Cache::normal>(out + i * kTile, from_floats<T, N>(n));
+    } else {
+      if (!inside(i)) return;
+      float n[N];
+      to_floats(n, v[i]);
+      const auto weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile);
+      normalize_row<T, ROUND, false>(n, rstd, true, weight);
+      if (rotated) rotate(n, angles, rotary.contracted);
+      store_row<Cache::normal>(out + i * kTile, from_floats<T, N>(n));
+    }
   });
 }
 

@@ -32,6 +32,9 @@ constexpr Code kCodes[] = {
     {"norm", "diffusers_rms", norms::diffusers_rms},
     {"qk_norm", "rms", qk_norms::rms},
     {"qk_norm", "diffusers_rms", qk_norms::diffusers_rms},
+    {"pairs", "neighbours", pairs::neighbours},
+    {"pairs", "halves", pairs::halves},
+    {"pairs", "halves, rounded", pairs::halves_rounded},
     {"rounding", "single", roundings::single},
     {"rounding", "eager", roundings::eager},
     {"half", "float16", halves::float16},
@@ -80,7 +83,7 @@ DITNORM_EXPORT int64_t ditnorm_calls(const char* name) {
   return -1;
 }
 
-// The number that stands for a name of an option (norm, qk_norm, rounding, half, law); -1 for one
+// The number that stands for a name of an option (norm, qk_norm, pairs, rounding, half, law); -1 for one
 // that the library doesn't know.
 DITNORM_EXPORT int64_t ditnorm_code(const char* option, const char* name) {
   for (const Code& code : kCodes) {

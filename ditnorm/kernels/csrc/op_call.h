@@ -13,14 +13,17 @@ using abi::check;
 using abi::Tensor;
 using Optional = std::optional<Tensor>;
 
-// The codes that Python passes for the names of options: their places in NORMS, QK_NORMS, ROUNDINGS
-// and HALVES of ditnorm/ops/calls.py. (LAWS: quantize.h.) The library is refused where the two
-// sides differ (ditnorm_code).
+// The codes that Python passes for the names of options: their places in NORMS, QK_NORMS, PAIRS,
+// ROUNDINGS and HALVES of ditnorm/ops/calls.py. (LAWS: quantize.h.) The library is refused where
+// the two sides differ (ditnorm_code).
 namespace norms {
 enum Code : int64_t { layer, rms, fp32_layer, diffusers_rms };
 }
 namespace qk_norms {
 enum Code : int64_t { rms, diffusers_rms };
+}
+namespace pairs {
+enum Code : int64_t { neighbours, halves, halves_rounded };
 }
 namespace roundings {
 enum Code : int64_t { single, eager };

@@ -86,14 +86,15 @@ struct SiteBackward {
   bool eager;      // gradients are rounded to the rows' dtype where eager autograd hands them on
 };
 
-// Where the tokens of one head are rotated by position. The tables are float32 and shared over
-// heads.
+// Where the tokens of one head are rotated by position. The tables are float32.
 struct Rotary {
   const float *cos, *sin;  // null where nothing is rotated
   int64_t batch_stride, token_stride, step;
-  int64_t tokens;    // the leading ones are rotated
-  bool per_element;  // a value for each element of a head, else for each pair of neighbours
-  bool contracted;   // products and sums fuse: as ATen multiplies complex numbers, and always in rounding="single"
+  int64_t tokens;       // the leading ones are rotated
+  bool per_element;     // a value for each element of a head, else for each pair
+  bool contracted;      // products and sums fuse: as ATen multiplies complex numbers, and always in rounding="single"
+  bool halves;          // the pairs are of the two halves of a head, else of neighbours
+  int64_t head_stride;  // 0: the heads share the tables
 };
 
 // One of query, key and value: [batch, tokens, width], last dim dense -> out, [batch, tokens,

@@ -202,8 +202,17 @@ __global__ void __launch_bounds__(kLanes, 4) any_qk_backward_kernel(const HeadPr
     const auto weight = [&](int64_t j) { return rows.weight.data == nullptr ? kNoWeight : load_element(rows.weight, j); };
     const auto unrotated = [&](int64_t j) {
       if (!rotated) return to_float(d[j]);
+      const int64_t of_head = (start + j) / p.head_dim * rotary.head_stride;
+      if (rotary.halves) {
+        const int64_t half = p.head_dim / 2, column = j % p.head_dim, lower = column < half ? j : j - half;
+        const int64_t at = of_head + column % half * rotary.step;
+        float a = to_float(d[lower]), b = to_float(d[lower + half]);
+        // Upstream casts to float32 and back: what comes through cosines and sines is rounded once.
+        rotate_back_pair<T, false>(a, b, cos[at], cos[at], sin[at], sin[at], rotary.contracted && !p.eager);
+        return round_to<T, ROUND>(j == lower ? a : b);
+      }
       const int64_t even = j / 2 * 2, at = even % p.head_dim;
-      const int64_t of_a = (rotary.per_element ? at : at / 2) * rotary.step;
+      const int64_t of_a = of_head + (rotary.per_element ? at : at / 2) * rotary.step;
       const int64_t of_b = rotary.per_element ? of_a + rotary.step : of_a;
       float a = to_float(d[even]), b = to_float(d[even + 1]);
       rotate_back_pair<T, ROUND>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b], rotary.contracted);

@@ -20,8 +20,9 @@ inline bool fast_rotary(const Rotary& r) {
     const auto at = reinterpret_cast<uintptr_t>(table) % 16;
     return at == 0 || (r.step == 2 && at == sizeof(float));
   };
-  return aligned(r.cos) && aligned(r.sin) && r.batch_stride % 4 == 0 && r.token_stride % 4 == 0 &&
-         (r.step == 1 || (r.step == 2 && !r.per_element));
+  if (!aligned(r.cos) || !aligned(r.sin) || r.batch_stride % 4 != 0 || r.token_stride % 4 != 0) return false;
+  if (r.halves) return r.step == 1 && r.head_stride % 4 == 0;
+  return r.head_stride == 0 && (r.step == 1 || (r.step == 2 && !r.per_element));
 }
 
 // Whether everything is of one dtype and aligned, so that a fast kernel may serve it.
@@ -56,20 +57,31 @@ inline Split split_heads(int64_t heads, int64_t threads_of_head, int64_t items) 
   return {items, chunks, static_cast<unsigned>(parts(threads, 32) * 32)};
 }
 
-// Goes through kAcrossHeads, or kAcrossHeadsBackward. Returns kNotServed where none of its kernels
-// serves rows of this width.
-template <class T, bool ROUND, bool BACKWARD>
+// What a kernel of the norm across heads computes, and the table of those that do.
+struct Across {
+  static constexpr auto& kKernels = variants::kAcrossHeads;
+};
+struct AcrossHalves {
+  static constexpr auto& kKernels = variants::kAcrossHalves;
+};
+struct AcrossBackward {
+  static constexpr auto& kKernels = variants::kAcrossHeadsBackward;
+};
+
+// Goes through the table of WHAT. Returns kNotServed where none of its kernels serves rows of this
+// width.
+template <class T, bool ROUND, class WHAT>
 class AcrossLaunch {
  public:
   AcrossLaunch(const HeadProblem& p, int64_t width, dim3 grid, void* stream) : p_(p), width_(width), grid_(grid), stream_(stream) {}
 
   int run() {
-    try_all(std::make_integer_sequence<int, BACKWARD ? std::size(variants::kAcrossHeadsBackward) : std::size(variants::kAcrossHeads)>{});
+    try_all(std::make_integer_sequence<int, std::size(WHAT::kKernels)>{});
     return result_;
   }
 
  private:
-  static constexpr const AcrossHeads& heads(int i) { return BACKWARD ? variants::kAcrossHeadsBackward[i] : variants::kAcrossHeads[i]; }
+  static constexpr const AcrossHeads& heads(int i) { return WHAT::kKernels[i]; }
 
   template <int... HEADS>
   void try_all(std::integer_sequence<int, HEADS...>) {
@@ -85,10 +97,11 @@ class AcrossLaunch {
     if constexpr (kHeads.x == dtype_of<T>) {
       using Row = Tiles<kHeads.widths.list[WIDTH].tiles, kHeads.widths.full(WIDTH), kHeads.widths.list[WIDTH].blocks>;
       if (!Row::serves(width_)) return false;
-      if constexpr (BACKWARD) {
+      if constexpr (std::is_same_v<WHAT, AcrossBackward>) {
         result_ = launch(&across_backward_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);
       } else {
-        result_ = launch(&across_kernel<T, ROUND, Row, kHeads.lanes>, grid_, kLanes / kHeads.lanes, stream_, p_);
+        constexpr bool kHalves = std::is_same_v<WHAT, AcrossHalves>;
+        result_ = launch(&across_kernel<T, ROUND, Row, kHeads.lanes, kHalves>, grid_, kLanes / kHeads.lanes, stream_, p_);
       }
       return true;
     }
@@ -120,10 +133,11 @@ constexpr auto head_kernel_of() {
 template <class T, bool ROUND, bool BACKWARD>
 int launch_qk_law(const HeadProblem& p, void* stream) {
   int64_t blocks = 0, widest = 0, narrowest = INT64_MAX, norms = 0;
-  bool per_element = false;
+  bool per_element = false, halves = false;
   for (const HeadStream& s : p.streams) {
     blocks += s.tokens * s.count;
     per_element |= s.rotary.per_element;
+    halves |= s.rotary.halves;
     for (const HeadRows *rows = s.parts, *end = rows + s.count; rows != end; ++rows) {
       widest = std::max(widest, rows->width);
       narrowest = std::min(narrowest, rows->width);
@@ -142,9 +156,14 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
   const bool torchs = p.eager && !p.twice;  // must have the order and the roundings of torch's RMSNorm
   if (fast && p.across && (torchs || !p.eager) && kTile % p.head_dim == 0 && narrowest == widest && !per_element) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
-    const int result = AcrossLaunch<T, ROUND, BACKWARD>(p, widest, grid, stream).run();
+    int result = kNotServed;
+    if (!halves) {
+      result = AcrossLaunch<T, ROUND, std::conditional_t<BACKWARD, AcrossBackward, Across>>(p, widest, grid, stream).run();
+    } else if constexpr (!BACKWARD) {
+      if (p.head_dim <= 32 * kGroup) result = AcrossLaunch<T, ROUND, AcrossHalves>(p, widest, grid, stream).run();
+    }
     if (result != kNotServed) return result;
-  } else if (fast && !p.across) {
+  } else if (fast && !p.across && !halves) {
     const auto chunks = [&](int64_t items) { return (widest + kElements * items - 1) / (kElements * items); };
     const auto serve_law = [&](auto twice, auto head) {
       if (chunks(3) * 3 <= chunks(2) * 2) {

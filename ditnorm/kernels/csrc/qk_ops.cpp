@@ -57,13 +57,14 @@ class HeadCall {
   }
 
   // After the stream's rows. `cos` alone is complex.
-  void rotary(HeadStream& stream, const Optional& cos, const Optional& sin) {
+  void rotary(HeadStream& stream, const Optional& cos, const Optional& sin, int64_t pairs = pairs::neighbours) {
+    check(pairs >= pairs::neighbours && pairs <= pairs::halves_rounded, "ditnorm: pairs");
     if (!cos) return check(!sin, "ditnorm: sin without cos");
     check_device(*cos);
-    const bool complex = !sin;
+    const bool complex = !sin, halves = pairs != pairs::neighbours;
     const int64_t dim = cos->dim();
     check(cos->dtype() == (complex ? aoti_torch_dtype_complex64() : aoti_torch_dtype_float32()), "ditnorm: dtype of a rotary table");
-    check(dim >= 2 && dim <= 4 && (dim != 4 || cos->sizes()[2] == 1), "ditnorm: shape of a rotary table");
+    check(dim >= 2 && dim <= 4, "ditnorm: shape of a rotary table");
     const Tensor *first = &*cos, *second = nullptr;
     if (!complex) {
       check_device(*sin);
@@ -78,6 +79,11 @@ class HeadCall {
     }
     const int64_t *sizes = first->sizes(), *strides = first->strides(), width = sizes[dim - 1], head_dim = problem_.head_dim;
     check(head_dim % 2 == 0 && (width == head_dim / 2 || (!complex && width == head_dim)), "ditnorm: last dim of a rotary table");
+    check(!halves || (!complex && width == head_dim / 2), "ditnorm: a rotary table of pairs of halves");
+    const int64_t heads = dim == 4 ? sizes[2] : 1;
+    for (int64_t i = 0; i < stream.count; ++i) {
+      check(heads == 1 || stream.parts[i].width == heads * head_dim, "ditnorm: heads of a rotary table");
+    }
     check(dim == 2 || sizes[0] == 1 || sizes[0] == problem_.batch, "ditnorm: batch of a rotary table");
     const int token_dim = dim == 2 ? 0 : 1, scale = complex ? 2 : 1;
     check(sizes[token_dim] <= stream.tokens, "ditnorm: tokens of a rotary table");
@@ -89,7 +95,23 @@ class HeadCall {
                      strides[dim - 1] * scale,
                      sizes[token_dim],
                      width == head_dim,
-                     complex || !problem_.eager};
+                     complex || pairs == pairs::halves || !problem_.eager,
+                     halves,
+                     heads == 1 ? 0 : strides[2] * scale};
+  }
+
+  // Query and key in one stream, which shares its angles, or in one each. Returns whether in one.
+  bool query_and_key(const Tensor& query, const Tensor& key, const Optional& query_weight, const Optional& key_weight, const Optional& cos,
+                     const Optional& sin, const Optional& key_cos, const Optional& key_sin, int64_t pairs) {
+    check(key.dim() == 3, "ditnorm: key must be [B, S, H * head_dim]");
+    check(cos || !key_cos, "ditnorm: key_cos without cos");
+    const bool together = !key_cos && key.sizes()[1] == query.sizes()[1];
+    HeadStream &of_query = stream(0), &of_key = stream(together ? 0 : 1);
+    rows(of_query, query, &query_weight);
+    rows(of_key, key, &key_weight);
+    rotary(of_query, cos, sin, pairs);
+    if (!together) rotary(of_key, key_cos ? key_cos : cos, key_cos ? key_sin : sin, pairs);
+    return together;
   }
 
   // [B, tokens, H, d], into which `streams` write their part `i`, one after the other.
@@ -172,16 +194,11 @@ class HeadCall {
 };
 
 std::tuple<Tensor, Tensor> qk_norm_rope_op(const Tensor& query, const Tensor& key, const Optional& query_weight, const Optional& key_weight,
-                                           const Optional& cos, const Optional& sin, int64_t head_dim, int64_t norm, double eps,
-                                           int64_t rounding) {
+                                           const Optional& cos, const Optional& sin, const Optional& key_cos, const Optional& key_sin,
+                                           int64_t head_dim, int64_t norm, double eps, int64_t pairs, int64_t rounding) {
   HeadCall call(query, head_dim, norm, eps, rounding);
+  const bool together = call.query_and_key(query, key, query_weight, key_weight, cos, sin, key_cos, key_sin, pairs);
   HeadStream &of_query = call.stream(0), &of_key = call.stream(1);
-  check(key.dim() == 3, "ditnorm: key must be [B, S, H * head_dim]");
-  const bool together = query.dim() == 3 && key.sizes()[1] == query.sizes()[1];  // then they share their angles
-  call.rows(of_query, query, &query_weight);
-  call.rows(together ? of_query : of_key, key, &key_weight);
-  call.rotary(of_query, cos, sin);
-  if (!together) call.rotary(of_key, cos, sin);
   Tensor q = call.output({&of_query}, 0, query);
   Tensor k = together ? call.output({&of_query}, 1, query) : call.output({&of_key}, 0, query);
   call.run();
@@ -215,15 +232,11 @@ std::tuple<Tensor, Tensor, Tensor> joint_qk_norm_rope_op(const Tensor& query, co
 
 std::tuple<Tensor, Tensor> qk_norm_rope_backward_op(const Tensor& d_query, const Tensor& d_key, const Tensor& query, const Tensor& key,
                                                     const Optional& query_weight, const Optional& key_weight, const Optional& cos,
-                                                    const Optional& sin, int64_t head_dim, int64_t norm, double eps, int64_t rounding) {
+                                                    const Optional& sin, const Optional& key_cos, const Optional& key_sin, int64_t head_dim,
+                                                    int64_t norm, double eps, int64_t pairs, int64_t rounding) {
   HeadCall call(query, head_dim, norm, eps, rounding);
+  const bool together = call.query_and_key(query, key, query_weight, key_weight, cos, sin, key_cos, key_sin, pairs);
   HeadStream &of_query = call.stream(0), &of_key = call.stream(1);
-  check(key.dim() == 3, "ditnorm: key must be [B, S, H * head_dim]");
-  const bool together = key.sizes()[1] == query.sizes()[1];
-  call.rows(of_query, query, &query_weight);
-  call.rows(together ? of_query : of_key, key, &key_weight);
-  call.rotary(of_query, cos, sin);
-  if (!together) call.rotary(of_key, cos, sin);
   call.gradient({&of_query}, 0, d_query);
   HeadStream& with_key = together ? of_query : of_key;
   const int64_t part = together ? 1 : 0;

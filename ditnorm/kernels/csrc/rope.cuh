@@ -1,4 +1,5 @@
-// The rotary embedding of neighbouring elements: (a, b) -> (a * cos - b * sin, b * cos + a * sin).
+// The rotary embedding of neighbouring elements, or of the two halves of a head:
+// (a, b) -> (a * cos - b * sin, b * cos + a * sin).
 #pragma once
 #include "numerics.cuh"
 
@@ -79,6 +80,17 @@ __device__ __forceinline__ void rotate_pair(float& a, float& b, float cos_a, flo
     a = __fsub_rn(__fmul_rn(x, cos_a), __fmul_rn(b, sin_a));
     b = __fadd_rn(__fmul_rn(b, cos_b), __fmul_rn(x, sin_b));
   }
+}
+
+// One element of a pair of halves, `other` the other one; sin is negated for that of the lower half.
+// CONTRACTED: as ATen's addcmul fuses from PyTorch 2.11 on.
+template <bool CONTRACTED>
+__device__ __forceinline__ float rotate_half(float own, float other, float cos, float sin) {
+  const float product = __fmul_rn(own, cos);
+  return CONTRACTED ? __fmaf_rn(sin, other, product) : __fadd_rn(product, __fmul_rn(sin, other));
+}
+__device__ __forceinline__ float rotate_half(float own, float other, float cos, float sin, bool contracted) {
+  return contracted ? rotate_half<true>(own, other, cos, sin) : rotate_half<false>(own, other, cos, sin);
 }
 
 template <bool CONTRACTED, int N, bool PER_ELEMENT>

@@ -176,6 +176,15 @@ constexpr AcrossHeads kAcrossHeads[] = {
   {f32,  1,    0, {2, 3, 6, 12}},
 };
 
+// With a rotary embedding of the halves of a head and tables for each, of which a row reads twice its
+// own bytes: what LTX-2 has.
+constexpr AcrossHeads kAcrossHalves[] = {
+  // x   lanes above tiles
+  {bf16, 1,    0, {4, 8}},
+  {f16,  1,    0, {8}},
+  {f32,  1,    0, {8}},
+};
+
 // Its gradients. Fewer: a row may take a wider kernel than it needs.
 constexpr AcrossHeads kAcrossHeadsBackward[] = {
   // x   lanes above tiles

@@ -24,7 +24,8 @@ class QKCell:
     """
     rotary: str | None = "complex"
     """The form of the rotary tables: complex, per_element (each value twice), per_pair (every
-    second value of such a table).
+    second value of such a table), halves (which are turned against each other; a table for each
+    head).
     """
     rotated: int | None = None
     """How many tokens are rotated, where not all are."""
@@ -45,6 +46,11 @@ class QKCell:
     @property
     def autotune(self) -> bool:
         return True
+
+    @property
+    def halves(self) -> bool:
+        """Whether the halves of a head are turned against each other."""
+        return self.rotary == "halves"
 
     @property
     def norm(self) -> str:
@@ -74,6 +80,8 @@ class QKCell:
         rotated = 0 if self.rotary is None else (self.tokens if self.rotated is None else self.rotated)
         if self.encoder_rotary is not None:
             rotated += self.encoder
+        if self.halves:
+            return 2 * self.row_bytes + rotated * self.heads * self.head_dim * 4
         # Wan's tables hold each value twice, and lines are read whole.
         return 2 * self.row_bytes + rotated * self.head_dim * 4 * (1 if self.rotary == "complex" else 2)
 
@@ -96,6 +104,9 @@ class QKCell:
     def _tables(self, tokens: int, device: str) -> Any:
         if self.rotary is None:
             return None
+        if self.halves:
+            angles = torch.randn(1, tokens, self.heads, self.head_dim // 2, device=device)
+            return angles.cos(), angles.sin()
         angles = torch.randn(tokens, self.head_dim // 2, device=device)
         if self.rotary == "complex":
             return torch.polar(torch.ones_like(angles), angles)
@@ -115,6 +126,8 @@ CELLS = (
     QKCell("Wan2.1-1.3B 480p, self", 32760, 12, rotary="per_pair", across=True),
     QKCell("Wan2.2-TI2V-5B 704p, self", 27280, 24, rotary="per_pair", across=True),
     QKCell("Wan2.2-A14B 720p, self", 75600, 40, rotary="per_pair", across=True),
+    QKCell("LTX-2 768x512x121, video", 6144, 32, rotary="halves", across=True),
+    QKCell("LTX-2 768x512x121, video to audio", 6144, 32, 64, rotary="halves", across=True),
     QKCell("128 tokens", 128, 24),
     QKCell("1024 tokens", 1024, 24),
     QKCell("heads of 64", 27030, 48, 64),

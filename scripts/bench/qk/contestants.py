@@ -39,15 +39,17 @@ def compiled() -> list[Contestant]:
 
 
 def _ditnorm(rounding: str, cell: QKCell) -> Maker:
-    options = {"head_dim": cell.head_dim, "norm": cell.norm, "eps": EPS, "rounding": rounding}
+    options: dict[str, Any] = {"head_dim": cell.head_dim, "norm": cell.norm, "eps": EPS, "rounding": rounding}
+    if cell.halves:
+        options["pairs"] = "halves"
     return lambda inputs: partial(FUNCTIONS[cell.op], **inputs, **options)
 
 
 def expression(cell: QKCell, function: Callable[..., Any], inputs: Inputs, rounding: str = "eager") -> Call:
     """What diffusers' attention processors compute without ditnorm."""
     options = {"head_dim": cell.head_dim, "norm": cell.norm, "eps": EPS, "encoder_first": False, "rounding": rounding}
-    given = options | dict(inputs)
-    for prefix in ("", "encoder_"):
+    given = options | {"pairs": "halves" if cell.halves else "neighbours"} | dict(inputs)
+    for prefix in ("", "key_", "encoder_"):
         rotary = given.pop(f"{prefix}rotary", None)
         given[f"{prefix}cos"], given[f"{prefix}sin"] = rotary if isinstance(rotary, tuple) else (rotary, None)
     return partial(function, *(given[name] for name in signature(OPS[cell.op].call).parameters))
@@ -75,7 +77,11 @@ def check(cell: QKCell, inputs: Inputs) -> Callable[[Sequence[Tensor]], Verdict]
         for name, result, wanted in zip(("query", "key", "value"), returned, exact, strict=False):
             if (result.shape, result.dtype) != (wanted.shape, wanted.dtype):
                 raise ValueError(f"the {name} is {result.dtype} {list(result.shape)}, not {wanted.dtype} {list(wanted.shape)}")
-            ulps = torch.stack([_ulps(*some) for some in zip(result.split(4096, 1), wanted.split(4096, 1), strict=True)]).max().item()
+            ulps = (
+                torch.stack([_ulps(*some, cell.halves) for some in zip(result.split(4096, 1), wanted.split(4096, 1), strict=True)])
+                .max()
+                .item()
+            )
             most = MOST_ULPS_FP32 if wanted.dtype is torch.float32 else MOST_ULPS
             if not ulps <= most:  # NaN too
                 raise ValueError(f"the result is wrong: the {name} is off by {ulps:.3g} units in the last place")
@@ -84,6 +90,7 @@ def check(cell: QKCell, inputs: Inputs) -> Callable[[Sequence[Tensor]], Verdict]
     return judge
 
 
-def _ulps(result: Tensor, exact: Tensor) -> Tensor:
-    a, b = (t.double().unflatten(-1, (-1, 2)) for t in (result, exact))
-    return ((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-9)).max() / torch.finfo(exact.dtype).eps
+def _ulps(result: Tensor, exact: Tensor, halves: bool) -> Tensor:
+    pair = -2 if halves else -1
+    a, b = (t.double().unflatten(-1, (2, -1) if halves else (-1, 2)) for t in (result, exact))
+    return ((a - b).norm(dim=pair) / b.norm(dim=pair).clamp_min(1e-9)).max() / torch.finfo(exact.dtype).eps

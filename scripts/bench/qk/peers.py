@@ -78,9 +78,14 @@ def matrices(cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[None, :, None]
 
 
+def _neighbours(cell: QKCell) -> bool:
+    """Whether neighbours are rotated, by tables that heads share: what peers have."""
+    return cell.rotary is not None and not cell.halves
+
+
 def _per_head(cell: QKCell) -> bool:
     """Whether sglang's CUDA kernels serve the cell."""
-    return cell.rotary is not None and not cell.across and cell.head_dim in (64, 128, 256) and cell.dtype != "fp32"
+    return _neighbours(cell) and not cell.across and cell.head_dim in (64, 128, 256) and cell.dtype != "fp32"
 
 
 def _sglang() -> Binding:
@@ -158,7 +163,7 @@ def _sglang_cute() -> Binding:
 
         return call
 
-    return lambda cell: partial(make, cell) if cell.across and cell.rotary is not None and cell.dtype != "fp32" else nothing
+    return lambda cell: partial(make, cell) if cell.across and _neighbours(cell) and cell.dtype != "fp32" else nothing
 
 
 def _sglang_triton() -> Binding:
@@ -197,4 +202,4 @@ def _comfy_kitchen() -> Binding:
         encoder, values = stream(cell, inputs, "encoder_"), _heads(cell, inputs, "value", "encoder_value")
         return lambda: [torch.cat(list(parts), dim=1) for parts in (*zip(own(), encoder(), strict=True), values)]
 
-    return lambda cell: partial(make, cell) if cell.rotary is not None else nothing
+    return lambda cell: partial(make, cell) if _neighbours(cell) else nothing
