@@ -26,7 +26,7 @@ class LTX2Attention(FusedAttention):
     of what ``encoder_hidden_states`` has. Where a sample is perturbed it is upstream's.
     """
 
-    fingerprints = {"forward": frozenset({"49027ebdcad2"})}  # 0.37.0 to 0.42.1
+    fingerprints = {"forward": frozenset({"49027ebdcad2"})}  # 0.37.0 to 0.42.1, as the helpers
     processors = {
         # 0.37.0 and 0.37.1; 0.38.0 to 0.42.1, as the next. With what they take by name.
         "LTX2AudioVideoAttnProcessor": {"6c1bea2c0ac0": frozenset(), "87a9dda9ebdb": frozenset()},
@@ -35,7 +35,7 @@ class LTX2Attention(FusedAttention):
     helpers = {
         "apply_split_rotary_emb": frozenset({"6d589884cfc8"}),
         "apply_interleaved_rotary_emb": frozenset({"2b1d509a4cfb"}),
-    }  # as that
+    }
     norm = "rms"
     across = True
     rotary = "halves"
@@ -56,10 +56,11 @@ class LTX2Attention(FusedAttention):
         **kwargs: Any,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        perturbed = any(value is not None and value is not False for value in kwargs.values())
+        known = self.fuses()
         if (
-            perturbed
-            or self.fuses() is None
+            known is None
+            or not kwargs.keys() <= known.form
+            or any(value is not None and value is not False for value in kwargs.values())
             or not self.fits("qk_norm_rope", self.takes(hidden_states, context, query_rotary_emb, key_rotary_emb))
         ):
             return super().forward(  # type: ignore[misc]
@@ -75,7 +76,10 @@ class LTX2Attention(FusedAttention):
             hidden_states = context = quantized_for(hidden_states, self.to_q, self.to_k, self.to_v)
         else:
             context = quantized_for(context, self.to_k, self.to_v)
-        query, key, value = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
+        if known.form:  # each in its processor's order, in which gradients are summed
+            value, query, key = self.to_v(context), self.to_q(hidden_states), self.to_k(context)
+        else:
+            query, key, value = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
         query, key = qk_norm_rope(
             query,
             key,
