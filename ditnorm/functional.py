@@ -400,8 +400,8 @@ def qk_norm_rope(
     pairs: str = "neighbours",
     rounding: str = "single",
 ) -> tuple[Tensor, Tensor]:
-    """Query and key, each RMS-normed, then rotated by position (RoPE, arXiv:2104.09864): what stands
-    between the projections and the attention of a block.
+    """Query and key, each RMS-normed, then rotated by position (RoPE, arXiv:2104.09864): what
+    stands between the projections and the attention of a block.
 
     ``"eager"`` is fused for one dtype of query, key and weights; on CUDA its bits are promised for
     the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads,
