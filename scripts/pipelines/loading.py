@@ -11,12 +11,17 @@ import torch
 from diffusers import DiffusionPipeline
 from digits.families import FAMILIES, PROMPTS, TinyPipeline
 from digits.untrained import UNTRAINED
+from packaging.version import Version
 from PIL import Image
 
 PICTURE_OPTIONAL = {"QwenImage21Pipeline", "Flux2Pipeline", "Flux2KleinPipeline"}
 """Pipelines that need no picture but take one. Signatures don't tell: Edit's has a default for it,
 with which its call fails.
 """
+
+
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+"""What ``from_pretrained`` calls its argument."""
 
 
 class CannotRun(Exception):
@@ -48,7 +53,7 @@ def load(model: str, dtype: torch.dtype, *, image: bool = False) -> DiffusionPip
     config = DiffusionPipeline.load_config(model)
     absent: dict[str, Any] = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
     try:
-        pipe = cls.from_pretrained(model, torch_dtype=dtype, **absent)
+        pipe = cls.from_pretrained(model, **{DTYPE: dtype}, **absent)
     except (ImportError, OSError, ValueError) as error:
         raise CannotRun(f"{model}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
