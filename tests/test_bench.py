@@ -54,7 +54,7 @@ def written_of(report, folder):
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
     """One of every kind of inputs."""
     chosen = ["qwen-image", "qwen-image-2.1", "flux.1-dev", "chroma", "flux.2-dev", "wan2.1-1.3b", "wan2.2-ti2v-5b"]
-    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium", "z-image-turbo"]
+    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium", "z-image-turbo", "ltx-2"]
     status, report = bench("--quick", "--models", *chosen)
     output = capsys.readouterr().out
     assert status == 0, output

@@ -7,6 +7,14 @@ from typing import Any
 
 _SMALL: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 _Z_IMAGE: dict[str, Any] = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 4, 4]}
+_LTX2: dict[str, Any] = _SMALL | {
+    "cross_attention_dim": 32,
+    "audio_attention_head_dim": 8,
+    "audio_num_attention_heads": 2,
+    "audio_cross_attention_dim": 16,
+    "caption_channels": 16,
+}
+_OF_CLASS = {"ZImageTransformer2DModel": _Z_IMAGE, "LTX2VideoTransformer3DModel": _LTX2}
 _TEXT = {
     "cap_feat_dim": 16,
     "joint_attention_dim": 16,
@@ -33,7 +41,7 @@ def shrunk(models: dict[str, Any]) -> dict[str, Any]:
     """Narrow models of few tokens and two layers of each kind."""
     result = {}
     for name, real in models.items():
-        small = _Z_IMAGE if real.cls == "ZImageTransformer2DModel" else _SMALL
+        small = _OF_CLASS.get(real.cls, _SMALL)
         config = {**real.config, **small, **{key: value for key, value in _TEXT.items() if key in real.config}}
         if "approximator_hidden_dim" in config:
             config["approximator_hidden_dim"] = 32
