@@ -145,7 +145,7 @@ constexpr NormSite kQuantizedNormSites[] = {
   {kNorm,         bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
   {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         0, {{3, 6}, 6},      4},
-  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         6, {{10, 3}},      4},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         6, {10},           4},
   {kNorm,         bf16, of_x,      exact,        any,    all,    2, 0,         0, {{3, 16}}},
   {kNorm,         bf16, of_x,      exact,        any,    all,    1, 1,         3, {{6, 8}, 10}},
 
