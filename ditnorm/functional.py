@@ -75,6 +75,7 @@ _qk_norm_rope = kernels.ops.qk_norm_rope.default
 _joint_qk_norm_rope = kernels.ops.joint_qk_norm_rope.default
 _quantize = kernels.ops.quantize.default
 _gelu_quantize = kernels.ops.gelu_quantize.default
+_swiglu_quantize = kernels.ops.swiglu_quantize.default
 _gelu = kernels.ops.gelu.default
 _swiglu = kernels.ops.swiglu.default
 _dequantize_product = kernels.ops.dequantize_product.default
@@ -765,16 +766,23 @@ def scale_residual_norm_scale_shift_and_quantize(
     return y, quantize(y, law), r
 
 
-def gelu_quantize(x: Tensor, law: Law) -> Quantized:
-    """:func:`quantize` of GELU(x) in its tanh approximation (arXiv:1606.08415), rounded to the
-    dtype of ``x`` before.
-    """
-    rows = x if x.dim() <= 3 else x.flatten(0, -2)
+def gelu_quantize(x: Tensor, law: Law, beside: Tensor | None = None) -> Quantized:
+    """:func:`quantize` of :func:`gelu`, rounded to the dtype of ``x``. Not differentiable."""
+    rows = x if x.dim() <= 3 or beside is not None else x.flatten(0, -2)
     try:
-        values, scale = _gelu_quantize(rows, CODES[law])
+        values, scale = _gelu_quantize(rows, beside, CODES[law])
     except _REJECTED:
-        values, scale = _rejected("gelu_quantize", (rows,), (law,))
-    return Quantized(values, scale, x.shape, x.dtype, law)
+        values, scale = _rejected("gelu_quantize", (rows, beside), (law,))
+    return Quantized(values, scale, torch.Size((*x.shape[:-1], values.shape[-1])), x.dtype, law)
+
+
+def swiglu_quantize(x: Tensor, value: Tensor, law: Law, beside: Tensor | None = None, *, rounding: str = "single") -> Quantized:
+    """:func:`quantize` of :func:`swiglu`. Not differentiable."""
+    try:
+        values, scale = _swiglu_quantize(x, value, beside, _ROUNDING[rounding], CODES[law])
+    except _REJECTED:
+        values, scale = _rejected("swiglu_quantize", (x, value, beside), (rounding, law))
+    return Quantized(values, scale, torch.Size((*x.shape[:-1], values.shape[-1])), x.dtype, law)
 
 
 def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

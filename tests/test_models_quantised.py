@@ -15,6 +15,7 @@ from support.quantised import LAWS
 from torch import Tensor, nn
 
 from ditnorm import kernels, patch_model, report, unpatch_model
+from ditnorm.fused.bfl_linear import BFLOperand
 from ditnorm.fused.quantized_linear import QuantizedLinear
 from ditnorm.ops.quantization import FLOAT8_ROW, Law
 
@@ -78,6 +79,25 @@ def test_no_activation_is_quantised_by_torchao(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Float8Tensor, "from_hp", refuse)
     run(model, name)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen-image"])
+def test_layers_of_black_forest_labs_are_fused_as_torchaos(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantised.quantise_bfl(tiny.load(name, DTYPE), in_blocks)
+    expected = run(model, name)
+    patch_model(model)
+    linears = len(fused_linears(model))
+    assert f"quantised     float8-row-bfl: {linears} linear layers" in str(report(model))
+    assert same(run(model, name), expected)  # on the CPU diffusers multiplies by what the weights stand for
+    assert calls_of(model, name)["quantize"] == 0
+    if quantised.cpu_multiplies_float8_rows():
+        twin = patch_model(model_of(name, FLOAT8_ROW))
+        monkeypatch.setattr(BFLOperand, "takes", lambda self, x, bias: True)
+        run(model, name), run(twin, name)
+        assert len(fused_linears(twin)) == linears
+        assert calls_of(model, name) == calls_of(twin, name)
+    unpatch_model(model)
+    assert not fused_linears(model)
 
 
 def test_the_report_names_what_is_fused_and_what_isnt_and_why() -> None:

@@ -16,6 +16,7 @@ from support import quantised
 from torch import Tensor, nn
 
 from ditnorm import functional, kernels
+from ditnorm.fused.bfl_linear import BFLLinear, BFLOperand
 from ditnorm.fused.int8_product import is_exact_in_float32, padded_product
 from ditnorm.fused.quantized_linear import QuantizedLinear, law_for, quantized_for
 from ditnorm.fused.quantized_weights import law_of, operand_of
@@ -162,6 +163,31 @@ def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
         parts = [functional.gelu_quantize(part, law) for part in x.split(512)]
         assert equal(whole[:2], (torch.cat([part.values for part in parts]), torch.cat([part.scale for part in parts])))
         assert equal(functional.gelu_quantize(x.view(13, 79, width), law)[:2], whole[:2])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_an_activation_and_what_stands_beside_it_are_quantised_as_one_row(law: Law, dtype: torch.dtype, device: str) -> None:
+    """As of what the op writes otherwise, a part of a fused projection included."""
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    for tokens, beside, width in ((5, 512, 2048), (3, 3072, 12288), (2, 6144, 18432), (2, 8, 24), (3, 3, 10), (2, 0, 1536), (1, 16, 40000)):
+        gate, value, left = rows((2, tokens, beside + 2 * width), dtype).clamp(-9, 9).to(device).split([width, width, beside], dim=-1)
+        left = None if beside == 0 else left
+        if left is not None:
+            y = functional.gelu(value, left)
+            got = functional.gelu_quantize(value, law, left)
+            assert equal(got[:2], expected(y, law)), (beside, width)
+            assert got.shape == y.shape
+        for rounding in ("eager", "single"):
+            y = functional.swiglu(gate, value, left, rounding=rounding)
+            got = functional.swiglu_quantize(gate, value, law, left, rounding=rounding)
+            assert equal(got[:2], expected(y, law)), (beside, width, rounding)
+            assert got.shape == y.shape
+    with pytest.raises(ValueError, match="value: expected the shape of x"):
+        functional.swiglu_quantize(gate, value[..., :1], law)
+    with pytest.raises(ValueError, match="beside: expected the shape of x"):
+        functional.gelu_quantize(gate, law, gate[:1])
 
 
 MODULATED = ((2, 5, 3072), (1, 3, 1536), (2, 2, 2048), (1, 2, 4096), (1, 2, 5120), (1, 2, 6144), (2, 3, 1152), (1, 3, 40), (1, 2, 13))
@@ -445,6 +471,36 @@ def test_a_fused_linear_is_copied_pickled_moved_and_saved_like_any(law: Law) -> 
     assert type(linear) is nn.Linear
     with torch.no_grad():
         assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_layer_of_black_forest_labs_has_the_bits_of_diffusers(bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float8 matrices are multiplied; elsewhere diffusers runs."""
+    utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
+    layer = quantised.bfl_linear(nn.Linear(48, 64, bias=bias, dtype=dtype))
+    assert BFLLinear.applies_to(layer)
+    assert BFLLinear.unsupported(layer) is None
+    assert "multiple of 16" in str(BFLLinear.unsupported(quantised.bfl_linear(nn.Linear(24, 64, dtype=dtype))))
+    twin = copy.deepcopy(layer)
+    set_class(twin, subclass(BFLLinear, utils.BFLFP8RLinear, "eager"))
+    x = rows((2, 17, 48), dtype, "zeros")
+    with torch.no_grad():
+        assert torch.equal(twin(x), layer(x))
+        if not quantised.cpu_multiplies_float8_rows():
+            return
+        monkeypatch.setattr(BFLOperand, "takes", lambda self, x, bias: True)
+        values, scale = utils.quantize_fp8r(x.reshape(-1, 48))
+        weight = layer.weight, layer.weight_scale[None, :]
+        y = torch._scaled_mm(values, weight[0].T, scale[:, None], weight[1], out_dtype=torch.bfloat16, use_fast_accum=True)
+        expected = y.reshape(2, 17, 64).to(dtype)
+        expected = expected if layer.bias is None else expected + layer.bias
+        assert torch.equal(twin(x), expected)
+        shared = quantized_for(x, twin, twin)
+        assert shared.law is FLOAT8_ROW_BFL
+        assert torch.equal(twin(shared), expected)
+        monkeypatch.undo()
+        assert quantized_for(x, twin) is x  # on the CPU
 
 
 def test_other_configurations_are_named() -> None:

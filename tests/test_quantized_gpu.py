@@ -16,6 +16,7 @@ from support.quantised import LAWS
 from torch import Tensor, nn
 
 from ditnorm import functional, kernels, patch_model, report, verify
+from ditnorm.fused.bfl_linear import BFLLinear
 from ditnorm.fused.quantized_linear import QuantizedLinear
 from ditnorm.ops import quantization, reference_quantize
 from ditnorm.ops.calls import DequantizeProduct
@@ -157,6 +158,42 @@ def test_gelu_of_every_number_in_wide_rows() -> None:
     assert differing(functional.gelu_quantize(every, FLOAT8_ROW)[:2], expected) == 0
 
 
+@pytest.mark.parametrize("law", quantization.LAWS, ids=str)
+@pytest.mark.parametrize("rounding", ["eager", "single"])
+def test_activations_and_what_stands_beside_them(law: Law, rounding: str) -> None:
+    """In one kernel or two."""
+    for tokens, beside, width in ((1100, 3072, 12288), (1030, 6144, 18432), (3000, 0, 9216), (700, 0, 10240), (5, 3, 10), (3, 16, 40000)):
+        both = rows((2, tokens, beside + 2 * width), torch.bfloat16).clamp(-9, 9)
+        gate, value, left = both.split([width, width, beside], dim=-1)
+        if beside:
+            expected = quantization.quantize(functional.gelu(value, left, rounding=rounding), law)
+            assert differing(functional.gelu_quantize(value, law, left)[:2], expected) == 0, (beside, width)
+        else:
+            left = None
+        expected = quantization.quantize(functional.swiglu(gate, value, left, rounding=rounding), law)
+        assert differing(functional.swiglu_quantize(gate, value, law, left, rounding=rounding)[:2], expected) == 0, (beside, width)
+
+
+def test_y_beside_what_it_is_quantised_to() -> None:
+    for law, shape, case in itertools.product(quantization.LAWS, MODULATED, CASES):
+        x, residual, tables = (
+            rows(shape, torch.bfloat16),
+            rows(shape, torch.bfloat16),
+            {"norm": "fp32_layer" if "affine" in case else "layer"},
+        )
+        options: dict[str, Any] = modulations(shape, case, False) | tables | {"eps": 1e-6, "rounding": "eager"}
+        y, beside = functional.norm_scale_shift_and_quantize(x, law=law, **options)
+        assert differing((y, *beside[:2]), (functional.norm_scale_shift(x, **options), *quantization.quantize(y, law))) == 0, (
+            law,
+            shape,
+            case,
+        )
+        options = modulations(shape, case, True) | tables | {"eps": 1e-6, "rounding": "eager"}
+        y, beside, r = functional.scale_residual_norm_scale_shift_and_quantize(residual, x, law=law, **options)
+        expected = functional.scale_residual_norm_scale_shift(residual, x, **options)
+        assert differing((y, r, *beside[:2]), (*expected, *quantization.quantize(y, law))) == 0, (law, shape, case)
+
+
 Modulations = dict[str, Any]
 
 
@@ -242,6 +279,29 @@ def outcome(linear: nn.Module, x: Tensor) -> Any:
         return linear(x)
     except RuntimeError as error:
         return error
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_black_forest_labs(bias: bool) -> None:
+    utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
+    for n, k in ((3072, 3072), (12288, 3072), (3072, 15360), (64, 48)):
+        layer = quantised.bfl_linear(nn.Linear(k, n, bias=bias, dtype=torch.bfloat16, device=DEVICE))
+        twin = copy.deepcopy(layer)
+        set_class(twin, subclass(BFLLinear, utils.BFLFP8RLinear, "eager"))
+        for shape in ((1, 4096, k), (2, 77, k), (20, k)):
+            x = rows(shape, torch.bfloat16)
+            with torch.no_grad():
+                assert differing((twin(x),), (layer(x),)) == 0, (n, k, shape)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma", "qwen-image", "z-image"])
+def test_models_of_black_forest_labs_checkpoints(name: str) -> None:
+    model = quantised.quantise_bfl(tiny.load(name, torch.bfloat16).to(DEVICE), lambda path: "blocks." in path and "refiner" not in path)
+    arguments = moved(tiny.inputs(name, 2, torch.bfloat16), DEVICE)
+    expected = tiny.run(model, arguments)
+    patch_model(model, strict=True)
+    assert differing((tiny.run(model, arguments),), (expected,)) == 0
+    assert not any(found.differing for found in verify(model, strict=True).values())
 
 
 @pytest.mark.parametrize("kind", ["random", "constant", "large"])

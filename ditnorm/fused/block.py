@@ -7,10 +7,10 @@ from torch import nn
 
 from ..swapping.generated import origin_of
 from .activation import FusedSwiGLU
+from .bfl_linear import QUANTIZED_LINEARS
 from .feed_forward import FusedFeedForward
 from .gelu import FusedGELU
 from .module import FusedModule
-from .quantized_linear import QuantizedLinear
 
 
 class FusedUnit(FusedModule):
@@ -57,4 +57,4 @@ class FusedUnit(FusedModule):
 class FusedBlock(FusedUnit):
     """A transformer block. A new model is one file in :mod:`ditnorm.models` with such bodies."""
 
-    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, FusedSwiGLU, QuantizedLinear, FusedFeedForward)
+    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, FusedSwiGLU, *QUANTIZED_LINEARS, FusedFeedForward)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..functional import gelu_quantize, quantize
 from ..ops.quantization import FLOAT8_ROW_BFL, Law, Quantized, Wanted
 from .activation_sites import Activation
+from .bfl_linear import quantized_body
 from .gelu import FusedGELU, unlike_torchs
 from .module import FusedModule, upstream_of
 from .quantized_linear import QuantizedLinear, hooked, law_for
@@ -27,13 +28,19 @@ class FusedFeedForward(FusedModule):
     @classmethod
     def applies_to(cls, module: nn.Module) -> bool:
         """Where something in it is quantised."""
-        return super().applies_to(module) and any(QuantizedLinear.applies_to(m) for m in module.modules())
+        return super().applies_to(module) and any(quantized_body(m) is not None for m in module.modules())
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
         gelu, *_, linear = module.net
-        quantised = QuantizedLinear.applies_to(linear) and QuantizedLinear.unsupported(linear) is None
-        if quantised and FusedGELU.knows(upstream_of(type(gelu))) and gelu.approximate == "tanh" and unlike_torchs() is None:
+        body = quantized_body(linear)
+        if (
+            body is not None
+            and body.unsupported(linear) is None
+            and FusedGELU.knows(upstream_of(type(gelu)))
+            and gelu.approximate == "tanh"
+            and unlike_torchs() is None
+        ):
             yield Activation("net.0", "GELU and its quantiser in one call")
 
     def forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:

@@ -74,22 +74,33 @@ class QuantizedLinear(FusedModule):
         law = law_of(module.weight)  # type: ignore[arg-type]
         if isinstance(law, str):
             return law
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
-        return None if law is INT8_ROW or capability >= (8, 9) else f"float8 needs compute capability 8.9, this GPU has {capability}"
+        return None if law is INT8_ROW else float8_unsupported()
 
     @classmethod
     def calls(cls, module: Any, dtype: torch.dtype) -> Iterator[FusedCall]:
         """One, on a stream of ``dtype``."""
         law = law_of(module.weight)
         if isinstance(law, Law):
-            yield QuantizedProduct(law, module.in_features, module.out_features, dtype, module.bias is not None, weakref.ref(module))
+            bias = module.bias is not None
+            yield QuantizedProduct(law, module.in_features, module.out_features, dtype, bias, cls, weakref.ref(module))
+
+    @staticmethod
+    def operand_in(module: Any) -> Any:
+        """What ``module`` multiplies by; None where its own library serves it."""
+        return operand_of(module._parameters["weight"])
+
+    @staticmethod
+    def multiplied(x: Quantized, module: Any) -> Tensor:
+        """``module(x)``, whether its class has been swapped or not."""
+        parameters = module._parameters
+        return product(x, operand_of(parameters["weight"]), parameters["bias"])
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         parameters = self._parameters
         bias = parameters["bias"]
         if isinstance(input, Quantized):
             return product(input, operand_of(parameters["weight"]), bias)
-        if _is_compiling() or not _serves(input) or not self.as_made():
+        if not served_here(input) or not self.as_made():
             return super().forward(input)  # type: ignore[misc]
         operand = operand_of(parameters["weight"])
         if operand is None or not operand.takes(input, bias):
@@ -130,13 +141,12 @@ def law_for(x: Tensor, *linears: Any) -> Wanted | None:
             return _law_beside(x, linears)
         if "forward" in linear.__dict__:
             return None
-    if _is_compiling() or not _serves(x) or not untouched(*linears):
+    if not served_here(x) or not untouched(*linears):
         return None
     law: Law | None = None
     for linear in linears:
-        parameters = linear._parameters
-        operand = operand_of(parameters["weight"])
-        if operand is None or not operand.takes(x, parameters["bias"]) or (law is not None and operand.law is not law):
+        operand = linear.operand_in(linear)
+        if operand is None or not operand.takes(x, linear._parameters["bias"]) or (law is not None and operand.law is not law):
             return None
         law = operand.law
     return law
@@ -202,10 +212,18 @@ def hooked(module: Any) -> bool:
     return not untouched(module)
 
 
-def _serves(x: Tensor) -> bool:
-    """Whether nothing but the values of ``x`` matters: no graph, no autocast, no tensor of another
-    kind, nobody in PyTorch's place.
+def float8_unsupported() -> str | None:
+    """Why no float8 matrices are multiplied here, or None."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
+    return None if capability >= (8, 9) else f"float8 needs compute capability 8.9, this GPU has {capability}"
+
+
+def served_here(x: Tensor) -> bool:
+    """Whether nothing but the values of ``x`` matters: no graph, no compiler, no autocast, no
+    tensor of another kind, nobody in PyTorch's place.
     """
+    if _is_compiling():
+        return False
     plain = type(x) is Tensor and x.dtype in _HALVES and F.linear is _LINEAR
     return plain and not torch.is_grad_enabled() and not any_autocast_enabled()
 
@@ -219,6 +237,7 @@ class QuantizedProduct:
     out: int
     dtype: torch.dtype
     bias: bool
+    body: type[QuantizedLinear]
     linear: weakref.ref[Any] = field(compare=False)
     """One of the layers: which one doesn't matter, and what was verified must not keep it alive."""
 
@@ -238,14 +257,17 @@ class QuantizedProduct:
         return f"{self.law} ({self.dtype}, {self.width} to {self.out})".replace("torch.", "")
 
     def same_bits(self, device: torch.device) -> bool:
-        """Values and scales against the law in PyTorch, and the product against torchao's own."""
+        """Values and scales against the law in PyTorch, and the product against upstream's own."""
         linear, rows = self.linear(), self._rows(device)
         if not self._same_values(rows):
             return False
-        if linear is None or linear.weight.device != device or law_of(linear.weight) is not self.law:
+        if linear is None or linear.weight.device != device:
             return True  # offloaded: no weight to multiply with
-        fused = product(quantize(rows, self.law), operand_of(linear.weight), linear.bias)
-        return same_bits(fused, nn.Linear.forward(linear, rows))
+        operand = self.body.operand_in(linear)
+        if operand is None or operand.law is not self.law or not operand.takes(rows, linear.bias):
+            return True
+        upstream: Any = upstream_of(type(linear))
+        return same_bits(self.body.multiplied(quantize(rows, self.law), linear), upstream.forward(linear, rows))
 
     def _rows(self, device: torch.device) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)

@@ -169,7 +169,7 @@ class JointQKNormRope(NamedTuple):
 
 
 class Quantize(NamedTuple):
-    """``x`` [..., D] quantised, or GELU of it."""
+    """``x`` [..., D] quantised."""
 
     x: Tensor
     law: Quantiser
@@ -190,6 +190,34 @@ class SwiGLU(NamedTuple):
     value: Tensor
     beside: Tensor | None
     rounding: Rounding
+
+
+class GeluQuantize(NamedTuple):
+    """:class:`Gelu`, quantised."""
+
+    x: Tensor
+    beside: Tensor | None
+    law: Quantiser
+
+    @property
+    def activation(self) -> Gelu:
+        """What is quantised. (It has one law of rounding.)"""
+        return Gelu(self.x, self.beside, "eager")
+
+
+class SwiGLUQuantize(NamedTuple):
+    """:class:`SwiGLU`, quantised."""
+
+    x: Tensor
+    value: Tensor
+    beside: Tensor | None
+    rounding: Rounding
+    law: Quantiser
+
+    @property
+    def activation(self) -> SwiGLU:
+        """What is quantised."""
+        return SwiGLU(*self[:-1])
 
 
 class DequantizeProduct(NamedTuple):
@@ -389,6 +417,7 @@ SiteCall = NormScaleShift | ScaleResidualNormScaleShift | ScaleResidual
 """A call at a norm site of a block."""
 QKCall = QKNormRope | JointQKNormRope
 ActivationCall = Gelu | SwiGLU
+QuantizedActivationCall = GeluQuantize | SwiGLUQuantize
 
 Modulation = tuple[Tensor | None, Tensor | None]
 """A modulation and the table that is added to it in float32; either may be missing (a table alone

@@ -5,8 +5,8 @@
 import torch
 from torch import Tensor
 
-from . import checks
-from .calls import HALVES, DequantizeProduct, Quantize, QuantizedSiteCall
+from . import checks, checks_activation
+from .calls import HALVES, DequantizeProduct, Quantize, QuantizedActivationCall, QuantizedSiteCall
 from .checks import FLOATS, _devices, _shape, _tensor
 from .quantization import LAWS, Law
 
@@ -32,6 +32,22 @@ def check_site(call: QuantizedSiteCall) -> None:
 def unfused_site(call: QuantizedSiteCall) -> str | None:
     """Why no kernel takes a call that :func:`check_site` has passed, or None."""
     return checks.unfused(call.site)
+
+
+def check_activation(call: QuantizedActivationCall) -> None:
+    """As :func:`check`."""
+    checks_activation.check(call.activation)
+    check_law(call.law, call.x)
+
+
+def unfused_activation(call: QuantizedActivationCall) -> str | None:
+    """Why no kernel takes a call that :func:`check_activation` has passed, or None."""
+    return checks_activation.unfused(call.activation)
+
+
+def like_activation(call: QuantizedActivationCall) -> tuple[Tensor, Tensor]:
+    """Empty tensors like the results."""
+    return like_quantized(checks_activation.like(call.activation), call.law)
 
 
 def check_law(law: Law, x: Tensor) -> None:

@@ -1,10 +1,16 @@
 """The quantising ops in plain PyTorch; their laws: :mod:`ditnorm.ops.quantization`."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import quantization, reference
-from .calls import DequantizeProduct, NormScaleShiftQuantize, Quantize, ScaleResidualNormScaleShiftQuantize
+from . import quantization, reference, reference_activation
+from .calls import (
+    DequantizeProduct,
+    GeluQuantize,
+    NormScaleShiftQuantize,
+    Quantize,
+    ScaleResidualNormScaleShiftQuantize,
+    SwiGLUQuantize,
+)
 
 
 def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
@@ -12,11 +18,14 @@ def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
     return quantization.quantize(call.x, call.law)
 
 
-def gelu_quantize(call: Quantize) -> tuple[Tensor, Tensor]:
-    """The same of GELU(x) in its tanh approximation (arXiv:1606.08415), which is rounded to the
-    dtype of ``x`` before.
-    """
-    return quantization.quantize(F.gelu(call.x, approximate="tanh"), call.law)
+def gelu_quantize(call: GeluQuantize) -> tuple[Tensor, Tensor]:
+    """The same of what ``gelu`` returns, rounded to the dtype of ``x`` before."""
+    return quantization.quantize(reference_activation.gelu(call.activation), call.law)
+
+
+def swiglu_quantize(call: SwiGLUQuantize) -> tuple[Tensor, Tensor]:
+    """The same of what ``swiglu`` returns."""
+    return quantization.quantize(reference_activation.swiglu(call.activation), call.law)
 
 
 def norm_scale_shift_quantize(call: NormScaleShiftQuantize) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from . import (
 from .calls import (
     DequantizeProduct,
     Gelu,
+    GeluQuantize,
     JointQKNormRope,
     JointQKNormRopeBackward,
     NormScaleResidual,
@@ -42,6 +43,7 @@ from .calls import (
     ScaleResidualNormScaleShiftBackward,
     ScaleResidualNormScaleShiftQuantize,
     SwiGLU,
+    SwiGLUQuantize,
 )
 
 
@@ -172,11 +174,19 @@ OPS: Mapping[str, Op] = {
         ),
         Op(
             "gelu_quantize",
-            Quantize,
+            GeluQuantize,
             reference_quantize.gelu_quantize,
-            checks_quantize.check,
-            _fused,
-            lambda call: checks_quantize.like_quantized(call.x, call.law),
+            checks_quantize.check_activation,
+            checks_quantize.unfused_activation,
+            checks_quantize.like_activation,
+        ),
+        Op(
+            "swiglu_quantize",
+            SwiGLUQuantize,
+            reference_quantize.swiglu_quantize,
+            checks_quantize.check_activation,
+            checks_quantize.unfused_activation,
+            checks_quantize.like_activation,
         ),
         Op(
             "gelu",

@@ -64,3 +64,22 @@ def quantise(model: nn.Module, law: Law, which: Callable[[str], bool] = lambda n
         if which(name) and not (linear.in_features % multiple or linear.out_features % multiple):
             linear.weight = nn.Parameter(weight(linear.weight, law), requires_grad=False)
     return model
+
+
+def bfl_linear(linear: nn.Linear) -> Any:
+    """Diffusers' ``BFLFP8RLinear`` of a layer, as its quantiser makes them of checkpoints."""
+    utils = pytest.importorskip("diffusers.quantizers.bfl.utils")
+    weight, bias = linear.weight, linear.bias
+    layer = utils.BFLFP8RLinear(linear.in_features, linear.out_features, bias is not None, compute_dtype=weight.dtype, device=weight.device)
+    values, layer.weight_scale = utils.quantize_fp8r(weight.detach())
+    layer.weight, layer.bias = nn.Parameter(values, requires_grad=False), bias
+    return layer
+
+
+def quantise_bfl(model: nn.Module, which: Callable[[str], bool] = lambda name: True) -> nn.Module:
+    """Every linear layer of which the name passes ``which``."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and which(name):
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._modules[child] = bfl_linear(linear)
+    return model

@@ -12,11 +12,14 @@ struct ActivationProblem {
   DType dtype;
   Rows x, value, beside;  // value.data is null but for swiglu, beside.data where beside_width is 0
   Activation activation;
-  bool round_each;  // of swiglu: silu(x) is rounded to the dtype before the product
-  void* y;          // [batch, tokens, beside_width + width] contiguous
+  bool round_each;      // of swiglu: silu(x) is rounded to the dtype before the product
+  void* y;              // [batch, tokens, beside_width + width] contiguous
+  Quantized quantized;  // y in its place, of activate_quantized
 };
 
 // As those of problem.h.
 int activate(const ActivationProblem& problem, void* stream);
+// kNotServed where there is no kernel that quantises too.
+int activate_quantized(const ActivationProblem& problem, void* stream);
 
 }  // namespace ditnorm

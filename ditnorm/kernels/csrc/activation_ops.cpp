@@ -5,6 +5,7 @@
 #include "activation.h"
 #include "op_call.h"
 #include "op_table.h"
+#include "quantize_ops.h"
 
 namespace ditnorm {
 namespace {
@@ -48,6 +49,15 @@ class ActivationOp {
     return y;
   }
 
+  // In one kernel where there is one that does both, else in two.
+  std::tuple<Tensor, Tensor> run_quantized(int64_t law) {
+    QuantizedOutput output(x_, law, problem_.beside_width);
+    problem_.quantized = output.out;
+    const bool empty = problem_.batch * problem_.tokens == 0;
+    if (!empty && call_kernel(&activate_quantized, problem_, x_.device_index()) == kNotServed) quantize_into(output, run(), false);
+    return {std::move(output.values), std::move(output.scale)};
+  }
+
  private:
   // Keeps a dense copy, where the last dim isn't dense, alive until the launch.
   Rows rows(const Tensor& t) {
@@ -80,12 +90,32 @@ Tensor swiglu_op(const Tensor& x, const Tensor& value, const Optional& beside, i
   return op.run();
 }
 
+std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, const Optional& beside, int64_t law) {
+  if (!beside) {
+    QuantizedOutput output(x, law);
+    quantize_into(output, x, true);
+    return {std::move(output.values), std::move(output.scale)};
+  }
+  ActivationOp op(x, roundings::eager);
+  op.beside(beside);
+  return op.run_quantized(law);
+}
+
+std::tuple<Tensor, Tensor> swiglu_quantize_op(const Tensor& x, const Tensor& value, const Optional& beside, int64_t rounding, int64_t law) {
+  ActivationOp op(x, rounding);
+  op.value(value);
+  op.beside(beside);
+  return op.run_quantized(law);
+}
+
 }  // namespace
 
 Ops activation_ops() {
   static const OpEntry kOps[] = {
       op<&gelu_op>("gelu"),
       op<&swiglu_op>("swiglu"),
+      op<&gelu_quantize_op>("gelu_quantize"),
+      op<&swiglu_quantize_op>("swiglu_quantize"),
   };
   return {kOps, std::size(kOps)};
 }

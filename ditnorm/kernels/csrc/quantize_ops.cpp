@@ -8,12 +8,12 @@
 
 namespace ditnorm {
 
-QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law) {
+QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside) {
   check(law >= 0 && law < kLaws, "ditnorm: law");
   const int64_t dim = x.dim();
   check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
   const int64_t* sizes = x.sizes();
-  const int64_t rows = dim == 3 ? sizes[0] * sizes[1] : sizes[0], width = sizes[dim - 1];
+  const int64_t rows = dim == 3 ? sizes[0] * sizes[1] : sizes[0], width = beside + sizes[dim - 1];
   check(width >= 1, "ditnorm: x must have a last dim");
   out.law = static_cast<Law>(law);
   const bool int8 = out.law == Law::int8_row, per_row = out.law != Law::float8_tensor;
@@ -57,12 +57,6 @@ std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) {
   return {std::move(output.values), std::move(output.scale)};
 }
 
-std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, int64_t law) {
-  QuantizedOutput output(x, law);
-  quantize_into(output, x, true);
-  return {std::move(output.values), std::move(output.scale)};
-}
-
 Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const Tensor& weight_scale, const Optional& bias, int64_t dtype) {
   const int32_t float32 = aoti_torch_dtype_float32(),
                 out = dtype == halves::bfloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
@@ -100,7 +94,6 @@ Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const T
 Ops quantize_ops() {
   static const OpEntry kOps[] = {
       op<&quantize_op>("quantize"),
-      op<&gelu_quantize_op>("gelu_quantize"),
       op<&dequantize_product_op>("dequantize_product"),
   };
   return {kOps, std::size(kOps)};

@@ -9,7 +9,8 @@ namespace ditnorm {
 // What [.., D] is quantised to: values [rows, D] and scale [rows, 1], or [1, 1]
 // of a law with one scale for all rows.
 struct QuantizedOutput {
-  QuantizedOutput(const Tensor& x, int64_t law);
+  // `beside`: columns of another tensor in front of those of x.
+  QuantizedOutput(const Tensor& x, int64_t law, int64_t beside = 0);
 
   Tensor values, scale;
   Quantized out{};
