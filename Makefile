@@ -73,7 +73,7 @@ test-suite: .venv/test  ## the whole suite, on the GPU where there is one, else 
 	$(PYTEST) $(PARALLEL) -m "$(SELECTED)" --ignore tests/test_build.py
 
 docs: .venv/docs  ## the site of README and docs/ in build/site; dead links are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 results: .venv/test  ## on a GPU: measures all that README and docs show, two hours, and writes the pages
 	$(BIN)/python scripts/results.py --out bench-output
