@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import site_pages
 
-from ditnorm.models import families
-
 ROOT = site_pages.ROOT
 PAGES = [*(ROOT / name for name in site_pages.PAGES), *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/digits/README.md"]
 
@@ -49,8 +47,3 @@ def test_the_site_has_every_page_of_docs():
 def test_links_are_turned_to_where_the_pages_of_the_site_are():
     assert site_pages.turned("[a](docs/use.md#x) [b](CONTRIBUTING.md) [c](#y)") == "[a](use.md#x) [b](contributing.md) [c](#y)"
     assert site_pages.turned("[a](../README.md#installing) [b](ops.json)", "../") == "[a](index.md#installing) [b](ops.json)"
-
-
-def test_every_family_is_on_the_page_of_models():
-    page = (ROOT / "docs" / "models.md").read_text()
-    assert sorted(families()) == sorted(re.findall(r"^\| ([\w.-]+) \| .* a .*block", page, re.MULTILINE))

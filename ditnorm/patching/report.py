@@ -154,7 +154,7 @@ def report(target: object) -> Report:
         >>> print(ditnorm.report(transformer))
         ditnorm: FluxTransformer2DModel
         ...
-          not patched   would fuse 4 of 4 blocks, 21 fused calls a forward pass
+          not patched   would fuse 4 of 4 blocks, 23 fused calls a forward pass
         ...
     """
     found = targets(modules_of(target), target)
