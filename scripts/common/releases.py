@@ -1,0 +1,52 @@
+"""The releases of a package that the project supports, and commands that are run with one of
+them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pip has it inside
+    from pip._vendor import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+
+
+def supported(package: str) -> Requirement:
+    """What pyproject.toml says of a package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return next(r for r in map(Requirement, project["dependencies"]) if r.name == package)
+
+
+def releases(package: str) -> list[Version]:
+    """The supported releases that pip finds, oldest first."""
+    found = run([sys.executable, "-m", "pip", "index", "versions", package]).stdout
+    listed = re.search(r"Available versions: (.*)", found)
+    if listed is None:
+        raise SystemExit(f"pip lists no versions of {package}")
+    return sorted(v for v in map(Version, listed[1].split(", ")) if supported(package).specifier.contains(v))
+
+
+def run(command: list[str], *, check: bool = False, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    """Runs a command in the project's folder, and keeps what it prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=check, cwd=ROOT, env={**os.environ, **(env or {})})
+
+
+def outcome_of(tests: list[str], python: str, env: dict[str, str]) -> str:
+    """The last line of pytest."""
+    pytest = [python, "-m", "pytest", "--quiet", "--disable-warnings", "-p", "no:cacheprovider"]
+    done = run([*pytest, *tests], env=env)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[-1] if lines else f"pytest ended with status {done.returncode} and printed nothing"
+
+
+def failed(outcome: str) -> bool:
+    """Whether a last line of pytest tells of a failure."""
+    return "failed" in outcome or "error" in outcome or "passed" not in outcome
