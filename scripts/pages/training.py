@@ -8,10 +8,14 @@ from .blocks import table
 from .records import commands, measured, newest, runs_of, where
 
 
+HOST = "\n- *host ms*: until Python had come to its end; near the step's time the GPU waited for it"
+
+
 def written(docs: Path) -> dict[str, str]:
     """Each block's text."""
     found = measured(docs, "training")
     rows = []
+    on_host = any("host_ms" in column for m in found for columns in m.entry["plans"].values() for column in columns.values())
     for m in found:
         layers = " + ".join(map(str, m.entry["layers"].values()))
         for plan, columns in m.entry["plans"].items():
@@ -19,9 +23,22 @@ def written(docs: Path) -> dict[str, str]:
             for name, column in columns.items():
                 peak = column["peak_gb"]
                 numbers = [f"{column['step_ms']:,.1f}", f"{eager / column['step_ms']:.2f}", f"{column['shares']['busy_ms']:,.1f}"]
+                numbers += [f"{column['host_ms']:,.1f}" if "host_ms" in column else ""] if on_host else []
                 numbers += ["" if peak is None else f"{peak:.2f}", f"{column['first_step_s']:.1f}"]
                 rows.append([m.entry["title"], m.card, layers, plan, name, *numbers])
-    header = ["", "GPU", "layers", "trained", "", "step ms", "times eager's speed", "GPU ms", "peak GB", "first step s"]
+    header = [
+        "",
+        "GPU",
+        "layers",
+        "trained",
+        "",
+        "step ms",
+        "times eager's speed",
+        "GPU ms",
+        *(["host ms"] if on_host else []),
+        "peak GB",
+        "first step s",
+    ]
     listed = "; ".join(dict.fromkeys(where(run) for run in runs_of(found)))
     return {
         "training": f"""Measured {listed}.
@@ -31,7 +48,7 @@ def written(docs: Path) -> dict[str, str]:
 {table(header, rows, 5)}
 
 - *step ms*: median wall time of forward, backward and AdamW
-- *GPU ms*: the sum over the step's kernels
+- *GPU ms*: the sum over the step's kernels{HOST if on_host else ""}
 - *peak GB*: the most GPU memory in use
 - *first step s*: with what PyTorch and the compiler do once""",
     }
