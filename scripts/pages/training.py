@@ -7,7 +7,6 @@ from bench.models.variants import EAGER, PATCHED
 from .blocks import table
 from .records import commands, measured, newest, runs_of, where
 
-
 HOST = "\n- *host ms*: until Python had come to its end; near the step's time the GPU waited for it"
 
 
