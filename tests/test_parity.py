@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 import ditnorm
 
-SCRIPTS = ["qwen_image", "wan", "hunyuan_video", "sd3", "flux", "flux2", "z_image"]
+SCRIPTS = ["qwen_image", "wan", "hunyuan_video", "sd3", "flux", "flux2", "z_image", "ltx2"]
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +226,7 @@ def test_noise_can_be_given_again_to_a_pipeline_that_mixes_a_picture_into_it():
     prompt = {"prompt_embeds": torch.randn(1, tiny.TEXT, tiny.TEXT_DIM), "pooled_prompt_embeds": torch.randn(1, 8)}
     arguments = {"image": picture, "height": 64, "width": 64, "num_frames": 5, "prompt_attention_mask": torch.ones(1, tiny.TEXT), **prompt}
     first = generation.generate(pipe, arguments, 2)
-    again, other = (generation.generate(pipe, arguments, 2, noise=noise) for noise in (first.noise, -first.noise))
+    again, other = (generation.generate(pipe, arguments, 2, noise=noise) for noise in (first.noise, tuple(-drawn for drawn in first.noise)))
     assert torch.equal(again.frames, first.frames)
     assert not torch.equal(other.frames, first.frames)
 

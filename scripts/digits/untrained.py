@@ -12,17 +12,22 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
 from .families import HEAD_DIM, HEADS, IMAGE, POOLED_DIM, TEXT_DIM, Prompts, TinyPipeline, save
 
@@ -124,6 +129,69 @@ def _z_image_arguments(prompts: Prompts) -> dict[str, Any]:
     return {"prompt_embeds": list(prompts["prompt_embeds"]), "guidance_scale": 0.0}
 
 
+def _ltx2() -> DiffusionPipeline:
+    """Two frames of video, and sound."""
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        cross_attention_dim=128,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=32,
+        audio_cross_attention_dim=64,
+        num_layers=2,
+        caption_channels=TEXT_DIM,
+        rope_type="split",
+    )
+    connector: dict[str, Any] = {"num_attention_heads": 1, "attention_head_dim": TEXT_DIM, "num_layers": 1, "num_learnable_registers": None}
+    connectors = LTX2TextConnectors(
+        caption_channels=TEXT_DIM,
+        text_proj_in_factor=1,
+        **{f"{stream}_connector_{name}": value for stream in ("video", "audio") for name, value in connector.items()},
+        connector_rope_base_seq_len=32,
+        rope_type="split",
+    )
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+        patch_size_t=1,
+    )
+    audio_vae = AutoencoderKLLTX2Audio(base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8)
+    vocoder = LTX2Vocoder(
+        in_channels=2 * 8,
+        hidden_channels=32,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+        output_sampling_rate=16000,
+    )
+    absent = dict.fromkeys(("text_encoder", "tokenizer"))
+    parts: dict[str, Any] = {"vae": vae, "audio_vae": audio_vae, "connectors": connectors, "vocoder": vocoder}
+    return LTX2Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts, **absent)
+
+
+def _ltx2_arguments(prompts: Prompts) -> dict[str, Any]:
+    scales = {f"{prefix}{name}": 1.0 for prefix in ("", "audio_") for name in ("guidance_scale", "modality_scale")}
+    without = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "spatio_temporal_guidance_blocks": None}
+    embeds = prompts["prompt_embeds"]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask, **scales, **without}
+
+
 UNTRAINED = {
     pipeline.name: pipeline
     for pipeline in (
@@ -131,5 +199,6 @@ UNTRAINED = {
         TinyPipeline("flux2", "Flux2KleinPipeline", _flux2, IMAGE, _flux2_arguments),
         TinyPipeline("z-image", "ZImagePipeline", _z_image, IMAGE, _z_image_arguments),
         TinyPipeline("sd3", "StableDiffusion3Pipeline", _sd3, IMAGE, _sd3_arguments),
+        TinyPipeline("ltx2", "LTX2Pipeline", _ltx2, {"height": 32, "width": 32, "num_frames": 5}, _ltx2_arguments),
     )
 }

@@ -20,10 +20,10 @@ SEED = 0
 class Generation:
     """What one call of a pipeline made; tensors on the CPU."""
 
-    noise: Tensor
-    """What the pipeline drew, in the shape that it drew."""
+    noise: tuple[Tensor, ...]
+    """What the pipeline drew, in the shapes that it drew; LTX-2's draws for its sound, too."""
     latents: tuple[Tensor, ...]
-    """After each step."""
+    """After each step; those of the sound behind those of the video."""
     frames: Tensor
     """Decoded, ``[B, F, C, H, W]``, 0 to 1, float32; a picture has F = 1. C = 3, or 4 with alpha,
     which Qwen-Image 2.1 draws.
@@ -36,7 +36,7 @@ def generate(
     arguments: Mapping[str, Any],
     steps: int,
     *,
-    noise: Tensor | None = None,
+    noise: tuple[Tensor, ...] | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Generation:
     """Calls the pipeline with the one seed, or with ``noise``, what another run drew, in the place
@@ -48,22 +48,26 @@ def generate(
     def draw(randn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         result = randn(*args, **kwargs)
         if noise is not None:
-            result = noise.to(result)
+            result = noise[len(drawn)].to(result)
         drawn.append(result.cpu())
         return result
 
-    def keep(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        latents.append((result[0] if isinstance(result, tuple) else result.prev_sample).cpu())
-        on_step()
+    def keep(step: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(scheduler, *args, **kwargs)
+        stepped = (result[0] if isinstance(result, tuple) else result.prev_sample).cpu()
+        if scheduler is pipe.scheduler:
+            latents.append(stepped)
+            on_step()
+        else:  # a copy, for the sound
+            latents[-1] = torch.cat([latents[-1].flatten(), stepped.flatten()])
         return result
 
     synchronize()
     start = time.perf_counter()
     # Not callback_on_step_end: HunyuanVideo-1.5's pipelines have none. Not the argument latents:
     # into these, too, HunyuanVideo mixes the picture that it animates.
-    with wrapped(sys.modules[type(pipe).__module__], "randn_tensor", draw), wrapped(pipe.scheduler, "step", keep):
-        (output,) = pipe(
+    with wrapped(sys.modules[type(pipe).__module__], "randn_tensor", draw), wrapped(type(pipe.scheduler), "step", keep):
+        output, *_ = pipe(
             **arguments,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(SEED),
@@ -72,8 +76,7 @@ def generate(
         )
     frames = output.float().cpu()
     seconds = time.perf_counter() - start
-    (first,) = drawn
-    return Generation(first, tuple(latents), frames[:, None] if frames.dim() == 4 else frames, seconds)
+    return Generation(tuple(drawn), tuple(latents), frames[:, None] if frames.dim() == 4 else frames, seconds)
 
 
 @contextmanager
