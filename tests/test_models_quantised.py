@@ -15,6 +15,7 @@ from support.quantised import LAWS
 from torch import Tensor, nn
 
 from ditnorm import kernels, patch_model, report, unpatch_model
+from ditnorm.fused import activation
 from ditnorm.fused.bfl_linear import BFLOperand
 from ditnorm.fused.quantized_linear import QuantizedLinear
 from ditnorm.ops.quantization import FLOAT8_ROW, Law
@@ -92,7 +93,7 @@ def test_layers_of_black_forest_labs_are_fused_as_torchaos(name: str, monkeypatc
     assert calls_of(model, name)["quantize"] == 0
     if quantised.cpu_multiplies_float8_rows():
         twin = patch_model(model_of(name, FLOAT8_ROW))
-        monkeypatch.setattr(BFLOperand, "takes", lambda self, x, bias: True)
+        monkeypatch.setattr(BFLOperand, "takes", lambda self, x, bias, width=None: True)
         run(model, name), run(twin, name)
         assert len(fused_linears(twin)) == linears
         assert calls_of(model, name) == calls_of(twin, name)
@@ -266,6 +267,27 @@ def test_compiled_blocks_have_no_more_graphs(name: str) -> None:
     assert counts[1][0] <= counts[0][0]
     assert same(counts[1][1], counts[0][1])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "ovis-image", "flux2", "flux2-klein", "hunyuan-video", "lumina2", "qwen-image-2.1"])
+def test_the_last_layer_of_an_mlp_is_given_its_activation_quantised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention's result beside it where that is read too, in one call."""
+    model = model_of(name, FLOAT8_ROW)
+    expected = run(model, name)
+    patch_model(model)
+    monkeypatch.setattr(activation, "served", lambda op, x: not x.requires_grad)
+    assert same(run(model, name), expected)
+    found = calls_of(model, name)
+    assert found["gelu_quantize"] + found["swiglu_quantize"] > 0
+    assert found["gelu"] == 0
+    watched = next(m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and path.endswith(LAST_LAYERS))
+    seen: list[Any] = []
+    watched.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    assert same(run(model, name), expected)
+    assert [type(x) for x in seen] == [Tensor]
+
+
+LAST_LAYERS = ("proj_out", "linear_out", "to_out", "w2", "linear_2", "img_mlp.out")
 
 
 def test_where_the_kernels_gelu_has_other_bits_pytorchs_runs(monkeypatch: pytest.MonkeyPatch) -> None:

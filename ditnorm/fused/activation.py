@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import gelu, swiglu
+from ..functional import gelu, gelu_quantize, swiglu, swiglu_quantize
+from ..ops.quantization import Law
 from ..swapping.originals import replaced, replaced_functional
 from .activation_sites import Activation, served
 from .gelu import activated, activation_of, called_as_module, fits_epilogue, is_torchs_gelu, why_not
 from .module import FusedModule
+from .quantized_linear import law_for
 
 _SILU_FORWARD = nn.SiLU.forward if replaced(nn.SiLU, "forward") is None else None
 _SILU = F.silu if replaced_functional("silu") is None else None
@@ -34,11 +36,14 @@ def begun(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> tu
     return activation_of(activation, linear, inner), False
 
 
-def joined(beside: Tensor, inner: Tensor, pending: bool, rounding: str) -> Tensor:
+def joined(beside: Tensor, inner: Tensor, pending: bool, rounding: str, reader: Any) -> Any:
     """Attention's result and the MLP's side by side: [B, S, D], what :func:`begun` returned ->
-    [B, S, D + inner dim].
+    [B, S, D + inner dim], quantised where ``reader``, the layer that reads it, takes it so.
     """
-    return gelu(inner, beside, rounding=rounding) if pending else torch.cat([beside, inner], dim=-1)
+    if not pending:
+        return torch.cat([beside, inner], dim=-1)
+    law = law_for(inner, reader, width=beside.shape[-1] + inner.shape[-1])
+    return gelu_quantize(inner, law, beside) if isinstance(law, Law) else gelu(inner, beside, rounding=rounding)
 
 
 def gelu_joined(path: str, activation: Any) -> Activation:
@@ -82,21 +87,33 @@ def swiglu_in(path: str, reason: str | None = None) -> Activation:
     return Activation(path, "SwiGLU in one call", "swiglu", reason)
 
 
-def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str) -> Tensor:
-    """``F.silu(x) * value``, behind ``beside`` if that is given: x and value of one shape."""
+def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str, reader: Any = None) -> Any:
+    """``F.silu(x) * value``, behind ``beside`` if that is given: x and value of one shape.
+    Quantised where ``reader``, the layer that alone reads it, takes it so.
+    """
     if _silu_served(x):
-        return swiglu(x, value, beside, rounding=rounding)
+        return _swiglu(x, value, beside, rounding, reader)
     y = F.silu(x) * value
     return y if beside is None else torch.cat([beside, y], dim=-1)
 
 
-def gated(activation: nn.Module, gate: nn.Module, value: nn.Module, x: Any, rounding: str) -> Tensor:
-    """``activation(gate(x)) * value(x)`` of a SiLU and two linear layers. As upstream holds them,
-    the gate isn't kept beside its SiLU.
+def _swiglu(x: Tensor, value: Tensor, beside: Tensor | None, rounding: str, reader: Any) -> Any:
+    law = None
+    if reader is not None:
+        law = law_for(x, reader, width=x.shape[-1] + (0 if beside is None else beside.shape[-1]))
+    if isinstance(law, Law):
+        return swiglu_quantize(x, value, law, beside, rounding=rounding)
+    return swiglu(x, value, beside, rounding=rounding)
+
+
+def gated(activation: nn.Module, gate: nn.Module, value: nn.Module, x: Any, rounding: str, reader: Any) -> Any:
+    """``activation(gate(x)) * value(x)`` of a SiLU and two linear layers, quantised where
+    ``reader``, the layer that reads it, takes it so. As upstream holds them, the gate isn't kept
+    beside its SiLU.
     """
     y: Tensor = gate(x)
     if _silu_served(y):
-        return swiglu(y, value(x), rounding=rounding)
+        return _swiglu(y, value(x), None, rounding, reader)
     y = activation(y)
     return y * value(x)
 

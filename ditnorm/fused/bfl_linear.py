@@ -30,10 +30,12 @@ class BFLOperand:
     def __init__(self, width: int) -> None:
         self.width = width
 
-    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether an activation with the shape of ``x`` is quantised where it is."""
+    def takes(self, x: Tensor, bias: Tensor | None, width: int | None = None) -> bool:
+        """Whether an activation with the shape of ``x``, or of another ``width``, is quantised
+        where it is.
+        """
         shape = x.shape
-        return x.is_cuda and len(shape) >= 2 and shape[-1] == self.width and 0 not in shape
+        return x.is_cuda and len(shape) >= 2 and (width or shape[-1]) == self.width and 0 not in shape
 
 
 class BFLLinear(QuantizedLinear):

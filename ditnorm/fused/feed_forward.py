@@ -18,7 +18,17 @@ from .module import FusedModule, upstream_of
 from .quantized_linear import QuantizedLinear, hooked, law_for
 
 
-class FusedFeedForward(FusedModule):
+class FeedForwardBody(FusedModule):
+    """A feed-forward module that may be handed what it reads quantised."""
+
+    def law(self, x: Tensor) -> Wanted | None:
+        """The law by which its first layer quantises what the module is given with the shape and
+        dtype of ``x``; None: as it is.
+        """
+        raise NotImplementedError
+
+
+class FusedFeedForward(FeedForwardBody):
     """hidden_states [..., D], or what it was quantised to -> [..., D]."""
 
     fingerprints = {"forward": frozenset({"5d1675303cd4"})}  # 0.37.0 to 0.42.1
@@ -56,9 +66,6 @@ class FusedFeedForward(FusedModule):
         return linear(quantize(inner, law) if isinstance(law, Law) else inner)
 
     def law(self, x: Tensor) -> Wanted | None:
-        """The law by which its first layer quantises what the module is given with the shape and
-        dtype of ``x``; None: as it is.
-        """
         if "forward" in self.__dict__ or hooked(self):
             return None
         gelu: Any = self.net._modules["0"]
@@ -66,8 +73,8 @@ class FusedFeedForward(FusedModule):
 
 
 def law_in_feed_forward(module: Any, x: Tensor) -> Wanted | None:
-    """:meth:`FusedFeedForward.law` of a module that may be unfused."""
-    return module.law(x) if isinstance(module, FusedFeedForward) else None
+    """:meth:`FeedForwardBody.law` of a module that may be unfused."""
+    return module.law(x) if isinstance(module, FeedForwardBody) else None
 
 
 def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:

@@ -234,7 +234,7 @@ def single_stream(block: Any, x: Tensor, temb: Tensor, rotary: Rotary | None, kw
     x, gate = block.norm(x, emb=temb, **law_joined(block, x, rotary, kwargs))
     mlp, pending = begun(block.act_mlp, block.proj_mlp, x, block.rounding)
     x = block.attn(hidden_states=x, image_rotary_emb=rotary, **more, **kwargs)
-    x = joined(x, mlp, pending, block.rounding)
+    x = joined(x, mlp, pending, block.rounding, block.proj_out)
     del mlp  # as x before it: nothing is kept for no reason while proj_out runs
     return scale_residual_clipped(residual, block.proj_out(x), gate, block.rounding)
 

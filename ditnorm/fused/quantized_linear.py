@@ -130,8 +130,9 @@ def product(x: Quantized, operand: Any, bias: Tensor | None) -> Tensor:
     return y if len(shape) == 2 else y.view(*shape[:-1], -1)
 
 
-def law_for(x: Tensor, *linears: Any) -> Wanted | None:
-    """The law by which all of ``linears`` quantise an activation with the shape and dtype of ``x``.
+def law_for(x: Tensor, *linears: Any, width: int | None = None) -> Wanted | None:
+    """The law by which all of ``linears`` quantise an activation with the shape and dtype of ``x``,
+    ``width`` columns if that is given.
 
     Beside the activation where some of them are in adapters, which read it as it is. None where one
     of them wants nothing else: then nothing may be handed over quantised.
@@ -146,7 +147,7 @@ def law_for(x: Tensor, *linears: Any) -> Wanted | None:
     law: Law | None = None
     for linear in linears:
         operand = linear.operand_in(linear)
-        if operand is None or not operand.takes(x, linear._parameters["bias"]) or (law is not None and operand.law is not law):
+        if operand is None or not operand.takes(x, linear._parameters["bias"], width) or (law is not None and operand.law is not law):
             return None
         law = operand.law
     return law

@@ -111,10 +111,12 @@ class Operand:
         scale, how = self.read
         return self.source() is weight.qdata and weight.scale is scale and weight.act_quant_kwargs is how
 
-    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether an activation with the shape and dtype of ``x`` is quantised for it here."""
+    def takes(self, x: Tensor, bias: Tensor | None, width: int | None = None) -> bool:
+        """Whether an activation with the shape and dtype of ``x``, or of another ``width``, is
+        quantised for it here.
+        """
         shape = x.shape
-        if len(shape) < 2 or shape[-1] != self.width or 0 in shape:
+        if len(shape) < 2 or (width or shape[-1]) != self.width or 0 in shape:
             return False
         return bias is None or bias.dtype is x.dtype
 

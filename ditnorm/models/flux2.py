@@ -6,18 +6,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import qk_norm_rope
 from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, law_in, weight_of
+from ..fused.bfl_linear import quantized_body
 from ..fused.block import FusedBlock
+from ..fused.feed_forward import FeedForwardBody
 from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, laws, scale_residual_clipped
 from ..fused.gelu import called_as_module
 from ..fused.module import FusedModule
 from ..fused.promotion import modulated
+from ..fused.quantized_linear import hooked, law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from ..ops.quantization import Quantized, Wanted
 
 
 class Flux2SwiGLU(FusedModule):
@@ -40,10 +44,36 @@ class Flux2SwiGLU(FusedModule):
         """Whether :meth:`behind` may stand for a call: nobody looks at it."""
         return self.intact() and called_as_module(self) and is_torchs_silu(self.gate_fn)  # type: ignore[arg-type]
 
-    def behind(self, beside: Tensor | None, x: Tensor) -> Tensor:
-        """The result, behind ``beside`` along the last dim."""
+    def behind(self, beside: Tensor | None, x: Tensor, reader: Any = None) -> Any:
+        """The result, behind ``beside`` along the last dim; see :func:`silu_gated`."""
         gate, value = x.chunk(2, dim=-1)
-        return silu_gated(gate, value, beside, rounding=self.rounding)
+        return silu_gated(gate, value, beside, rounding=self.rounding, reader=reader)
+
+
+class Flux2FeedForward(FeedForwardBody):
+    """diffusers' class of this name with quantised weights: [..., D], or what that was quantised
+    to -> [..., D].
+    """
+
+    fingerprints = {"forward": frozenset({"8ef7f54eaff5"})}  # 0.37.0 to 0.42.1
+
+    optional = True
+
+    @classmethod
+    def applies_to(cls, module: nn.Module) -> bool:
+        """Where something in it is quantised."""
+        return super().applies_to(module) and any(quantized_body(m) is not None for m in module.modules())
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        activation = self.act_fn
+        if not self.intact() or not isinstance(activation, Flux2SwiGLU) or not activation.waits():
+            return super().forward(x)  # type: ignore[misc]
+        return self.linear_out(activation.behind(None, self.linear_in(x), self.linear_out))
+
+    def law(self, x: Tensor) -> Wanted | None:
+        if "forward" in self.__dict__ or hooked(self) or not self.intact():
+            return None
+        return law_for(x, self.linear_in)
 
 
 class Flux2Attention(FluxAttention):
@@ -104,7 +134,7 @@ class Flux2ParallelSelfAttention(FusedAttention):
         attended = attended.flatten(2, 3).to(query.dtype)
         activation = self.mlp_act_fn
         if isinstance(activation, Flux2SwiGLU) and activation.waits():
-            attended = activation.behind(attended, mlp)
+            attended = activation.behind(attended, mlp, self.to_out)
         else:
             attended = torch.cat([attended, activation(mlp)], dim=-1)
         del x, qkv, mlp, query, key, value  # nothing is kept for no reason while to_out runs
@@ -131,7 +161,7 @@ class Flux2TransformerBlock(FusedBlock):
         "norm2_context": ScaleResidualNormScaleShift,
         "attn": Flux2Attention,
     }
-    anywhere = (*FusedBlock.anywhere, Flux2SwiGLU)
+    anywhere = (*FusedBlock.anywhere, Flux2SwiGLU, Flux2FeedForward)
     residuals = 2
 
     def forward(

@@ -260,7 +260,7 @@ class HunyuanVideoSingleTransformerBlock(_Single, FusedBlock):
         x, gate = self.norm(x, emb=temb, **_law_joined(self, x, image_rotary_emb))
         mlp, pending = begun(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = joined(x, mlp, pending, self.rounding)
+        x = joined(x, mlp, pending, self.rounding, self.proj_out)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 
@@ -403,7 +403,7 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(_Single, FusedBlock):
         x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens, **_law_joined(self, x, image_rotary_emb))
         mlp, pending = begun(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = _attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = joined(x, mlp, pending, self.rounding)
+        x = joined(x, mlp, pending, self.rounding, self.proj_out)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 

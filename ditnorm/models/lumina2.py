@@ -109,7 +109,7 @@ class LuminaFeedForward(FusedModule):
         if not _is_silu(silu, self.silu_forward) or not self.intact():
             return super().forward(x)  # type: ignore[misc]
         shared = quantized_for(x, self.linear_1, self.linear_3)
-        return self.linear_2(gated(silu, self.linear_1, self.linear_3, shared, self.rounding))
+        return self.linear_2(gated(silu, self.linear_1, self.linear_3, shared, self.rounding, self.linear_2))
 
 
 def _known_silu(origin: Any) -> Any:

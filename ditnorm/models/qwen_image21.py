@@ -13,11 +13,11 @@ from ..fused.activation import gated, is_torchs_silu, silu_joined
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
-from ..fused.feed_forward import law_in_feed_forward
-from ..fused.module import FusedModule
+from ..fused.feed_forward import FeedForwardBody, law_in_feed_forward
 from ..fused.promotion import modulated, no_shift, promoted
-from ..fused.quantized_linear import quantized_for
+from ..fused.quantized_linear import hooked, law_for, quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from ..ops.quantization import Wanted
 
 _SELECTS_ROWS = {"_select_modulation_rows": frozenset({"8dced6670ad1"})}  # 0.41.0 to 0.42.1
 
@@ -86,7 +86,7 @@ class QwenImage21Attention(FusedAttention):
         return self.processor(projected, hidden_states, **kwargs | {"rotary_emb": None})
 
 
-class QwenImage21SwiGLUFeedForward(FusedModule):
+class QwenImage21SwiGLUFeedForward(FeedForwardBody):
     """diffusers' class of this name: [..., D] -> [..., D]."""
 
     fingerprints = {"forward": frozenset({"02e4ff668855"})}  # 0.41.0 to 0.42.1
@@ -101,7 +101,12 @@ class QwenImage21SwiGLUFeedForward(FusedModule):
         if not self.intact() or not is_torchs_silu(self.activation_fn):
             return super().forward(hidden_states)  # type: ignore[misc]
         shared = quantized_for(hidden_states, self.gate_layer, self.proj)
-        return self.out(gated(self.activation_fn, self.gate_layer, self.proj, shared, self.rounding))
+        return self.out(gated(self.activation_fn, self.gate_layer, self.proj, shared, self.rounding, self.out))
+
+    def law(self, x: Tensor) -> Wanted | None:
+        if "forward" in self.__dict__ or hooked(self) or not self.intact() or not is_torchs_silu(self.activation_fn):
+            return None
+        return law_for(x, self.gate_layer, self.proj)
 
 
 def _rows(modulation: Tensor, target_token_mask: Tensor | None) -> Tensor:

@@ -90,7 +90,7 @@ class ZImageFeedForward(FusedModule):
         if not self.intact():
             return super().forward(x)  # type: ignore[misc]
         shared = quantized_for(x, self.w1, self.w3)
-        return self.w2(silu_gated(self.w1(shared), self.w3(shared), rounding=self.rounding))
+        return self.w2(silu_gated(self.w1(shared), self.w3(shared), rounding=self.rounding, reader=self.w2))
 
 
 def _rows(noisy: Tensor, clean: Tensor) -> Tensor:
