@@ -11,11 +11,21 @@ from support import aten_replay
 from support.cases import DEVICE, compiled_only, norm_scale_shift, scale_residual_norm_scale_shift
 from torch import Tensor
 
-from ditnorm.functional import scale_residual
+from ditnorm.functional import gelu, norm_scale_residual, norm_scale_residual_norm_scale_shift, scale_residual, swiglu
 
+EPS = 1e-6
 FILES = sorted((Path(__file__).parent / "golden").glob("*.pt"))
+KINDS = {"layer": "norms", "qwen_y": "laws", "sandwich_y": "sandwiches", "gelu": "activations", "d_x": "gradients"}
+"""One of the results of each kind of record."""
+
+
+def kind_of(record: dict[str, dict[str, Tensor]]) -> str:
+    (kind,) = (kind for name, kind in KINDS.items() if name in record["results"])
+    return kind
+
+
 RECORDS = [
-    pytest.param(record, id=f"{path.stem}-{'norms' if 'layer' in record['results'] else 'laws'}-{record['inputs']['x'].shape[-1]}")
+    pytest.param(record, id=f"{path.stem}-{kind_of(record)}-{record['inputs']['x'].shape[-1]}")
     for path in FILES
     for record in torch.load(path, weights_only=True)["records"]
 ]
@@ -29,14 +39,21 @@ def test_there_are_records_and_they_say_where_they_come_from() -> None:
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_the_replay_equals_aten(record: dict[str, dict[str, Tensor]]) -> None:
-    results = record["results"]
-    if "layer" in results:
-        x = record["inputs"]["x"].float()
-        assert torch.equal(aten_replay.layer_norm(x, None, eps=1e-6), results["layer"])
-        assert torch.equal(aten_replay.rms_norm(x, None, eps=1e-6), results["rms"])
-    else:
-        weight = record["inputs"]["weight"]
-        assert torch.equal(aten_replay.rms_norm(record["inputs"]["residual"], None, weight, 1e-6), results["rms_y"])
+    given, results = record["inputs"], record["results"]
+    match kind_of(record):
+        case "norms":
+            x = given["x"].float()
+            assert torch.equal(aten_replay.layer_norm(x, None, eps=EPS), results["layer"])
+            assert torch.equal(aten_replay.rms_norm(x, None, eps=EPS), results["rms"])
+        case "laws":
+            assert torch.equal(aten_replay.rms_norm(given["residual"], None, given["weight"], EPS), results["rms_y"])
+        case "sandwiches":
+            _, _, gate = given["mod"][:, None].chunk(3, dim=-1)
+            branch = aten_replay.diffusers_rms_norm(given["x"], given["x_weight"], EPS)
+            assert torch.equal(given["residual"] + gate * branch, results["sandwich_r"])
+        case "gradients":
+            weight, dy = given["weight"], given["dy"]
+            assert torch.equal(aten_replay.norm_backward(dy, given["residual"], weight, EPS, centred=False), results["d_rms"])
 
 
 @compiled_only
@@ -44,7 +61,8 @@ def test_the_replay_equals_aten(record: dict[str, dict[str, Tensor]]) -> None:
 @pytest.mark.parametrize("record", RECORDS)
 def test_the_kernels_equal_aten(record: dict[str, dict[str, Tensor]]) -> None:
     given = {name: t.to(DEVICE) for name, t in record["inputs"].items()}
-    actual = _norms(**given) if "layer" in record["results"] else _laws(**given)
+    computed = {"norms": _norms, "laws": _laws, "sandwiches": _sandwiches, "activations": _activations, "gradients": _gradients}
+    actual = computed[kind_of(record)](**given)
     assert actual.keys() == record["results"].keys()
     for name, expected in record["results"].items():
         assert torch.equal(actual[name].cpu(), expected), name
@@ -73,3 +91,34 @@ def _laws(x: Tensor, residual: Tensor, mod: Tensor, table: Tensor, weight: Tenso
         "wan_y2": wan_y2,
         "rms_y": norm_scale_shift(residual, weight=weight, norm="rms", **eager),
     }
+
+
+def _sandwiches(x: Tensor, residual: Tensor, mod: Tensor, weight: Tensor, x_weight: Tensor) -> dict[str, Tensor]:
+    shift, scale, gate = mod.chunk(3, dim=-1)
+    norm: dict[str, Any] = {"weight": weight, "norm": "diffusers_rms", "rounding": "eager"}
+    law: dict[str, Any] = {"eps": EPS, "rounding": "eager"}
+    branch_y, branch_r = scale_residual_norm_scale_shift(residual, x, gate, scale, shift, **norm)
+    sandwich_y, sandwich_r = norm_scale_residual_norm_scale_shift(residual, x, x_weight, gate, scale, shift, weight=weight, **law)
+    assert torch.equal(norm_scale_residual(residual, x, x_weight, gate, **law), sandwich_r)
+    return {
+        "diffusers_rms_y": norm_scale_shift(residual, scale, shift, **norm),
+        "branch_r": branch_r,
+        "branch_y": branch_y,
+        "sandwich_r": sandwich_r,
+        "sandwich_y": sandwich_y,
+    }
+
+
+def _activations(x: Tensor, residual: Tensor) -> dict[str, Tensor]:
+    return {"gelu": gelu(x, rounding="eager"), "swiglu": swiglu(x, residual, rounding="eager")}
+
+
+def _gradients(x: Tensor, residual: Tensor, mod: Tensor, weight: Tensor, dy: Tensor, dr: Tensor) -> dict[str, Tensor]:
+    shift, scale, gate = mod.chunk(3, dim=-1)
+    eager: dict[str, Any] = {"rounding": "eager"}
+    x, residual = x.requires_grad_(), residual.requires_grad_()
+    (layer,) = torch.autograd.grad(norm_scale_shift(residual, scale, shift, **eager), residual, dy)
+    (rms,) = torch.autograd.grad(norm_scale_shift(residual, weight=weight, norm="rms", **eager), residual, dy)
+    outputs = scale_residual_norm_scale_shift(residual, x, gate, scale, shift, **eager)
+    d_residual, d_x = torch.autograd.grad(outputs, (residual, x), (dy, dr))
+    return {"d_layer": layer, "d_rms": rms, "d_residual": d_residual, "d_x": d_x}
