@@ -17,7 +17,7 @@ from bench.models import report
 from bench.norm import picture
 from bench.norm.cells import Cell
 from bench.results import load
-from pages import blocks, memory, models, ops, quantised, training
+from pages import blocks, memory, models, ops, quantised, training, versions
 from pages.records import DOCS, by_device, measured, take
 
 ROOT = DOCS.parent
@@ -37,7 +37,7 @@ def pages() -> list[Path]:
 def written(docs: Path) -> dict[Path, str]:
     """Each page as it should be."""
     made: dict[str, str] = {}
-    for part in (models, quantised, memory, training, ops):
+    for part in (models, quantised, memory, training, ops, versions):
         made |= part.written(docs)
     made["more"] = MORE.format(memory=memory.in_words(docs), quantised=quantised.in_words(docs), training=training.in_words(docs))
     return {page: blocks.filled(page.read_text(), made) for page in pages()}

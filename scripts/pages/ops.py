@@ -38,9 +38,10 @@ def written(docs: Path) -> dict[str, str]:
 
 def _where(script: str, environment: Mapping[str, Any]) -> str:
     peers = "".join(f", {name} {version}" for name, version in environment["peers"].items())
+    options = re.sub(r"^.*?\.py| --out \S+", "", environment["command"])
     return (
         f"Measured {environment['date'][:10]}, {environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}{peers}; "
-        f"`python scripts/bench_{script}.py`, all cells in [{script}.json]({script}.json)."
+        f"`python scripts/bench_{script}.py{options}`, all cells in [{script}.json]({script}.json)."
     )
 
 
