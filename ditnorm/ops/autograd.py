@@ -12,7 +12,6 @@ microseconds even under ``no_grad``.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -127,14 +126,17 @@ def _run(name: str, *arguments: Any) -> Any:
     return (_expression if torch.is_grad_enabled() else kernel_of)(name)(*arguments)
 
 
-@cache
 def kernel_of(name: str) -> Callable[..., Any]:
     """The op of a name, which looking up costs half a microsecond."""
-    kernel: Callable[..., Any] = getattr(torch.ops.ditnorm, name).default
+    kernel = _kernels.get(name)  # no functools.cache, of which Dynamo warns where it traces a backward pass
+    if kernel is None:
+        kernel = _kernels[name] = getattr(torch.ops.ditnorm, name).default
     return kernel
 
 
-@cache
+_kernels: dict[str, Callable[..., Any]] = {}
+
+
 def _expression(name: str) -> Callable[..., Any]:
     op = OPS[name]
     return lambda *arguments: op.reference(op.named(arguments))
