@@ -319,6 +319,14 @@ def test_sums_over_rows_have_the_bits_of_autograd_and_are_the_same_again(op: str
                     assert torch.equal(a, c), name
 
 
+def test_a_tensor_at_two_places_gets_its_gradient_once_when_that_is_differentiated() -> None:
+    x, both = (torch.randn(1, 3, 32, device=DEVICE).requires_grad_() for _ in range(2))
+    (got,) = torch.autograd.grad(OPS["norm_scale_shift"](x=x, scale=both, shift=both, eps=EPS).sum(), both, create_graph=True)
+    y = torch.nn.functional.layer_norm(x, (32,), eps=EPS) * (1 + both) + both
+    (expected,) = torch.autograd.grad(y.sum(), both, create_graph=True)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_rows_that_outlived_a_function_transform_keep_their_history(op: str) -> None:
     call, weight = site(op, Shape(1, 3, 64), torch.float32, torch.float32), torch.randn(1, 3, 64, device=DEVICE).requires_grad_()

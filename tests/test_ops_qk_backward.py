@@ -167,3 +167,24 @@ def test_opcheck() -> None:
     joined = [normal(2, 12, 3, 64, dtype=torch.bfloat16) for _ in range(2)]
     other = tuple(t.clone() if isinstance(t, Tensor) else t for t in own)
     torch.library.opcheck(kernels.ops.joint_qk_norm_rope_backward.default, (*joined, *own, *other, 64, 1, EPS, 1, 1), test_utils=checks)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", ["complex", "per_pair", "per_element"])
+@pytest.mark.parametrize(("rounding", "norm"), [("eager", "diffusers_rms"), ("eager", "rms"), ("single", "rms")])
+def test_weights_and_rotary_tables_get_the_gradients_of_the_expression(rounding: str, norm: str, kind: str, trained: bool) -> None:
+    head_dim, tokens = 32, 5
+    options: dict[str, Any] = {"head_dim": head_dim, "norm": norm, "eps": EPS, "encoder_first": True, "rounding": rounding}
+    for dtype in (torch.float32, torch.bfloat16):
+        streams = [normal(2, n, 2 * head_dim, dtype=dtype).requires_grad_() for n in (tokens, tokens, tokens, 3, 3, 3)]
+        weights = [normal(head_dim, dtype=dtype, mean=1.0, std=0.3).requires_grad_() for _ in range(4)]
+        made = rotary_tables(kind, tokens, head_dim)
+        tables = [t.detach().requires_grad_(trained) for t in ((made,) if kind == "complex" else made)]
+        rotary: Any = tables[0] if kind == "complex" else tuple(tables)
+        outputs = joint_qk_norm_rope(*streams[:3], *weights[:2], rotary, *streams[3:], *weights[2:], None, **options)
+        both = (*streams[:3], *weights[:2], *(*tables, None)[:2], *streams[3:], *weights[2:], None, None)
+        expected = TABLE["joint_qk_norm_rope"].expression(*both, *options.values())
+        wanted, cotangents = [*weights, *(tables if trained else [])], [normal(*o.shape, dtype=dtype) for o in outputs[:2]]
+        got = torch.autograd.grad(outputs[:2], wanted, cotangents)
+        for a, b in zip(got, torch.autograd.grad(expected[:2], wanted, cotangents), strict=True):
+            assert torch.equal(a, b)

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import outlived_transform, without_transforms
+from .calls import QK_NORMS, ROUNDINGS
 from .reference import modulation, normalize, upcast
+from .reference_qk import norm_rope
+from .reference_qk import normalize as normalize_heads
+from .reference_qk_backward import rope_backward
 from .table import OPS, Op
 
 Tensors = tuple[Any, ...]
@@ -155,7 +159,10 @@ def _sums(paths: Callable[[Tensors], Paths], tensors: Tensors, places: Sequence[
         return (None,) * len(places)
     # Kept tensors have their history, which a second differentiation goes through.
     twice = torch.is_grad_enabled()
-    inputs = tuple(t if t is None or twice else t.detach().requires_grad_(place in wanted) for place, t in enumerate(tensors))
+    inputs: Tensors = tuple(
+        t if t is None else t.view_as(t) if twice else t.detach().requires_grad_(place in wanted)  # one tensor may stand at two places
+        for place, t in enumerate(tensors)
+    )
     with torch.enable_grad():
         reached = [(result, grad) for result, grad in paths(inputs) if result.requires_grad]
     outputs, cotangents = [result for result, _ in reached], [grad for _, grad in reached]
@@ -245,7 +252,43 @@ def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bo
 
 def _qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     op = OPS["qk_norm_rope"]
-    return _sums(lambda tensors: _reached(op.reference(op.named((*tensors, *codes))), grads), saved, range(2, 8), needed)
+
+    def through_qk(tensors: Tensors) -> Paths:
+        call = op.named((*tensors, *codes))
+        options: Tensors = (call.head_dim, call.norm, call.eps, call.rounding, call.pairs)
+        return [
+            *_through_qk(grads[0], call.query, call.query_weight, call.cos, call.sin, *options),
+            *_through_qk(grads[1], call.key, call.key_weight, *call.key_tables, *options),
+        ]
+
+    return _sums(through_qk, saved, range(2, 8), needed)
+
+
+def _through_qk(
+    d: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    norm: str,
+    eps: float,
+    rounding: str,
+    pairs: str = "neighbours",
+) -> Paths:
+    """Of the norm of query or key, without rotating it again; of the rotation where somebody trains
+    that.
+    """
+    if d is None:
+        return []
+    if any(table is not None and table.requires_grad for table in (cos, sin)):
+        return [(norm_rope(x, weight, cos, sin, head_dim, norm, eps, rounding, pairs), d)]
+    if weight is None:
+        return []
+    if rounding == "single":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        d, x, weight = d.to(wide), x.to(wide), weight.to(wide)
+    return [(normalize_heads(x, weight, head_dim, norm, eps), rope_backward(d, cos, sin, pairs))]
 
 
 def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -265,19 +308,18 @@ def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
 
 
 def _joint_qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
-    op = OPS["joint_qk_norm_rope"]
+    def through_qk(tensors: Tensors) -> Paths:
+        paths: Paths = []
+        for place, stream in ((own, tensors[:6]), (encoder, tensors[6:])):
+            for d, x, weight in zip(grads, stream[:2], stream[2:4], strict=False):  # not those of the values
+                paths += _through_qk(None if d is None else d[:, place], x, weight, *stream[4:], *options)
+        return paths
 
-    def through_query_and_key(tensors: Tensors) -> Paths:
-        own, encoder = tensors[:6], tensors[6:]
-        # Of the values, which aren't kept, nothing is needed: keys have their shape.
-        call = op.named((*own[:2], own[1], *own[2:], *encoder[:2], encoder[1], *encoder[2:], *codes))
-        return _reached(op.reference(call)[:2], grads[:2])
-
-    return _sums(through_query_and_key, saved, (2, 3, 4, 5, 8, 9, 10, 11), needed)
-
-
-def _reached(results: Tensors, grads: Tensors) -> Paths:
-    return [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    options: Tensors = (codes[0], QK_NORMS[codes[1]], codes[2], ROUNDINGS[codes[4]])
+    tokens, encoder_tokens = saved[0].shape[1], saved[6].shape[1]
+    first, encoder_first = (encoder_tokens, 0) if codes[3] else (0, tokens)
+    own, encoder = slice(first, first + tokens), slice(encoder_first, encoder_first + encoder_tokens)
+    return _sums(through_qk, saved, (2, 3, 4, 5, 8, 9, 10, 11), needed)
 
 
 def _or_zeros(grad: Tensor | None, x: Tensor, tokens: int, head_dim: int) -> Tensor:

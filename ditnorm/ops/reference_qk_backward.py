@@ -59,10 +59,7 @@ def _norm_rope_backward(
             d.to(dtype), x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager", pairs
         )
         return wide.to(x.dtype)
-    if cos is not None:
-        tokens = token_count(cos)
-        turned = _rotate_backward(d[:, :tokens], cos, sin, pairs)
-        d = turned if tokens == d.shape[1] else torch.cat([turned, d[:, tokens:]], dim=1)
+    d = rope_backward(d, cos, sin, pairs)
     across = weight is not None and weight.shape[0] != head_dim
     rows = x if across else x.unflatten(-1, (-1, head_dim))
     d = d.flatten(2) if across else d
@@ -71,6 +68,15 @@ def _norm_rope_backward(
     else:
         gradient = _diffusers_rms_norm_backward(d, rows, weight, eps)
     return gradient if across else gradient.flatten(2)
+
+
+def rope_backward(d: Tensor, cos: Tensor | None, sin: Tensor | None, pairs: str = "neighbours") -> Tensor:
+    """``d`` [B, S, H, d] -> the gradient of what was rotated: of as many tokens as ``cos`` has."""
+    if cos is None:
+        return d
+    tokens = token_count(cos)
+    turned = _rotate_backward(d[:, :tokens], cos, sin, pairs)
+    return turned if tokens == d.shape[1] else torch.cat([turned, d[:, tokens:]], dim=1)
 
 
 def _rotate_backward(d: Tensor, cos: Tensor, sin: Tensor | None, pairs: str) -> Tensor:
