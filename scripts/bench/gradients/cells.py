@@ -84,7 +84,8 @@ class GradientCell:
         if self.op == SR:
             return {"rounding": rounding}
         if self.op == QK:
-            return {"head_dim": HEAD, "norm": "rms" if self.across else "diffusers_rms", "eps": 1e-6, "rounding": rounding}
+            norm = "rms" if self.across else "diffusers_rms"
+            return {"head_dim": HEAD, "norm": norm, "eps": 1e-6, "pairs": "neighbours", "rounding": rounding}
         return {"norm": "layer", "eps": 1e-6, "rounding": rounding}
 
 
@@ -94,6 +95,5 @@ CELLS = (
     *(GradientCell(op, *size, tables=True) for op in (NSS, SRNSS, SR) for size in ((32760, 1536), (75600, 5120))),
     *(GradientCell(QK, *size) for size in _SIZES),
     *(GradientCell(QK, *size, across=True) for size in ((32760, 1536), (75600, 5120))),
-    GradientCell(SRNSS, 27030, 3072, dtype="fp16"),
     GradientCell(SRNSS, 27030, 3072, dtype="fp32"),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ditnorm import kernels
-from ditnorm.ops.calls import NORMS, QK_NORMS, ROUNDINGS
+from ditnorm.ops.calls import NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ditnorm.ops.table import OPS
 
 from ..cell import Inputs, tensors
@@ -32,7 +32,7 @@ def compiled() -> list[Contestant]:
 
 def _ditnorm(rounding: str, cell: GradientCell) -> Maker:
     op, options = OPS[cell.op], cell.options(rounding)
-    numbers = {"norm": QK_NORMS if cell.op == QK else NORMS, "rounding": ROUNDINGS}
+    numbers = {"norm": QK_NORMS if cell.op == QK else NORMS, "pairs": PAIRS, "rounding": ROUNDINGS}
     codes = {name: numbers[name].index(value) if name in numbers else value for name, value in options.items()}
     kernel = getattr(kernels.ops, cell.op).default
     fields = op.call._fields  # type: ignore[attr-defined]
