@@ -76,7 +76,7 @@ def test_a_gelu_or_silu_replaced_for_all_is_called(calls: Counter[str], device: 
     monkeypatch.setattr(F, "gelu", lambda x, **kwargs: x * 2)
     monkeypatch.setattr(F, "silu", lambda x, **kwargs: x * 3)
     with torch.no_grad():
-        assert torch.equal(joined(x, *begun(gelu, linear, x, "eager"), "eager"), torch.cat([x, linear(x) * 2], -1))
+        assert torch.equal(joined(x, *begun(gelu, linear, x, "eager"), "eager", linear), torch.cat([x, linear(x) * 2], -1))
         assert torch.equal(silu_gated(x, x, rounding="eager"), 3 * x * x)
     assert not calls
 
@@ -86,7 +86,7 @@ def test_another_activation_is_called(other: nn.Module, calls: Counter[str], dev
     x, linear = torch.randn(2, 3, 16, device=device), nn.Linear(16, 32, device=device)
     with torch.no_grad():
         expected = torch.cat([x, other(linear(x))], -1)
-        assert torch.equal(joined(x, *begun(other, linear, x, "eager"), "eager"), expected)
+        assert torch.equal(joined(x, *begun(other, linear, x, "eager"), "eager", linear), expected)
     assert not calls
 
 
