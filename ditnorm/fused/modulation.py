@@ -43,6 +43,14 @@ class ModulatedModel:
     """Its ModuleLists of blocks and its modules that take it."""
     times: int = 1
     """By what it multiplies the timestep before it embeds it."""
+    projection: str | None = None
+    """The module that the timestep goes through before, where ``embedding`` is given sines and
+    cosines of it.
+    """
+    changed_by: str | None = None
+    """A module that only some instances have: what it makes is added to the embedding, for which
+    no row numbers can stand in then.
+    """
     halved_if: str | None = None
     """The attribute of the model that doubles the batch of the embedding, the second half for
     timestep 0; then ``halved``,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..swapping.generated import origin_of
 from ..swapping.hook_chains import Untraceable, captured, set_class
-from .modulation import Modulating, ModulationSequential
+from .modulation import ModulatedModel, Modulating, ModulationSequential
 from .modulation_changes import Watch
 from .module import FusedModule, upstream_of
 from .weight_streaming import send_home, streamed
@@ -78,16 +78,16 @@ class ModulationTable:
     """
 
     def __init__(
-        self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype_of: DtypeOf, times: int
+        self, model: nn.Module, embedding: nn.Module, holders: Sequence[tuple[str, Any, bool]], dtype_of: DtypeOf, facts: ModulatedModel
     ) -> None:
         """``holders``: name, a :class:`Modulating` module, and whether it sees the first half of
         the embedding only.
 
-        ``dtype_of``: the dtype of a model's activations. ``times``: see :class:`ModulatedModel`.
+        ``dtype_of``: the dtype of a model's activations.
         """
         self.model, self.embedding = model, embedding
         self.holders = list(holders)
-        self.dtype_of, self.times = dtype_of, times
+        self.dtype_of, self.times, self.projection = dtype_of, facts.times, facts.projection
         upstream: Any = origin_of(type(embedding)) or type(embedding)
         self.inputs = tuple(inspect.signature(upstream.forward).parameters)[1:]
         self.timesteps: Tensor | None = None
@@ -122,7 +122,7 @@ class ModulationTable:
         """For copies and pickles, which start without rows. Whose schedule a copy will follow isn't
         known.
         """
-        kept = ("model", "embedding", "holders", "dtype_of", "times", "inputs", "timesteps", "_capacity")
+        kept = ("model", "embedding", "holders", "dtype_of", "times", "projection", "inputs", "timesteps", "_capacity")
         counters = ("hits", "misses", "schedules", "changes", "seconds")
         return {name: self.__dict__[name] for name in (*kept, *counters)}
 
@@ -197,7 +197,7 @@ class ModulationTable:
 
     def _make(self, key: Key, embedding: Tensor, inputs: Inputs, output: int) -> Entry:
         started = time.perf_counter()
-        following = self._rest_of_schedule(inputs, output)
+        following = self._rest_of_schedule(inputs, output, embedding.dtype)
         self.misses += not following
         self.schedules += bool(following)
         wanted = {key: embedding} | {k: e for e in following if (k := _key(e)) not in self._entries and k != key}
@@ -211,14 +211,17 @@ class ModulationTable:
         self.seconds += time.perf_counter() - started
         return entries[key]
 
-    def _rest_of_schedule(self, inputs: Inputs, output: int) -> list[Tensor]:
+    def _rest_of_schedule(self, inputs: Inputs, output: int, dtype: torch.dtype) -> list[Tensor]:
         """The embeddings from this step of a known schedule on; none where the timestep is in no
         schedule.
         """
-        given = {name: value for name, value in zip(self.inputs, inputs, strict=True) if value is not None}
+        given: dict[str, Any] = {name: value for name, value in zip(self.inputs, inputs, strict=True) if value is not None}
+        if self.projection is not None:
+            return self._rest_projected(given, output)
         timestep = given.get("timestep")
         if timestep is None or not timestep.numel():
             return []
+        given |= {name: dtype for name in self.inputs if name.endswith("dtype")}  # which the embedding was asked for
         value = timestep.flatten()[0]
         for timesteps in self._known_schedules():
             timesteps = timesteps.to(timestep.device)
@@ -233,6 +236,23 @@ class ModulationTable:
                     return rest
         return []
 
+    def _rest_projected(self, given: dict[str, Any], output: int) -> list[Tensor]:
+        """The same where the embedding is given a projection [B, N] of the timestep, the first of
+        its arguments.
+        """
+        name, sample = next(iter(given.items()))
+        project: Any = self.model.get_submodule(str(self.projection))
+        upstream: Any = origin_of(type(self.embedding))
+        for timesteps in self._known_schedules():
+            for taken in _as_models_take_them(timesteps.to(sample.device), self.dtype, self.times):
+                projected = project(taken).to(sample.dtype)
+                found = (projected == sample[0]).all(-1).nonzero().flatten().tolist()
+                if found:
+                    rest = (torch.where((sample == sample[0]).all(-1, keepdim=True), step, sample) for step in projected[found[0] :])
+                    embedded = (upstream.forward(self.embedding, **(given | {name: step})) for step in rest)
+                    return [e[output] if isinstance(e, tuple) else e for e in embedded]
+        return []
+
     def _known_schedules(self) -> Iterator[Tensor]:
         if self.timesteps is not None:
             yield self.timesteps
@@ -241,7 +261,7 @@ class ModulationTable:
             if isinstance(timesteps, Tensor) and timesteps.ndim == 1:
                 yield timesteps
 
-    def _embedded(self, given: dict[str, Tensor], now: Tensor, taken: Tensor, step: int, output: int) -> Tensor:
+    def _embedded(self, given: dict[str, Any], now: Tensor, taken: Tensor, step: int, output: int) -> Tensor:
         """What the embedding makes of ``given`` with the timestep of another step. Other values
         beside it, a 0 for instance, stay.
         """

@@ -27,6 +27,9 @@ BODIES = _bodies()
 MODULATED: tuple[ModulatedModel, ...] = tuple(facts for module in _MODULES for facts in getattr(module, "MODULATED", ()))
 """The models whose modulations can be precomputed."""
 
+NOTHING_TO_GAIN: dict[str, str] = {name: why for module in _MODULES for name, why in getattr(module, "NOTHING_TO_GAIN", {}).items()}
+"""The other models -> why theirs aren't, for users."""
+
 
 def body_for(upstream: type) -> type[FusedUnit] | None:
     """The body that computes what instances of ``upstream`` do, going by fingerprints, or None."""

@@ -13,6 +13,8 @@ from ..fused.promotion import modulated
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Wanted
 
+NOTHING_TO_GAIN = {"ChromaTransformer2DModel": "a small network makes the modulations of all blocks at once"}
+
 
 class ChromaAdaLayerNormZeroPruned(FusedUnit):
     """diffusers' class of this name: ``x`` [B, S, D], ``emb`` [B, 6, D]."""

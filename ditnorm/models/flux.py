@@ -38,6 +38,21 @@ MODULATED = (
         takers=("transformer_blocks", "single_transformer_blocks"),
         times=1000,
     ),
+    ModulatedModel(
+        names=frozenset({"BriaTransformer2DModel", "BriaFiboTransformer2DModel"}),
+        forward=frozenset({"72947045e994", "4c82b3eee959"}),  # 0.37.0 to 0.42.1
+        embedding="time_embed",
+        takers=_TAKERS,
+        changed_by="guidance_embed",
+    ),
+    ModulatedModel(
+        names=frozenset({"OvisImageTransformer2DModel"}),
+        forward=frozenset({"77ae4f466d64"}),  # 0.37.0 to 0.42.1
+        embedding="timestep_embedder",
+        takers=_TAKERS,
+        times=1000,
+        projection="time_proj",
+    ),
 )
 
 

@@ -23,6 +23,8 @@ from ..fused.quantized_linear import hooked, law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Quantized, Wanted
 
+NOTHING_TO_GAIN = {"Flux2Transformer2DModel": "one modulation serves all blocks of a kind"}
+
 
 class Flux2SwiGLU(FusedModule):
     """diffusers' class of this name: [..., 2 * D] -> [..., D]."""

@@ -21,6 +21,9 @@ Rotary = tuple[Tensor, Tensor]
 Modulation = Tensor | None
 
 
+NOTHING_TO_GAIN = {"LTX2VideoTransformer3DModel": "its blocks add tables to modulations that all share"}
+
+
 class LTX2Attention(FusedAttention):
     """diffusers' ``LTX2Attention`` with one of its processors: the tokens' own attention, or that
     of what ``encoder_hidden_states`` has. Where a sample is perturbed it is upstream's.

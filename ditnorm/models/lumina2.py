@@ -22,6 +22,10 @@ from ..layers import LayerNormScaleShift
 from ..swapping.fingerprint import fingerprint
 from ..swapping.swapped import untouched
 
+NOTHING_TO_GAIN = {
+    "Lumina2Transformer2DModel": "its modulations are made by a tenth of its weights, from what one module returns together with the text"
+}
+
 
 class Lumina2Attention(FusedAttention):
     """diffusers' ``Attention`` with Lumina 2's processor: fewer heads of key and value. Its rotary

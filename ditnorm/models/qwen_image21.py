@@ -22,6 +22,9 @@ from ..ops.quantization import Wanted
 _SELECTS_ROWS = {"_select_modulation_rows": frozenset({"8dced6670ad1"})}  # 0.41.0 to 0.42.1
 
 
+NOTHING_TO_GAIN = {"QwenImage21Transformer2DModel": "one modulation serves all blocks"}
+
+
 class _Projected:
     """The attention module as its processor sees it once its projections are computed; by default,
     query and key are also normed.

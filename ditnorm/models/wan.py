@@ -17,6 +17,11 @@ from ..ops.quantization import Wanted
 from ..swapping.callers import caller_of
 from ..swapping.swapped import untouched
 
+NOTHING_TO_GAIN = dict.fromkeys(
+    ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel", "ChronoEditTransformer3DModel"),
+    "its blocks add tables to one modulation that all share",
+)
+
 
 class WanAttention(FusedAttention):
     """diffusers' ``WanAttention`` with its ``WanAttnProcessor``: self-attention with a rotary

@@ -21,6 +21,11 @@ from ..layers import LayerNormScaleShift
 _SELECTS = {"select_per_token": frozenset({"9880bcee7d35"})}  # 0.37.0 to 0.42.1
 
 
+NOTHING_TO_GAIN = dict.fromkeys(
+    ("ZImageTransformer2DModel", "ZImageControlNetModel"), "its modulations are made of 256 numbers, by a fiftieth of its weights"
+)
+
+
 class ZImageAttention(FusedAttention):
     """diffusers' ``Attention`` with Z-Image's processor: one stream."""
 

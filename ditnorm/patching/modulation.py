@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
 from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, spread
 from ..fused.weight_streaming import send_home
-from ..models import MODULATED
+from ..models import MODULATED, NOTHING_TO_GAIN
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
 from ..swapping.hook_chains import set_class
@@ -81,10 +81,7 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
     found = targets(models)
     plans = [plan for name, (model, units) in found.items() for plan in _plans(name, model, units)]
     if not plans:
-        families = sorted({unit.body.family for _, units in found.values() for unit in units if unit.is_block})
-        names = ", ".join(type(model).__name__ for model, _ in found.values())
-        because = "tables, or small already, or handed on in a way that ditnorm doesn't know"
-        raise ValueError(f"nothing to gain in {names}: the modulations of {', '.join(families)} are {because}")
+        raise ValueError("; ".join(dict.fromkeys(_nothing(model) for model, _ in found.values())))
     obstacles = [f"{plan.name}: {reason}" for plan in plans if (reason := _obstacle(plan)) is not None]
     if obstacles:
         raise RuntimeError("ditnorm: nothing was changed: " + "; ".join(obstacles))
@@ -133,6 +130,11 @@ def _plans(name: str, model: nn.Module, units: list[Unit]) -> Iterator[Plan]:
             yield Plan(f"{name}.{path}" if path else name, module, facts, inside)
 
 
+def _nothing(model: nn.Module) -> str:
+    name = upstream_of(type(model)).__name__
+    return f"nothing to gain in {name}: {NOTHING_TO_GAIN.get(name, 'ditnorm does not know how its modulations are made')}"
+
+
 def _obstacle(plan: Plan) -> str | None:
     """Why the embedding of this model can't be replaced by row numbers, or None."""
     upstream: Any = upstream_of(type(plan.model))
@@ -146,6 +148,8 @@ def _obstacle(plan: Plan) -> str | None:
             return f"{name} is a {type(taker).__name__}, which ditnorm doesn't know"
         if unit.refusal is not None:
             return f"{name} can't be fused: {unit.refusal}"
+    if plan.facts.changed_by is not None and hasattr(plan.model, plan.facts.changed_by):
+        return f"it adds what its {plan.facts.changed_by} makes to the embedding of the timestep"
     reason = _untouchable(plan.embedding)
     if reason is not None:
         return f"{plan.facts.embedding}: {reason}"
@@ -201,7 +205,7 @@ def _set_up(plan: Plan) -> ModulationTable:
         send_home(module)
         holders.append((name, module, name.endswith(halves) if halves else False))
     embedding = plan.embedding
-    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, verification.stream_dtype, plan.facts.times)
+    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, verification.stream_dtype, plan.facts)
     upstream: Any = type(embedding)
     set_class(embedding, generated.subclass(RowEmbedding, upstream, "eager"))
     _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)

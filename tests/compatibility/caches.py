@@ -96,7 +96,7 @@ def _layer_skip(**how: Any) -> Callable[[nn.Module, Path], nn.Module]:
 
 
 def _list_of_blocks(model: nn.Module) -> str:
-    return "blocks" if hasattr(model, "blocks") else "transformer_blocks"
+    return next(name for name in ("blocks", "transformer_blocks", "layers") if hasattr(model, name))
 
 
 def _blur_queries(model: nn.Module, folder: Path) -> nn.Module:
@@ -118,7 +118,7 @@ def _remove_layer_skip(model: nn.Module) -> nn.Module:
 NOT_REGISTERED = Upstream("not registered", "diffusers has not registered the attention processor")
 NO_CROSS_ATTENTION = Upstream("is_cross_attention", "the hook asks the attention module what FLUX.1's doesn't say")
 
-_CACHED = without("SD3")  # whose model class has no enable_cache
+_CACHED = without("SD3", "Z-Image", "Lumina2")  # whose model classes have no enable_cache
 
 FEATURES = (
     Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some", families=_CACHED),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .feature import ORDERS, Feature, arguments_of, calls_of, forward, load, unchanged, without
+from .feature import ORDERS, Feature, arguments_of, calls_of, forward, load, output_of, unchanged, without
 
 
 def graphs(target: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
@@ -42,15 +42,19 @@ def _batches(model: nn.Module, family: str) -> Tensor:
     """
     outputs = []
     for batch in (5, 9):
-        output = model(**_batch(family, batch), return_dict=False)[0]
-        outputs.append(output[:2])
+        outputs.append(output_of(model, _batch(family, batch))[:2])
     return torch.stack(outputs)
 
 
 def _batch(family: str, batch: int) -> dict[str, Any]:
-    one = arguments_of(family, batch=1)
-    repeated = {k: v.repeat(batch, *[1] * (v.dim() - 1)) if isinstance(v, Tensor) else v for k, v in one.items()}
-    return repeated | ({"img_shapes": one["img_shapes"] * batch} if "img_shapes" in one else {})
+    """The positions are the same for all samples."""
+    return {k: v if k.endswith("_ids") else _repeated(v, batch) for k, v in arguments_of(family, batch=1).items()}
+
+
+def _repeated(value: Any, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.repeat(batch, *[1] * (value.dim() - 1))
+    return value * batch if isinstance(value, list) else value
 
 
 def no_less_accurate(output: Tensor, expected: Tensor, family: str) -> None:
@@ -73,7 +77,7 @@ def _rms(t: Tensor) -> float:
 def _exported(model: nn.Module, family: str) -> Tensor:
     with torch.no_grad():
         program = torch.export.export(model, (), arguments_of(family) | {"return_dict": False}, strict=False)
-        return program.module()(**arguments_of(family), return_dict=False)[0]
+        return output_of(program.module(), arguments_of(family))
 
 
 def _no_more(found: int, upstream: int) -> bool:
@@ -89,7 +93,7 @@ _FIRST_BLOCK = (
     "HunyuanVideo compiles one graph more than upstream: the model hands its first block a channel-strided stream, which upstream's blocks "
     "pass on as it is and ditnorm's make dense"
 )
-REPEATED = without("SD3")
+REPEATED = without("SD3", "Lumina2")
 """Families whose models name their repeated blocks."""
 _ALL = frozenset(ORDERS)
 _ALL_BUT_ONE = _ALL - {"patch before"}

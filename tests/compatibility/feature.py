@@ -11,11 +11,15 @@ from unittest import mock
 
 import torch
 from support import tiny
+from support.model_checks import moved
 from torch import Tensor, nn
 
 FAMILIES = {
     "Qwen-Image": "qwen-image",
     "FLUX.1": "flux",
+    "FLUX.2": "flux2-klein",
+    "Z-Image": "z-image-small",
+    "Lumina2": "lumina2",
     "Wan": "wan-t2v",
     "HunyuanVideo": "hunyuan-video",
     "SD3": "sd3.5-medium",
@@ -104,20 +108,30 @@ def load(family: str, dtype: torch.dtype = DTYPE) -> nn.Module:
 
 def arguments_of(family: str, batch: int = 2, dtype: torch.dtype = DTYPE, seed: int = 0) -> dict[str, Any]:
     """What the model is called with."""
-    arguments = tiny.inputs(FAMILIES[family], batch, dtype, seed)
-    return {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return moved(tiny.inputs(FAMILIES[family], batch, dtype, seed), DEVICE)  # type: ignore[no-any-return]
 
 
 def forward(model: nn.Module, family: str, step: int = 0, dtype: torch.dtype = DTYPE, seed: int = 0) -> Tensor:
     """The output of the call that a scheduler makes in its ``step``."""
     arguments = arguments_of(family, dtype=dtype, seed=seed)
-    arguments["timestep"] = arguments["timestep"] * (1 - step / 16)
+    timestep = "t" if "t" in arguments else "timestep"
+    arguments[timestep] = arguments[timestep] * (1 - step / 16)
     return tiny.run(model, arguments)
 
 
+def output_of(model: Any, arguments: dict[str, Any]) -> Tensor:
+    """What a call returns, with a graph where there is one."""
+    (output, *_) = model(**arguments, return_dict=False)
+    return torch.stack(output) if isinstance(output, list) else output
+
+
 def halved(output: Any) -> Any:
-    """What a block returns, halved; SD3's last one returns None for the text."""
-    return tuple(o if o is None else o * 0.5 for o in output) if isinstance(output, tuple) else output * 0.5
+    """What a block or model returns, halved; SD3's last block returns None for the text, Z-Image a
+    list of pictures.
+    """
+    if output is None:
+        return None
+    return type(output)(halved(o) for o in output) if isinstance(output, tuple | list) else output * 0.5
 
 
 def unchanged(target: Any, folder: Path) -> Any:

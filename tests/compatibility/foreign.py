@@ -49,7 +49,7 @@ class Wrapper(nn.Module):
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers")
     return [child for name, child in model.named_children() if name in names]  # type: ignore[misc]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import pipelines
 from .compiled import REPEATED, graphs, no_less_accurate, regional
-from .feature import ORDERS, Feature, Upstream, arguments_of, calls_of, forward, unchanged, weights_at_rest
+from .feature import ORDERS, Feature, Upstream, arguments_of, calls_of, forward, output_of, unchanged, weights_at_rest
 
 
 def _peak(target: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
@@ -64,7 +64,7 @@ def _captured(model: nn.Module, family: str) -> Tensor:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = model(**arguments, return_dict=False)[0]
+            output = output_of(model, arguments)
         for _ in range(2):
             graph.replay()
         return output.clone()

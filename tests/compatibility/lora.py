@@ -14,7 +14,11 @@ from .feature import FAMILIES, Feature, calls_of, its_output, linears_called, lo
 
 # Of each family the attention, a feed-forward layer and, where there is one, the layer that makes
 # the modulation.
-TARGETS = ["to_q", "to_k", "to_v", "ffn.net.2", "img_mlp.net.2", "ff.net.2", "img_mod.1", "norm1.linear", "norm.linear"]
+TARGETS = [
+    *("to_q", "to_k", "to_v", "to_qkv_mlp_proj"),
+    *("ffn.net.2", "img_mlp.net.2", "ff.net.2", "ff.linear_out", "feed_forward.w2", "feed_forward.linear_2"),
+    *("img_mod.1", "norm1.linear", "norm.linear", "modulation_img.linear", "0.adaLN_modulation.0", "1.adaLN_modulation.0"),
+]
 
 
 _KEPT = "upstream's `unload_lora` leaves such modules where they are"
@@ -82,8 +86,13 @@ def _disable(model: Any, folder: Path) -> nn.Module:
     return model
 
 
-def _and_save(name: str) -> Callable[[Any, Path], Any]:
-    return lambda model, folder: add(model, modules_to_save=[name])
+def _and_save(*names: str) -> Callable[[Any, Path], Any]:
+    """The first of these that a model has."""
+    return lambda model, folder: add(model, modules_to_save=[next(name for name in names if _has(model, name))])
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(found.endswith(name) for found, _ in model.named_modules())
 
 
 def _unload(model: Any) -> nn.Module:
@@ -99,7 +108,7 @@ FEATURES = (
     Feature("hot-swap an adapter", _hotswap, its_output, _unload),
     Feature("`fuse_lora`", _fuse, its_output),
     Feature("`fuse_lora`, `unfuse_lora`", _fuse_and_unfuse, linears_called),
-    Feature("`modules_to_save`: `proj_out`", _and_save("proj_out"), _SAVED_CALLED, note=_KEPT),
+    Feature("`modules_to_save`: `proj_out`", _and_save("proj_out", "x_embedder", "all_x_embedder"), _SAVED_CALLED, note=_KEPT),
     Feature(
         "`modules_to_save`: a norm",
         _and_save("blocks.1.norm2"),

@@ -65,7 +65,7 @@ class Cell:
         return f"{self.feature.name.replace('`', '')}-{self.family}-{self.order}"
 
 
-IN_ONE_ORDER = ("FLUX.1", "SD3")
+IN_ONE_ORDER = ("FLUX.1", "FLUX.2", "Z-Image", "Lumina2", "SD3")
 """Families of which ``make test`` runs a feature in one of the orders, in turn."""
 
 

@@ -30,8 +30,16 @@ class DiffusersHalving(ModelHook):
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, in order."""
-    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers")
     return [block for name, child in model.named_children() if name in names for block in child]  # type: ignore[union-attr]
+
+
+def inside_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """What the transformer blocks hold, by its name in the model."""
+    blocks = set(blocks_of(model))
+    return {
+        f"{name}.{inner}": module for name, block in model.named_modules() if block in blocks for inner, module in block.named_modules()
+    }
 
 
 def _accelerate_hook(model: nn.Module, folder: Path) -> nn.Module:

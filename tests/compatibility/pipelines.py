@@ -20,6 +20,9 @@ from .feature import DEVICE, DTYPE, FAMILIES, Feature, Observe, Upstream, calls_
 _PIPELINES = {
     "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
     "FLUX.1": ("FluxPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
+    "FLUX.2": ("Flux2KleinPipeline", {"text_encoder": None, "tokenizer": None}),
+    "Z-Image": ("ZImagePipeline", {"text_encoder": None, "tokenizer": None}),
+    "Lumina2": ("Lumina2Pipeline", {"text_encoder": None, "tokenizer": None}),
     "Wan": ("WanPipeline", {"text_encoder": None, "tokenizer": None}),
     "HunyuanVideo": ("HunyuanVideoPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
     "SD3": (
@@ -27,7 +30,7 @@ _PIPELINES = {
         {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")},
     ),
 }
-_PICTURES = ("Qwen-Image", "FLUX.1", "SD3")
+_PICTURES = ("Qwen-Image", "FLUX.1", "FLUX.2", "Z-Image", "Lumina2", "SD3")
 _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 
 
@@ -66,6 +69,13 @@ def prompt(family: str) -> dict[str, Any]:
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_embeds_mask": mask, "true_cfg_scale": 1.0}
         case "FLUX.1":
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "pooled_prompt_embeds": random(_POOLED_DIM)}
+        case "FLUX.2":
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "guidance_scale": 1.0}
+        case "Z-Image":
+            return {"prompt_embeds": [random(_TEXT, _TEXT_DIM)[0]], "guidance_scale": 0.0}
+        case "Lumina2":
+            mask = torch.ones(1, _TEXT, dtype=torch.long, device=DEVICE)
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_attention_mask": mask, "guidance_scale": 1.0}
         case "Wan":
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "guidance_scale": 1.0}
         case "SD3":

@@ -17,7 +17,7 @@ from ditnorm.ops.quantization import Law
 from ditnorm.swapping import generated
 
 from .feature import DEVICE, DTYPE, Feature, its_output, weights_at_rest
-from .offload import blocks_of
+from .offload import blocks_of, inside_blocks
 
 
 class Int8Linear(nn.Linear):
@@ -40,11 +40,15 @@ def _returns_float32(model: nn.Module, folder: Path) -> nn.Module:
     """The last layer of every attention and feed-forward returns float32, so the residual stream is
     promoted.
     """
+    inside = inside_blocks(model)
     for name, linear in model.named_modules():
         if type(linear) is nn.Linear:
-            last = "blocks." in name and "refiner" not in name and name.endswith(("to_out.0", "to_add_out", "net.2", "proj_out"))
+            last = name in inside and name.endswith(_LAST)
             linear.__class__ = Float32Int8Linear if last else Int8Linear
     return model
+
+
+_LAST = ("to_out.0", "to_out", "to_add_out", "net.2", "proj_out", "linear_out", "w2", "linear_2")
 
 
 def _linears(model: nn.Module) -> list[nn.Linear]:
@@ -80,7 +84,8 @@ def _torchao_by_hand(law: Law) -> Callable[[nn.Module, Path], nn.Module]:
     """
 
     def apply(model: nn.Module, folder: Path) -> nn.Module:
-        quantised.quantise(model, law, lambda name: "blocks." in name and "refiner" not in name)
+        inside = inside_blocks(model)
+        quantised.quantise(model, law, lambda name: name in inside)
         return patch_model(model) if any(generated.origin_of(type(m)) for m in model.modules()) else model
 
     return apply
@@ -118,7 +123,7 @@ def _gguf_file(model: Any, folder: Path) -> Any:
 
     model.save_config(folder)
     writer = gguf.GGUFWriter(folder / "model.gguf", "tiny")
-    quantised = {f"{name}.weight" for name, m in model.named_modules() if "blocks." in name and type(m) is nn.Linear}
+    quantised = {f"{name}.weight" for name, m in inside_blocks(model).items() if type(m) is nn.Linear}
     for name, t in model.state_dict().items():
         kind = gguf.GGMLQuantizationType.BF16 if name in quantised else gguf.GGMLQuantizationType.F32
         if name in quantised and t.shape[-1] % 32 == 0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lora
-from .feature import Feature, arguments_of, its_output, unchanged
+from .feature import Feature, arguments_of, its_output, output_of, unchanged
 
 STEPS = 2
 
@@ -17,14 +17,13 @@ def _forward(model: nn.Module, family: str) -> Tensor:
     """The output where gradients are wanted: HunyuanVideo's single-stream blocks then add both
     residual streams in one fused call.
     """
-    output: Tensor = model(**arguments_of(family), return_dict=False)[0]
-    return output.detach()
+    return output_of(model, arguments_of(family)).detach()
 
 
 def _gradients(model: nn.Module, family: str) -> Tensor:
     """The output, then the gradient of every parameter that has one."""
     model.zero_grad()
-    output = model(**arguments_of(family), return_dict=False)[0]
+    output = output_of(model, arguments_of(family))
     output.float().square().sum().backward()
     gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -37,7 +36,7 @@ def _train(model: nn.Module, family: str) -> Tensor:
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
     for step in range(STEPS):
-        output = trained(**arguments_of(family, seed=step), return_dict=False)[0]
+        output = output_of(trained, arguments_of(family, seed=step))
         output.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()

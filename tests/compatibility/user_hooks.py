@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
-from .feature import Feature, halved, its_output
+from .feature import DEVICE, DTYPE, Feature, halved, its_output
 from .offload import blocks_of
 
 _seen: list[Tensor] = []
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
-    return [m for block in blocks_of(model) for m in block.modules() if isinstance(m, nn.LayerNorm)]
+    norms = [(name, m) for block in blocks_of(model) for name, m in block.named_modules() if isinstance(m, nn.LayerNorm | RMSNorm)]
+    return [m for name, m in norms if not name.endswith(("norm_q", "norm_k", "norm_added_q", "norm_added_k"))]
 
 
 def _head_norms(model: nn.Module) -> list[nn.Module]:
@@ -63,7 +65,7 @@ def _change_blocks(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _change_model(model: nn.Module, folder: Path) -> nn.Module:
-    model.register_forward_hook(lambda module, args, output: (output[0] * 0.5, *output[1:]))
+    model.register_forward_hook(lambda module, args, output: halved(output))
     return model
 
 
@@ -81,6 +83,14 @@ class Damped(nn.LayerNorm):
         return super().forward(x) * 0.5
 
 
+class DampedRMS(RMSNorm):
+    """The same of diffusers'."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        damped: Tensor = super().forward(hidden_states) * 0.5
+        return damped
+
+
 def _replace_norms(model: nn.Module, folder: Path) -> nn.Module:
     """A norm of every other block becomes a module that ditnorm doesn't know."""
     for block in blocks_of(model)[::2]:
@@ -88,6 +98,9 @@ def _replace_norms(model: nn.Module, folder: Path) -> nn.Module:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.LayerNorm) and not child.elementwise_affine:
                     setattr(parent, name, Damped(child.normalized_shape, child.eps, elementwise_affine=False))
+                elif type(child) is RMSNorm and name == "ffn_norm1":
+                    setattr(parent, name, DampedRMS(child.dim[0], child.eps))
+                    getattr(parent, name).to(DEVICE, DTYPE).load_state_dict(child.state_dict())
     return model
 
 
