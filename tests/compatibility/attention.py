@@ -97,7 +97,7 @@ FEATURES = (
         _backend("_native_math"),
         calls_of(torch.nn.attention, "sdpa_kernel"),  # the output needn't differ: some shapes take this backend without being told
         _default_backend,
-        families=without("SD3"),
-        note="SD3's attention processors know no backends",
+        families=without("SD3", "Lumina2"),
+        note="SD3's and Lumina 2's attention processors know no backends",
     ),
 )

@@ -116,17 +116,35 @@ def _remove_layer_skip(model: nn.Module) -> nn.Module:
 
 
 NOT_REGISTERED = Upstream("not registered", "diffusers has not registered the attention processor")
-NO_CROSS_ATTENTION = Upstream("is_cross_attention", "the hook asks the attention module what FLUX.1's doesn't say")
+NO_CROSS_ATTENTION = Upstream("is_cross_attention", "the hook asks the attention module what FLUX.1's and FLUX.2's don't say")
 
 _CACHED = without("SD3", "Z-Image", "Lumina2")  # whose model classes have no enable_cache
 
 FEATURES = (
-    Feature("`FirstBlockCacheConfig`", _cache(_first_block), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature(
+        "`FirstBlockCacheConfig`",
+        _cache(_first_block),
+        linears_called,
+        _disable,
+        run=_run,
+        fused="some",
+        families=_CACHED,
+        upstream={"FLUX.2": Upstream("unsupported operand", "the hook takes the first block's two streams for the last block's one")},
+    ),
     Feature("`MagCacheConfig`", _cache(_mag_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
     Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run, fused="some", families=_CACHED),
     Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run, fused="some", families=_CACHED),
     Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
-    Feature("`SeaCacheConfig`", _cache(_sea_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature(
+        "`SeaCacheConfig`",
+        _cache(_sea_cache),
+        linears_called,
+        _disable,
+        run=_run,
+        fused="some",
+        families=without("SD3", "Z-Image", "Lumina2", "FLUX.2"),
+        note="upstream finds no residual of FLUX.2's blocks and caches nothing",
+    ),
     Feature(
         "`TextKVCacheConfig`",
         _cache(diffusers.TextKVCacheConfig),
@@ -147,21 +165,32 @@ FEATURES = (
                 "must match the size of tensor", "the hook returns the two streams in the order of other families' blocks"
             ),
             "SD3": Upstream("is invalid for input of size", "of SD3's, too"),
+            "Z-Image": Upstream("hidden_states", "Z-Image's block calls its stream by another name than the hook"),
+            "Lumina2": Upstream("not registered", "diffusers has not registered Lumina 2's block"),
         },
     ),
-    Feature("`LayerSkipConfig`, feed-forward", _layer_skip(skip_attention=False), linears_called, _remove_layer_skip),
+    Feature(
+        "`LayerSkipConfig`, feed-forward",
+        _layer_skip(skip_attention=False),
+        linears_called,
+        _remove_layer_skip,
+        families=without("FLUX.2", "Z-Image"),
+        fused_in={"Lumina2": "some"},
+        note="upstream finds no feed-forward layer in blocks of FLUX.2 and Z-Image",
+    ),
     Feature(
         "`LayerSkipConfig`, attention scores (`PerturbedAttentionGuidance`)",
         _layer_skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
         its_output,
         _remove_layer_skip,
-        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "SD3"), NOT_REGISTERED) | {"FLUX.1": NO_CROSS_ATTENTION},
+        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "Lumina2", "SD3"), NOT_REGISTERED)
+        | dict.fromkeys(("FLUX.1", "FLUX.2"), NO_CROSS_ATTENTION),
     ),
     Feature(
         "`SmoothedEnergyGuidanceConfig`, blurred queries",
         _blur_queries,
         its_output,
         _do_not_blur,
-        upstream={"FLUX.1": NO_CROSS_ATTENTION},
+        upstream=dict.fromkeys(("FLUX.1", "FLUX.2"), NO_CROSS_ATTENTION),
     ),
 )

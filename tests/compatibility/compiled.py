@@ -102,7 +102,15 @@ _HALF = _ALL - {"patch before", "patch after"}
 # A compiler that sees the whole model leaves out what nothing reads: Qwen-Image's text stream after
 # the last attention.
 FEATURES = (
-    Feature('`torch.compile(backend="aot_eager")`', _whole(backend="aot_eager"), graphs, fused="any", compiles=True, slow=_HALF),
+    Feature(
+        '`torch.compile(backend="aot_eager")`',
+        _whole(backend="aot_eager"),
+        graphs,
+        fused="any",
+        agrees=_no_more,
+        compiles=True,
+        slow=_HALF,
+    ),
     Feature(
         '`torch.compile(backend="aot_eager", dynamic=True)`',
         _whole(backend="aot_eager", dynamic=True),

@@ -19,14 +19,15 @@ from .offload import blocks_of
 
 
 def _another(make: Callable[[Any, Path], Any]) -> Callable[[Any, Path], Any]:
-    """What ``make`` makes of a model, with a weight changed, so that it shows which of the two
+    """What ``make`` makes of a model, with weights changed, so that it shows which of the two
     runs.
     """
 
     def apply(model: nn.Module, folder: Path) -> nn.Module:
         made = make(model, folder)
         with torch.no_grad():
-            next(p for p in blocks_of(made)[0].parameters() if p.dim() == 2).mul_(0.5)
+            for p in blocks_of(made)[0].parameters():
+                p.mul_(0.5)
         return made
 
     return apply

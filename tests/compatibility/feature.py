@@ -73,6 +73,8 @@ class Feature:
     feature skips or takes away sites; ``"none"``; ``"any"``: more than none, where the feature
     calls the ops in another number.
     """
+    fused_in: Mapping[str, str] = field(default_factory=dict)
+    """The same of families that differ."""
     passes: int = 1
     """Forward passes of ``run_with`` for each of ``run``."""
     bound: Callable[[Tensor, Tensor, str], None] | None = None

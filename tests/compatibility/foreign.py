@@ -16,7 +16,7 @@ _STUCK = "nothing was unpatched: .*its forward was replaced by"
 
 def _replace_forward(model: nn.Module, folder: Path) -> nn.Module:
     """As TeaCache forks, token mergers and the like do it, on one block."""
-    block = blocks_of(model)[1]
+    block = blocks_of(model)[0]
     original = block.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +27,7 @@ def _replace_forward(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _restore_forward(model: nn.Module) -> nn.Module:
-    del blocks_of(model)[1].forward
+    del blocks_of(model)[0].forward
     return model
 
 

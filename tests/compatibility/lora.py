@@ -92,7 +92,7 @@ def _and_save(*names: str) -> Callable[[Any, Path], Any]:
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    return any(found.endswith(name) for found, _ in model.named_modules())
+    return any(f".{found}".endswith(f".{name}") for found, _ in model.named_modules())
 
 
 def _unload(model: Any) -> nn.Module:
@@ -108,7 +108,12 @@ FEATURES = (
     Feature("hot-swap an adapter", _hotswap, its_output, _unload),
     Feature("`fuse_lora`", _fuse, its_output),
     Feature("`fuse_lora`, `unfuse_lora`", _fuse_and_unfuse, linears_called),
-    Feature("`modules_to_save`: `proj_out`", _and_save("proj_out", "x_embedder", "all_x_embedder"), _SAVED_CALLED, note=_KEPT),
+    Feature(
+        "`modules_to_save`: `proj_out`",
+        _and_save("proj_out", "x_embedder", "cap_embedder.1"),
+        _SAVED_CALLED,
+        note=f"of Z-Image and Lumina 2 another layer; {_KEPT}",
+    ),
     Feature(
         "`modules_to_save`: a norm",
         _and_save("blocks.1.norm2"),

@@ -181,7 +181,7 @@ def _reference(feature: Feature, family: str) -> _Reference:
     assert output.isfinite().all()
     assert observed != plainly_observed, "the feature has no effect on the unpatched model"
     wanted: dict[str, range | int] = {"all": fused * feature.passes, "some": range(1, fused), "any": range(1, sys.maxsize), "none": 0}
-    return _Reference(plain, output, observed, fused, wanted[feature.fused])
+    return _Reference(plain, output, observed, fused, wanted[feature.fused_in.get(family, feature.fused)])
 
 
 @dataclass

@@ -65,7 +65,7 @@ FEATURES = (
         run_with=_autocast(torch.float16),
         upstream={
             **dict.fromkeys(
-                ("Qwen-Image", "SD3"),
+                ("Qwen-Image", "Z-Image", "SD3"),
                 Upstream("prioritize", "PyTorch's autocast on the CPU doesn't take both kinds of half precision", "cpu"),
             ),
             "HunyuanVideo": Upstream("mixed dtype", "PyTorch's layer norm on the CPU doesn't take fp16 with bf16 weights", "cpu"),

@@ -15,7 +15,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from . import lora
-from .feature import DEVICE, DTYPE, FAMILIES, Feature, Observe, Upstream, calls_of, its_output, linears_called, load, weights_at_rest
+from .feature import (
+    DEVICE,
+    DTYPE,
+    FAMILIES,
+    Feature,
+    Observe,
+    Upstream,
+    calls_of,
+    its_output,
+    linears_called,
+    load,
+    weights_at_rest,
+    without,
+)
 
 _PIPELINES = {
     "Qwen-Image": ("QwenImagePipeline", {"text_encoder": None, "tokenizer": None}),
@@ -35,8 +48,11 @@ _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 
 
 def pipeline(family: str, vae: Any = None) -> Any:
-    """A pipeline around the tiny model of the family."""
+    """A pipeline around the tiny model of the family. FLUX.2's asks its VAE for the scale of
+    latents, too.
+    """
     name, absent = _PIPELINES[family]
+    vae = _vae(family) if vae is None and family == "FLUX.2" else vae
     pipe = getattr(diffusers, name)(transformer=load(family), scheduler=_default_scheduler(family), vae=vae, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -195,46 +211,45 @@ def _to_cpu(pipe: Any) -> Any:
 
 
 _WAN_VAE = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+
+
+def _picture_vae(channels: int, tile: int) -> dict[str, Any]:
+    return {
+        "latent_channels": channels,
+        "block_out_channels": (4, 8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 1,
+        "shift_factor": 0.0,
+        "sample_size": tile,
+    }
+
+
 _VAES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen-Image": ("AutoencoderKLQwenImage", _WAN_VAE),
-    "FLUX.1": (
-        "AutoencoderKL",
-        {
-            "latent_channels": 1,
-            "block_out_channels": (4, 8, 8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "norm_num_groups": 1,
-            "sample_size": 48,  # of a tile
-            "shift_factor": 0.0,
-        },
-    ),
+    "FLUX.1": ("AutoencoderKL", _picture_vae(1, 48)),
+    "FLUX.2": ("AutoencoderKLFlux2", {name: value for name, value in _picture_vae(1, 48).items() if name != "shift_factor"}),
+    "Z-Image": ("AutoencoderKL", _picture_vae(16, 48)),
+    "Lumina2": ("AutoencoderKL", _picture_vae(4, 48)),
     "Wan": ("AutoencoderKLWan", _WAN_VAE),
     "HunyuanVideo": (
         "AutoencoderKLHunyuanVideo",
         {"latent_channels": 4, "block_out_channels": (4, 8, 8, 8), "layers_per_block": 0, "norm_num_groups": 1},
     ),
-    "SD3": (
-        "AutoencoderKL",
-        {
-            "latent_channels": 4,
-            "block_out_channels": (4, 8, 8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "norm_num_groups": 1,
-            "shift_factor": 0.0,
-            "sample_size": 32,
-        },
-    ),
+    "SD3": ("AutoencoderKL", _picture_vae(4, 32)),
 }
 
 
-def _with_vae(family: str) -> Any:
+def _vae(family: str) -> Any:
     name, config = _VAES[family]
     torch.manual_seed(0)
     vae = getattr(diffusers, name)(**config)
     # bf16 convolutions are slow on the CPU, but some pipelines cast nothing for the VAE.
-    return pipeline(family, vae.to(DEVICE, DTYPE if family in ("FLUX.1", "SD3") else torch.float32).eval())
+    return vae.to(DEVICE, DTYPE if family in ("FLUX.1", "FLUX.2", "Z-Image", "Lumina2", "SD3") else torch.float32).eval()
+
+
+def _with_vae(family: str) -> Any:
+    return pipeline(family, _vae(family))
 
 
 def _decoded(pipe: Any, family: str) -> Tensor:
@@ -248,7 +263,7 @@ def _vae_calls(method: str) -> Observe:
 
 
 def _tile(pipe: Any, folder: Path) -> Any:
-    if isinstance(pipe.vae, diffusers.AutoencoderKL):  # whose tiles have the size of its samples
+    if isinstance(pipe.vae, diffusers.AutoencoderKL | diffusers.AutoencoderKLFlux2):  # whose tiles have the size of its samples
         pipe.vae.enable_tiling()
         return pipe
     tiles = {f"tile_sample_{size}_{side}": pixels for size, pixels in (("min", 48), ("stride", 32)) for side in ("height", "width")}
@@ -291,7 +306,13 @@ FEATURES = (
         _remove_hooks,
         upstream=dict.fromkeys(FAMILIES, Upstream("invalid combination", "diffusers offloads pipelines to an accelerator only", "cpu")),
     ),
-    _feature("`enable_group_offload`, leaf level, disk", _group_offload, calls_of(diffusers.hooks.group_offloading.ModuleGroup, "onload_")),
+    _feature(
+        "`enable_group_offload`, leaf level, disk",
+        _group_offload,
+        calls_of(diffusers.hooks.group_offloading.ModuleGroup, "onload_"),
+        families=without("FLUX.2"),
+        note="upstream offloads the statistics of FLUX.2's VAE, which its pipeline reads itself",
+    ),
     _feature("`load_lora_weights`, `unload_lora_weights`", _lora_weights, its_output, _unload_lora),
     _feature("another scheduler", _another_scheduler, its_output, _reset_scheduler),
     _feature("`from_pipe` with another scheduler", _from_pipe, its_output),

@@ -13,10 +13,10 @@ from support import quantised
 from torch import Tensor, nn
 
 from ditnorm import patch_model
-from ditnorm.ops.quantization import Law
+from ditnorm.ops.quantization import FLOAT8_ROW, Law
 from ditnorm.swapping import generated
 
-from .feature import DEVICE, DTYPE, Feature, its_output, weights_at_rest
+from .feature import DEVICE, DTYPE, FAMILIES, Feature, its_output, weights_at_rest, without
 from .offload import blocks_of, inside_blocks
 
 
@@ -147,7 +147,15 @@ FEATURES = (
     Feature("layers that return fp32 into a bf16 stream", _returns_float32, its_output),
     Feature("`TorchAoConfig`, int8 weights", _from_pretrained(_torchao("Int8WeightOnlyConfig")), its_output, needs=("torchao",)),
     *(
-        Feature(f"torchao {law} weights and activations, by hand", _torchao_by_hand(law), its_output, needs=("torchao",), fused="any")
+        Feature(
+            f"torchao {law} weights and activations, by hand",
+            _torchao_by_hand(law),
+            its_output,
+            needs=("torchao",),
+            fused="any",
+            families=without("Z-Image", "Lumina2") if law is FLOAT8_ROW else tuple(FAMILIES),
+            note="torchao makes NaN of the zero tokens to which Z-Image and Lumina 2 pad a batch" if law is FLOAT8_ROW else "",
+        )
         for law in quantised.LAWS
     ),
     Feature(

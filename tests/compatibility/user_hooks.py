@@ -98,7 +98,7 @@ def _replace_norms(model: nn.Module, folder: Path) -> nn.Module:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.LayerNorm) and not child.elementwise_affine:
                     setattr(parent, name, Damped(child.normalized_shape, child.eps, elementwise_affine=False))
-                elif type(child) is RMSNorm and name == "ffn_norm1":
+                elif isinstance(child, RMSNorm) and name == "ffn_norm1":
                     setattr(parent, name, DampedRMS(child.dim[0], child.eps))
                     getattr(parent, name).to(DEVICE, DTYPE).load_state_dict(child.state_dict())
     return model
@@ -116,6 +116,7 @@ FEATURES = (
         _replace_norms,
         its_output,
         fused="some",
+        fused_in={"Z-Image": "any", "Lumina2": "any"},  # what one call made, several make
         refused="no fused layer stands in for .*Damped",
     ),
 )
