@@ -271,10 +271,10 @@ def _parts_of_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module
 
 
 def _held_by_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]:
-    """A module doesn't know what holds it, so this looks through all objects of the process."""
+    """A module doesn't know what holds it, so this looks at all modules of the process."""
     if not ours:
         return {}
-    others = [o for o in gc.get_objects() if isinstance(type(o), generated.Generated) and o not in ours]
+    others = [o for o in generated.instances() if o not in ours]
     return {part: other for other in others for part in other.modules() if part in ours}
 
 

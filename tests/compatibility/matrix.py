@@ -34,7 +34,7 @@ from . import (
     training,
     user_hooks,
 )
-from .feature import DEVICE, ORDERS, Feature, Upstream, modules_of
+from .feature import DEVICE, ORDERS, Feature, Observe, Run, Upstream, modules_of
 
 PATCHED_FIRST = ("patch before", "unpatch while active")
 GROUPS: dict[str, tuple[Feature, ...]] = {
@@ -167,12 +167,21 @@ class _Reference:
     fused: range | int
 
 
+@functools.cache
+def _plain(load: Callable[[str], Any], run: Run, observe: Observe, family: str) -> tuple[Tensor, Any, int]:
+    """What a model without any feature makes, what is observed then, and the fused calls when it is
+    patched: the same for many features.
+    """
+    target = load(family)
+    plain, observed = observe(target, lambda: run(target, family))
+    patch(target)
+    fused, _ = fused_calls(lambda: run(target, family))
+    return plain, observed, fused
+
+
 @functools.lru_cache(maxsize=2)
 def _reference(feature: Feature, family: str) -> _Reference:
-    target = feature.load(family)
-    plain, plainly_observed = feature.observe(target, lambda: feature.run(target, family))
-    patch(target)
-    fused, _ = fused_calls(lambda: feature.run(target, family))
+    plain, plainly_observed, fused = _plain(feature.load, feature.run, feature.observe, family)
     target = feature.load(family)
     with tempfile.TemporaryDirectory() as folder:
         with_feature = feature.apply(target, Path(folder))
