@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import autocasts, transformed
 from ..swapping.originals import defined_in, replaced, replaced_functional
-from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, seen_by_a_mode
+from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, only_traced, seen_by_a_mode
 from .activation_sites import WATCHED, Activation
 from .module import FusedModule
 
@@ -159,8 +159,9 @@ def called_as_module(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no
     wrapper, nothing compiled.
     """
+    call = type(module).__call__
     return (
-        type(module).__call__ is module_call
+        (call is module_call or only_traced(call))
         and "forward" not in module.__dict__
         and module._compiled_call_impl is None
         and not (module._forward_hooks or module._forward_pre_hooks or any(hooks_for_all_modules))

@@ -82,7 +82,7 @@ def instances() -> list[Any]:
         classes = set(_classes)
     remaining = list(classes)
     while remaining:
-        derived = set(remaining.pop().__subclasses__()) - classes
+        derived: set[type] = set(remaining.pop().__subclasses__()) - classes
         classes |= derived
         remaining += derived
     return [o for o in gc.get_referrers(*classes) if type(o) in classes] if classes else []
