@@ -76,7 +76,7 @@ def _rms(t: Tensor) -> float:
 
 
 def _exported(model: nn.Module, family: str) -> Tensor:
-    """Of a copy: Z-Image keeps the positions that its first run made, which under export are fake."""
+    """Of a copy: Z-Image keeps the positions that its first run made, fake ones under export."""
     with torch.no_grad():
         program = torch.export.export(copy.deepcopy(model), (), arguments_of(family) | {"return_dict": False}, strict=False)
         return output_of(program.module(), arguments_of(family))
