@@ -47,3 +47,9 @@ def test_the_site_has_every_page_of_docs():
 def test_links_are_turned_to_where_the_pages_of_the_site_are():
     assert site_pages.turned("[a](docs/use.md#x) [b](CONTRIBUTING.md) [c](#y)") == "[a](use.md#x) [b](contributing.md) [c](#y)"
     assert site_pages.turned("[a](../README.md#installing) [b](ops.json)", "../") == "[a](index.md#installing) [b](ops.json)"
+
+
+def test_every_parity_script_is_on_the_page_of_use():
+    page = (ROOT / "docs" / "use.md").read_text()
+    scripts = sorted(path.name for path in (ROOT / "scripts").glob("parity_*.py"))
+    assert sorted(set(re.findall(r"parity_\w+\.py", page))) == scripts
