@@ -11,7 +11,7 @@ CXX ?= g++
 export CXX
 
 # The install compiles the kernels for the GPU that is there; the tests build what they need without one.
-INSTALL_INPUTS := pyproject.toml ditnorm/__init__.py scripts/build_backend.py scripts/hatch_build.py $(if $(GPU),$(KERNEL_SOURCES))
+INSTALL_INPUTS := pyproject.toml scripts/build_backend.py scripts/hatch_build.py $(if $(GPU),$(KERNEL_SOURCES),ditnorm/__init__.py)
 INSTALL = DITNORM_CUDA=$(if $(GPU),auto,0) $(BIN)/python -m pip install --quiet --editable
 
 # One thread a worker: the workers already take every core.
