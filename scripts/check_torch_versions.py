@@ -63,7 +63,7 @@ def main() -> int:
         tqdm.write(f"| {version} | {build} | {outcome} |")
         if chosen.tests == TESTS and build:
             record[str(version)] = {"build": build, "python": platform.python_version(), "tests": outcome.rpartition(" in ")[0]}
-    RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
+            RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
     return int(failures > 0)
 
 
