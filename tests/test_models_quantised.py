@@ -28,7 +28,7 @@ NAMES += ("hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5")
 
 
 def in_blocks(name: str) -> bool:
-    return ("blocks." in name or name.startswith("layers.")) and "refiner" not in name
+    return ("blocks." in name or name.startswith("layers.")) and "refiner" not in name and "controlnet_" not in name
 
 
 def model_of(name: str, law: Law) -> nn.Module:
@@ -64,7 +64,9 @@ def test_a_patched_model_has_the_bits_of_torchao(name: str, law: Law) -> None:
     expected = run(model, name)
     patch_model(model)
     assert same(run(model, name), expected)
-    assert fused_linears(model)
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(fused_linears(model)) == {path for path, m in linears.items() if type(m.weight).__module__.startswith("torchao")}
+    assert f"quantised     {law}: {len(fused_linears(model))} linear layers" in str(report(model))
     unpatch_model(model)
     assert not fused_linears(model)
     assert same(run(model, name), expected)

@@ -43,7 +43,7 @@ class BFLLinear(QuantizedLinear):
     aren't multiplied, as on the CPU, upstream multiplies by what its weight stands for.
     """
 
-    fingerprints = {"forward": frozenset({"f498ab2e057f"})}  # 0.42.1
+    fingerprints = {"forward": frozenset({"f498ab2e057f"})}  # 0.42.0, 0.42.1
 
     weight_scale: Tensor
     compute_dtype: torch.dtype
