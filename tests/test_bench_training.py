@@ -18,6 +18,7 @@ def bench(monkeypatch, tmp_path):
     """Runs ``bench_training.py`` with shrunk models: status and report."""
     monkeypatch.setattr(bench_training, "MODELS", shrunk(MODELS))
     monkeypatch.setattr(steps, "TIMED_SECONDS", 0)
+    monkeypatch.setattr(steps, "TIMED_STEPS", 1)
 
     def run(*options):
         status = bench_training.main(["--out", str(tmp_path), *options])
