@@ -1,0 +1,99 @@
+"""Which path a call takes: the kernel, PyTorch's operations, or one with gradients.
+
+The files beside this one look their ops up once: an overload packet costs a call half a
+microsecond.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..ops import checks
+from ..ops.autograd import GRADIENTS, Recompute, kernel_of
+from ..ops.calls import HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
+from ..ops.table import OPS
+from ..swapping.torch_private import any_autocast_enabled, forward_ad
+
+NORM = {name: code for code, name in enumerate(NORMS)}
+QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
+PAIR = {"neighbours": 0, "halves": PAIRS.index(HALVES_OF_CUDA)}
+ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
+HALF = {dtype: code for code, dtype in enumerate(HALVES)}
+# What bad arguments raise on the way to the kernel.
+REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)
+
+# Under Dynamo an op that rejects its arguments ends the trace, and nothing catches that.
+# So what no kernel takes is found before.
+traced_by_dynamo = torch.compiler.is_dynamo_compiling
+
+
+def needs_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
+    """Whether PyTorch's operations are to make what is quantised."""
+    return (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding)
+
+
+def in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", qk_norm: str = "rms") -> bool:
+    """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes
+    of upstream's expression: it leaves all operations alone but torch's norms.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return rounding == "eager" and qk_norm == "rms" and any(t is not None and checks.autocasts(t) for t in tensors)
+
+
+def _autocast(name: str, options: tuple[Any, ...]) -> bool:
+    """Whether autocast is on for any device and chooses dtypes of upstream's expression: those of
+    torch's norms.
+    """
+    left_alone = name == "scale_residual" or (name in ("qk_norm_rope", "joint_qk_norm_rope") and "rms" not in options)
+    return options[-1] == "eager" and not left_alone and any_autocast_enabled()
+
+
+def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
+    transformed, gradients = checks.transformed(), GRADIENTS.get(name)
+    if gradients is not None and not _autocast(name, options):
+        if not transformed and kernels.serves(tensors[0]):
+            outputs = gradients.call(kernel_of(name), tensors, options, codes)
+            if outputs is not None:
+                return outputs
+        # Sums over rows a compiler fuses itself, and chooses what to save for them.
+        compiled = traced_by_dynamo() and not torch.compiler.is_exporting()
+        fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors, options)
+        if fits and not unfused(name, tensors, options):
+            return getattr(kernels.ops, name).under_grad(*tensors, *codes)
+    op = OPS[name]
+    call = op.call(*tensors, *options)
+    op.check(call)
+    if call.rounding == "eager" or transformed:
+        return kernels.in_pytorch(op, call)
+    return Recompute.apply(op, kernel_of(name), codes, options, *tensors)
+
+
+def unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:
+    """Whether no kernel takes the call. Dynamo needs long for the whole question, and nearly always
+    need not ask it.
+    """
+    first: Any = tensors[0]
+    uniform = first.dtype in checks.FLOATS
+    for t in tensors:
+        if t is not None and (t.dtype is not first.dtype or (t.dim() > 1 and t.shape[0] != first.shape[0])):
+            uniform = False
+    return not uniform and OPS[name].unfused(OPS[name].call(*tensors, *options)) is not None
+
+
+def rejected(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> Any:
+    """Where the kernel has rejected a call: the error that names what is wrong with it, or the
+    results of PyTorch's operations.
+    """
+    op = OPS[name]
+    call = op.call(*tensors, *options)
+    op.check(call)
+    if op.unfused(call) is None:
+        raise  # the kernel's own error, which the caller is handling
+    return kernels.in_pytorch(op, call)
