@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import model_checks, tiny
 
-from ditnorm import patch_model, precompute_modulation, report
+from ditnorm import patch_model, report
 
 NAMES = [name for name in tiny.MODELS if name.startswith("ltx2")]
 
@@ -87,11 +87,6 @@ def test_all_blocks_are_fused_and_every_call_is_verified():
     model = patch_model(tiny.load("ltx2", torch.bfloat16), strict=True)
     assert "2 of 2 blocks" in str(report(model))
     assert "bit-identical" in str(report(model))
-
-
-def test_there_are_no_modulations_to_precompute():
-    with pytest.raises(ValueError, match=r"nothing to gain in LTX2VideoTransformer3DModel: the modulations of LTX-2 are tables"):
-        precompute_modulation(tiny.load("ltx2", torch.bfloat16))
 
 
 def test_blocks_compile_to_one_graph_each():
