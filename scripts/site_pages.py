@@ -13,7 +13,7 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages."""
-    from mkdocs.structure.files import File  # type: ignore[import-not-found]
+    from mkdocs.structure.files import File
 
     for name, page in PAGES.items():
         files.append(File.generated(config, page, content=turned((ROOT / name).read_text())))
