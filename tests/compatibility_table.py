@@ -53,7 +53,8 @@ orders, those of {sampled} in all but one.
 
 def page() -> str:
     orders = "\n".join(f"- **{order}**: {meaning}" for order, meaning in ORDERS.items())
-    lines = [INTRODUCTION.format(orders=orders, sampled=" and ".join(matrix.IN_ONE_ORDER))]
+    *sampled, last = matrix.IN_ONE_ORDER
+    lines = [INTRODUCTION.format(orders=orders, sampled=" and ".join(filter(None, (", ".join(sampled), last))))]
     for group, features in matrix.GROUPS.items():
         lines += [f"## {group}", "", f"| | {' | '.join(FAMILIES)} | Ran on | Remarks |", f"|---|{'---|' * len(FAMILIES)}---|---|"]
         lines += [_row(feature) for feature in features]
