@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 KERNEL_SOURCES := $(wildcard ditnorm/kernels/csrc/*) scripts/build_kernels.py
-OP_TESTS = $(wildcard tests/test_ops*.py tests/test_layers.py tests/test_golden.py tests/test_quantization.py)
+OP_TESTS = $(wildcard tests/test_ops*.py tests/test_layers.py tests/test_golden.py tests/test_quantization*.py)
 ALL_ARCHS := 80,90,100,120
 CXX ?= g++
 export CXX

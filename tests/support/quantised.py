@@ -83,3 +83,18 @@ def quantise_bfl(model: nn.Module, which: Callable[[str], bool] = lambda name: T
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = bfl_linear(linear)
     return model
+
+
+def rows(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "plain") -> Tensor:
+    """Rows of very different sizes; ``kind``: what is special about an element or two."""
+    x = torch.randn(shape) * torch.randn(*shape[:-1], 1).mul(4).exp()
+    if kind == "zeros":
+        x = x * 1e-3
+        x[..., 0, :] = 0
+    if kind == "nan":
+        x.view(-1)[3] = float("nan")
+    if kind == "inf":
+        x.view(-1)[4] = -float("inf")
+    if kind == "any bits":
+        x = torch.randint(-(2**15), 2**15, shape).to(torch.int16).view(torch.bfloat16).float()
+    return x.to(dtype)
