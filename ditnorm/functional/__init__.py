@@ -37,11 +37,14 @@ counted as ``"reference"``.
 Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the
 argument. An index out of range is an ``IndexError`` on the CPU and a row of NaN elsewhere.
 
-All are differentiable. Where the kernels run and only gradients of ``x``, ``residual``, query, key
-and value are wanted, as in LoRA training, these are fused too, and the rows of the inputs (``r`` in
-place of what it is the sum of) are all that is saved; under ``"eager"`` they have the bits of eager
-autograd. Other gradients are those of PyTorch's operations: ``"single"`` saves its inputs only and
-recomputes, ``"eager"`` runs unfused. Under forward-mode differentiation both do.
+All are differentiable. Where the kernels run the forward pass is fused under grad, too, and so are
+the gradients of ``x``, ``residual``, query, key and value; where no others are wanted, as in LoRA
+training, the rows of the inputs (``r`` in place of what it is the sum of) are all that is saved,
+and ``torch.compile`` meets the same ops, forward and backward. Gradients of modulations, tables and
+weights, which are sums over rows, are those of PyTorch's operations. Under ``"eager"`` those of
+rows have the bits of eager autograd. Where no kernel runs, and of the ops and norms that have none
+for their gradients, these are those of the expression: ``"single"`` saves its inputs only and
+recomputes, ``"eager"`` runs unfused; so do both under forward-mode differentiation.
 """
 
 from .activations import gelu, swiglu
