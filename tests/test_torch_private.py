@@ -20,6 +20,7 @@ from ditnorm.swapping import torch_private
 NAMES: list[tuple[Any, str]] = [
     (torch._C, "_is_any_autocast_enabled"),
     (torch.autograd.forward_ad, "_current_level"),
+    (torch.compiler, "_is_exporting_flag"),
     (torch, "_addmm_activation"),
     (torch, "_scaled_mm"),
     (torch, "_int_mm"),
@@ -40,6 +41,7 @@ def answers(private: ModuleType) -> dict[str, bool]:
     return {
         "any_autocast_enabled": private.any_autocast_enabled(),
         "forward_ad": private.forward_ad._current_level >= 0,
+        "compiler": private.compiler._is_exporting_flag,
         "addmm_activation": private.addmm_activation is None,
         "scaled_mm": private.scaled_mm is None,
         "int_mm": private.int_mm is None,

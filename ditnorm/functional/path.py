@@ -14,7 +14,7 @@ from ..ops import checks
 from ..ops.autograd import GRADIENTS, Recompute, kernel_of
 from ..ops.calls import HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.table import OPS
-from ..swapping.torch_private import any_autocast_enabled, forward_ad
+from ..swapping.torch_private import any_autocast_enabled, compiler, forward_ad
 
 NORM = {name: code for code, name in enumerate(NORMS)}
 QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
@@ -63,7 +63,7 @@ def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple
             if outputs is not None:
                 return outputs
         # Sums over rows a compiler fuses itself, and chooses what to save for them.
-        compiled = traced_by_dynamo() and not torch.compiler.is_exporting()
+        compiled = traced_by_dynamo() and not compiler._is_exporting_flag
         fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors, options)
         if fits and not unfused(name, tensors, options):
             return getattr(kernels.ops, name).under_grad(*tensors, *codes)

@@ -19,9 +19,12 @@ from torch.nn.modules import module as _module
 
 
 class _Unknown:
-    """In the place of what holds a private name: forward-mode gradients may be on."""
+    """In the place of what holds a private name: forward-mode gradients may be on, and a program
+    may be on its way into an export.
+    """
 
     _current_level = 0
+    _is_exporting_flag = True
 
 
 def _yes() -> bool:
@@ -41,6 +44,12 @@ tensors.
 forward_ad: Any = _found(torch.autograd.forward_ad, "_current_level")
 """Holder of ``_current_level``: 0 or more where forward-mode gradients are on. Without it every
 call runs in PyTorch's operations.
+"""
+
+compiler: Any = _found(torch.compiler, "_is_exporting_flag")
+"""Holder of ``_is_exporting_flag``, true while torch.export traces. ``torch.compiler.is_exporting``
+asks it, but Dynamo takes that function for true up to PyTorch 2.11 at least. Without it a compiled
+training step differentiates PyTorch's operations.
 """
 
 addmm_activation: Callable[..., torch.Tensor] | None = getattr(torch, "_addmm_activation", None)
