@@ -59,3 +59,14 @@ def test_every_norm_but_the_texts_first_is_ours():
     tiny.run(model, arguments)
     calls = {op: n - before[op, path] for (op, path), n in kernels.counts().items() if n != before[op, path]}
     assert calls["norm_scale_residual_norm_scale_shift"] == 4
+
+
+def test_the_report_says_that_upstream_rotates():
+    model = patch_model(tiny.load(NAME, torch.bfloat16), strict=True)
+    (found,) = report(model).transformers
+    assert (found.attentions, found.rotated) == (4, 0)
+    reason = "rotary embedding, as its tables are complex128, and upstream multiplies in float64"
+    assert found.left == {reason: [name for name, module in model.named_modules() if name.endswith(".attn")]}
+    text = " ".join(str(report(model)).split())
+    assert f"{reason}: " in text
+    assert "query and key normed in one call in 4 attention modules" in text

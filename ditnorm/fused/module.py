@@ -74,6 +74,8 @@ class FusedModule(Swapped):
     """Whether patching warns where such a part can't be swapped: not where it is PyTorch's op
     either way, which only the report says.
     """
+    upstreams: ClassVar[Mapping[str, str]] = {}
+    """What a fused body leaves to upstream, for users -> why. The report says so."""
     unfused_by_hooks: ClassVar[bool] = False
     """Whether the module runs unfused, or as upstream's, where a hook watches it."""
 

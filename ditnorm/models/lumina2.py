@@ -36,7 +36,8 @@ class Lumina2Attention(FusedAttention):
     processors = {"diffusers.models.transformers.transformer_lumina2:Lumina2AttnProcessor2_0": {"915f73e925ec": None}}
     helpers = {}
     norm = "diffusers_rms"
-    rotary = "complex"
+    rotary = None
+    upstreams = {"rotary embedding": "its tables are complex128, and upstream multiplies in float64"}
 
     def forward(
         self,

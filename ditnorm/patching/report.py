@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import kernels
 from ..fused.activation_sites import other_bits
+from ..fused.qk_sites import QKSite
 from ..fused.quantized_linear import QuantizedLinear, quantized_base
 from ..swapping.swapped import untouched
 from . import patch, verification
@@ -70,6 +71,10 @@ class TransformerReport:
     """Reason -> the activations that are PyTorch's as upstream calls them."""
     adapted_products: int = 0
     """Of those, the ones in adapters, which read the activation itself too."""
+    rotated: int = 0
+    """Attention modules whose fused call rotates, too."""
+    left: Mapping[str, list[str]] = field(default_factory=dict)
+    """What fused modules leave to upstream, and why -> the modules."""
     modulations: tuple[str, ...] = ()
     """What the tables of precomputed modulations hold, and what they were asked for."""
 
@@ -84,9 +89,10 @@ class TransformerReport:
             yield "  not patched", f"would fuse {self.fusable} {of_blocks}"
         yield "  backend", self.backend
         yield "  verified", str(self.verification)
-        if self.attentions:
-            when = "" if self.rounding else "would be "
-            yield "  query and key", f"{when}normed and rotated in one call in {number_of(self.attentions, 'attention module')}"
+        when = "" if self.rounding else "would be "
+        for done, count in (("normed and rotated", self.rotated), ("normed", self.attentions - self.rotated)):
+            if count:
+                yield "  query and key", f"{when}{done} in one call in {number_of(count, 'attention module')}"
         for how, count in self.activations.items():
             yield "  activations", f"{how}: {count}"
         for law, count in self.products.items():
@@ -95,6 +101,8 @@ class TransformerReport:
             yield "  adapters", f"on {self.adapted_products} of these: the activation is written too, beside what it is quantised to"
         for reason, attentions in self.unfused_attentions.items():
             yield "  unfused", f"query and key of {listed(attentions)}: {reason}"
+        for reason, modules in self.left.items():
+            yield "  unfused", f"{reason}: {listed(modules)}"
         for reason, activations in self.unfused_activations.items():
             yield "  unfused", f"activations {listed(activations)}: {reason}"
         for reason, linears in self.unfused_products.items():
@@ -187,7 +195,9 @@ def _transformer(name: str, model: nn.Module, units: list[Unit]) -> TransformerR
         refused=_by_reason(unit for unit in units if not unit.fused),
         changed=_by_reason(fused),
         hooked=[swap.name for unit in counted for swap in unit.swaps if swap.unfused_by_hooks and not untouched(swap.module)],
-        attentions=sum(call.op.endswith("qk_norm_rope") for call in calls),
+        attentions=sum(isinstance(call, QKSite) for call in calls),
+        rotated=sum(isinstance(call, QKSite) and call.rotary is not None for call in calls),
+        left=_left(counted),
         unfused_attentions=_unfused(counted, "query and key"),
         products=Counter(call.quantised for call in calls if call.quantised is not None),
         unfused_products=_unfused(counted, "matrix product"),
@@ -204,6 +214,11 @@ def _by_reason(units: Iterable[Unit]) -> dict[str, list[str]]:
 
 def _unfused(units: Iterable[Unit], what: str) -> dict[str, list[str]]:
     return _grouped((part.name, part.reason) for unit in units for part in unit.unfused if part.what == what)
+
+
+def _left(units: Iterable[Unit]) -> dict[str, list[str]]:
+    parts = (part for unit in units for part in unit.unfused if part.what in unit.upstreams)
+    return _grouped((part.name, f"{part.what}, as {part.reason}") for part in parts)
 
 
 def _activations(units: list[Unit], device: torch.device, dtype: torch.dtype | None) -> tuple[Mapping[str, int], Mapping[str, list[str]]]:

@@ -107,6 +107,11 @@ class Unit:
         found = {activation.path: activation for swap in self.swaps for activation in swap.activations()}
         return list(found.values())  # a feed-forward layer knows more of one than the module that has it
 
+    @property
+    def upstreams(self) -> set[str]:
+        """What its bodies leave to upstream."""
+        return {what for swap in self.swaps for what in getattr(swap.body, "upstreams", {})}
+
     def left(self) -> Iterator[Unfused]:
         """What patching warns of: it stays upstream's, and an op of ours is missing there."""
         yield from (part for part in self.unfused if part.announced)
@@ -212,6 +217,8 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
     if reason is not None:
         raise _Refused(path, reason)
     yield Swap(_join(unit.name, path), module, upstream, body)
+    for what, why in getattr(body, "upstreams", {}).items():
+        unit.unfused.append(Unfused(_join(unit.name, path), what, why, demanded=False, announced=False))
     for part in body.parts(module) if issubclass(body, FusedModule) else ():
         inside = _join(path, part.path)
         if part.body is None:
