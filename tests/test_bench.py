@@ -54,7 +54,7 @@ def written_of(report, folder):
 def test_quick_run_measures_models_and_keeps_their_bits(bench, tmp_path, capsys):
     """One of every kind of inputs."""
     chosen = ["qwen-image", "qwen-image-2.1", "flux.1-dev", "chroma", "flux.2-dev", "wan2.1-1.3b", "wan2.2-ti2v-5b"]
-    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium", "z-image-turbo", "ltx-2"]
+    chosen += ["hunyuan-video-480p", "hunyuan-video-1.5", "sd3.5-medium", "z-image-turbo", "lumina-image-2.0", "ltx-2"]
     status, report = bench("--quick", "--models", *chosen)
     output = capsys.readouterr().out
     assert status == 0, output
@@ -272,6 +272,7 @@ def test_random_models_have_the_dtypes_of_loaded_ones(name):
         ("flux.2-klein-4b", 4096, 3072),
         ("flux.2-klein-9b", 4096, 4096),
         ("z-image-turbo", 4096, 3840),
+        ("lumina-image-2.0", 4096, 2304),
     ],
 )
 def test_published_sizes(name, tokens, width):
@@ -280,7 +281,8 @@ def test_published_sizes(name, tokens, width):
         model = getattr(diffusers, real.cls)(**{**real.config, **real.layers(1)})
     assert real.tokens == tokens
     heads, head_dim = real.config.get("num_attention_heads"), real.config.get("attention_head_dim")
-    assert (model.dim if heads is None else heads * head_dim) == width
+    own = model.dim if hasattr(model, "dim") else model.config.get("hidden_size")
+    assert (own if heads is None else heads * head_dim) == width
     assert real.layers(None).keys() == real.layers(1).keys() <= real.config.keys()
     assert next(model.parameters()).is_meta
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 import ditnorm
 
-SCRIPTS = ["qwen_image", "wan", "hunyuan_video", "sd3", "flux", "flux2", "z_image", "ltx2"]
+SCRIPTS = ["qwen_image", "wan", "hunyuan_video", "sd3", "flux", "flux2", "z_image", "lumina2", "ltx2"]
 
 
 @pytest.fixture(autouse=True)

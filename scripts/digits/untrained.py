@@ -22,6 +22,8 @@ from diffusers import (
     FluxTransformer2DModel,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -129,6 +131,32 @@ def _z_image_arguments(prompts: Prompts) -> dict[str, Any]:
     return {"prompt_embeds": list(prompts["prompt_embeds"]), "guidance_scale": 0.0}
 
 
+def _lumina2() -> DiffusionPipeline:
+    """With fewer heads of key and value."""
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=96,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(8, 8, 8),
+        axes_lens=(64, 64, 64),
+        cap_feat_dim=TEXT_DIM,
+    )
+    vae = AutoencoderKL(**_VAE, scaling_factor=1.0, shift_factor=0.0)
+    absent = dict.fromkeys(("text_encoder", "tokenizer"))
+    return Lumina2Pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), **absent)
+
+
+def _lumina2_arguments(prompts: Prompts) -> dict[str, Any]:
+    embeds = prompts["prompt_embeds"]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 1.0}
+
+
 def _ltx2() -> DiffusionPipeline:
     """Two frames of video, and sound."""
     transformer = LTX2VideoTransformer3DModel(
@@ -198,6 +226,7 @@ UNTRAINED = {
         TinyPipeline("flux", "FluxPipeline", _flux, IMAGE, _flux_arguments),
         TinyPipeline("flux2", "Flux2KleinPipeline", _flux2, IMAGE, _flux2_arguments),
         TinyPipeline("z-image", "ZImagePipeline", _z_image, IMAGE, _z_image_arguments),
+        TinyPipeline("lumina2", "Lumina2Pipeline", _lumina2, IMAGE, _lumina2_arguments),
         TinyPipeline("sd3", "StableDiffusion3Pipeline", _sd3, IMAGE, _sd3_arguments),
         TinyPipeline("ltx2", "LTX2Pipeline", _ltx2, {"height": 32, "width": 32, "num_frames": 5}, _ltx2_arguments),
     )
