@@ -157,7 +157,7 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
 
 def test_library_is_small(library: Path) -> None:
     """A kernel that no served model selects isn't built. A twentieth more than it was last."""
-    assert library.stat().st_size <= 10.4e6
+    assert library.stat().st_size <= 11.4e6
 
 
 def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:
