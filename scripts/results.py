@@ -1,9 +1,9 @@
-"""Measures everything that README and docs show, and takes it into the records of docs/.
+"""Measures everything that README and docs show; results_page.py takes it into their records.
 
     python scripts/results.py [PART ...] [--out DIR]
 
-`make results` runs it and rewrites the pages. Each part is one run of a benchmark, in a process of
-its own, whose output goes to DIR/PART; without names all run, one after the other, for two hours.
+`make results` runs both. Each part is one run of a benchmark, in a process of its own, whose output
+goes to DIR/PART; without names all run, one after the other, for two hours.
 The exit status is 1 if one failed. It needs a GPU that the models fit in: 80 GB.
 """
 
