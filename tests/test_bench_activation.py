@@ -40,6 +40,16 @@ def test_contestants_are_right_and_the_eager_law_has_the_bits_of_the_expression(
             judge(wrong)
 
 
+@pytest.mark.parametrize("op", ["gelu", "swiglu"])
+def test_results_below_the_normal_numbers_of_float16_are_right_to_the_next_number(op):
+    cell = dataclasses.replace(SMALL[0], op=op, tokens=32, width=512, beside=0, dtype="fp16")
+    made = cell.inputs("cpu")
+    made["x"].copy_(torch.linspace(-1e-5, 1e-5, made["x"].numel()).view_as(made["x"]))
+    result = {contestant.name: contestant.bind(cell)(made) for contestant in interpreted()}[contestants.UNFUSED]()
+    assert (result.abs() < torch.finfo(torch.float16).smallest_normal).any()
+    check(cell, made)(result)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_bytes_are_those_of_the_tensors(cell):
     small = dataclasses.replace(cell, tokens=2)

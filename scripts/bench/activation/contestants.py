@@ -69,7 +69,8 @@ def check(cell: ActivationCell, inputs: Inputs) -> Callable[[Tensor], Verdict]:
             rows = slice(first, first + 1024)
             wide, result = x[:, rows].double(), returned[:, rows, cell.beside :].double()
             if cell.op == "gelu":
-                exact, slack = F.gelu(wide, approximate="tanh"), wide.abs() * torch.finfo(torch.float32).eps * 4
+                subnormal = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
+                exact, slack = F.gelu(wide, approximate="tanh"), wide.abs() * torch.finfo(torch.float32).eps * 4 + subnormal
             else:
                 exact = F.silu(wide) * inputs["value"][:, rows].double()
                 slack = torch.full_like(exact, torch.finfo(x.dtype).smallest_normal * 64)
