@@ -145,7 +145,7 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
             continue
         # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half
         # precision.
-        one_lane = "ShapeILi1E" in name or re.search(r"across_(backward_)?kernelI.*ELi1EEEv", name)
+        one_lane = "ShapeILi1E" in name or re.search(r"across_(backward_)?kernelI.*ELi1E(Lb[01]E)?EEv", name)
         wide = re.compile(rf"{access}\.E\b.*\.({'64' if one_lane and '_kernelIf' not in name else '128'}|256)\b")
         if not any(wide.match(opcode) for opcode in used):
             narrow.append(name)
