@@ -101,7 +101,9 @@ def called_otherwise(module: nn.Module) -> str:
     """How a call of ``module`` is more than one of its class's ``forward``."""
     if "forward" in module.__dict__:
         return "its forward is wrapped or replaced"
-    return WATCHED if type(module).__call__ is module_call and module._compiled_call_impl is None else "its calls are wrapped or replaced"
+    # Who replaces the call of all modules looks at them, as a hook for all modules does.
+    own = type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None
+    return "its calls are wrapped or replaced" if own else WATCHED
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
