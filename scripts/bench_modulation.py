@@ -11,7 +11,6 @@ table takes more memory than a step does. It needs a GPU that the models fit in.
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from bench.models.catalogue import MODELS
 from bench.models.real_model import RealModel
+from common.command import as_command
 from common.execution import free, synchronize
 from common.tables import environment, environment_line, text_table
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found[name] = measure(real, layers, device, options.steps)
         free()
         print(f"{name}: {found[name].counters}", flush=True)
-    command = shlex.join(["python", "scripts/bench_modulation.py", *(sys.argv[1:] if argv is None else argv)])
+    command = as_command("scripts/bench_modulation.py", sys.argv[1:] if argv is None else argv)
     where = {"command": command, "date": date.today().isoformat(), "environment": environment(device)}
     document = where | {"models": {name: asdict(f) | {"holds": f.holds} for name, f in found.items()}}
     options.out.mkdir(parents=True, exist_ok=True)

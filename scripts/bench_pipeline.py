@@ -11,7 +11,6 @@ up, then run ``--runs`` times; the median counts. Writes DIR/pipeline.json.
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from datetime import date
 from typing import Any
 
 import torch
+from common.command import as_command
 from common.execution import compile_blocks, forget_compiled, synchronize
 from common.tables import environment, environment_line, text_table
 from diffusers import DiffusionPipeline, FirstBlockCacheConfig
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             patched = column(pipe, given, options, progress.update)
 
     report = {
-        "command": shlex.join(["python", "scripts/bench_pipeline.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": as_command("scripts/bench_pipeline.py", sys.argv[1:] if argv is None else argv),
         "date": date.today().isoformat(),
         "environment": environment(device),
         "pipeline": type(pipe).__name__,

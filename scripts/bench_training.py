@@ -12,7 +12,6 @@ for all plans.
 
 import argparse
 import json
-import shlex
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from bench.models.variants import PRECOMPUTED, VARIANTS
 from bench.training import report, steps
 from bench.training.plans import MODELS as TRAINED
 from bench.training.plans import PLANS
+from common.command import as_command
 from common.execution import free
 from common.tables import environment, environment_line
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     variants = [variant for variant in VARIANTS if variant is not PRECOMPUTED and (variant.quick or not options.quick)]
     options.out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, dict[str, Any]] = {}
-    command = shlex.join(["python", "scripts/bench_training.py", *(sys.argv[1:] if argv is None else argv)])
+    command = as_command("scripts/bench_training.py", sys.argv[1:] if argv is None else argv)
     document = {"command": command, "date": date.today().isoformat(), "environment": environment(device), "models": entries}
     for name in options.models:
         real = MODELS[name]

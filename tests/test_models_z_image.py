@@ -97,7 +97,8 @@ def test_the_blocks_of_a_controlnet_are_fused(modulated):
     before = kernels.counts()
     assert torch.equal(run(), expected)
     calls = {op: n - before[op, path] for (op, path), n in kernels.counts().items() if n != before[op, path]}
-    assert calls == dict.fromkeys(("norm_scale_shift", "qk_norm_rope", "norm_scale_residual", "norm_scale_residual_norm_scale_shift"), 2)
+    ops = ("norm_scale_shift", "qk_norm_rope", "norm_scale_residual", "norm_scale_residual_norm_scale_shift", "swiglu")
+    assert calls == dict.fromkeys(ops, 2)
 
 
 def test_offloaded_norms_are_computed_with_what_stands_around_them():

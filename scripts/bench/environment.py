@@ -2,12 +2,12 @@
 
 import datetime
 import platform
-import shlex
 import subprocess
 import sys
 from typing import Any
 
 import torch
+from common.command import as_command
 
 from .libraries import Found
 
@@ -20,7 +20,7 @@ def describe(peers: Found) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": as_command(sys.argv[0], sys.argv[1:]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(),
         "driver": driver,
