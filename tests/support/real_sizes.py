@@ -7,6 +7,7 @@ from typing import Any
 
 _SMALL: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
 _Z_IMAGE: dict[str, Any] = {"dim": 32, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 4, 4]}
+_LUMINA2: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 3, "num_kv_heads": 1, "axes_dim_rope": (8, 4, 4), "multiple_of": 16}
 _LTX2: dict[str, Any] = _SMALL | {
     "cross_attention_dim": 32,
     "audio_attention_head_dim": 8,
@@ -14,7 +15,11 @@ _LTX2: dict[str, Any] = _SMALL | {
     "audio_cross_attention_dim": 16,
     "caption_channels": 16,
 }
-_OF_CLASS = {"ZImageTransformer2DModel": _Z_IMAGE, "LTX2VideoTransformer3DModel": _LTX2}
+_OF_CLASS = {
+    "ZImageTransformer2DModel": _Z_IMAGE,
+    "Lumina2Transformer2DModel": _LUMINA2,
+    "LTX2VideoTransformer3DModel": _LTX2,
+}
 _TEXT = {
     "cap_feat_dim": 16,
     "joint_attention_dim": 16,
