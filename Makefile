@@ -41,7 +41,7 @@ wheel: | .venv/wheel  ## the source distribution, and one wheel with the kernels
 	rm dist/*-linux_x86_64.whl
 	@ls -l dist
 
-test: lint types test-build test-sanitized test-host test-suite  ## everything that CI checks, about 15 minutes on two cores
+test: lint types test-build test-sanitized test-host test-suite  ## everything that CI checks, about 25 minutes on two cores
 
 test-all: SELECTED = slow or not slow
 test-all: test  ## the same with the tests that take longer
