@@ -8,8 +8,8 @@ namespace ditnorm {
 
 constexpr int kMostRowThreads = 256;
 
-// A GPU starts only so many blocks: an H200 about 820 a microsecond, in which it moves 4.3 MB. A
-// block of fewer bytes than this waits for its start.
+// On an H200 blocks that move 4.6 KB reached 88 % of the speed of light, those that move 6 KB all of
+// it. That a GPU starts only so many blocks a microsecond is inferred from that, not measured.
 constexpr int64_t kLeastBlockBytes = 6144;
 
 struct RowBlocks {
