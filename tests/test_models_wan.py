@@ -9,6 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 from support import model_checks, tiny
+from support.tiny.wan import IMAGE_TOKENS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,7 +85,7 @@ def test_the_models_attend_to_tokens_of_an_image(name):
     # So that their bit-identity above covers the branch of the image, which without 512 tokens of
     # text sees none.
     tokens = model_checks.first_input(tiny.load(name, torch.bfloat16), "blocks.0.attn2.add_k_proj", tiny.inputs(name, 2, torch.bfloat16))
-    assert tokens.shape[1] == tiny.WAN_IMAGE_TOKENS
+    assert tokens.shape[1] == IMAGE_TOKENS
 
 
 class _Widest(TorchDispatchMode):
