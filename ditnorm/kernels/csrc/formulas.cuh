@@ -100,6 +100,19 @@ __device__ __forceinline__ Pack<T, N> add_gated_contracted(const Pack<T, N>& res
   return r;
 }
 
+// v * rstd, which is in float32, and the product with the weight
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> normalized_rounded(const Pack<T, N>& v, float rstd, const Pack<T, N>& weight) {
+  float n[N];
+  to_floats(n, v);
+#pragma unroll
+  for (int j = 0; j < N; ++j) n[j] = __fmul_rn(n[j], rstd);
+  Pack<T, N> y = from_floats<T, N>(n);
+#pragma unroll
+  for (int j = 0; j < N; j += 2) put(y, j, __hmul2_rn(pair(y, j), pair(weight, j)));
+  return y;
+}
+
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> one_plus(const Pack<T, N>& scale) {
   const auto one = twice(from_float<T>(1.0f));

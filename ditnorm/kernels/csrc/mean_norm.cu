@@ -5,8 +5,9 @@
 //   r = residual + gate * n       where there is a residual
 //   y = norm(r) * (1 + scale) + shift
 //
-// A row is one warp's, since that is who adds up its squares in ATen (mean_square.cuh); it stays in
-// registers between its two norms.
+// A row is a block's. ATen has a warp for it, each of whose lanes keeps four sums of squares, one
+// for each place in a group of four elements (mean_square.cuh): here each sum is a thread's. The row
+// stays in registers between its two norms; threads share it, for the sums, in shared memory.
 #include "dispatch.cuh"
 #include "formulas.cuh"
 #include "launch.h"
@@ -16,12 +17,13 @@
 
 namespace ditnorm {
 
-constexpr int kWarpSize = 32, kMeanWarps = 4;
+constexpr int kPlaces = 4, kMeanThreads = 32 * kPlaces;  // of a group; of a block: one for each of ATen's sums
 
 // What the models with these norms run in. The other dtypes go through any_mean_norm_kernel.
 using T = __nv_bfloat16;
-constexpr int N = 16 / sizeof(T), kStep = kWarpSize * N, kTiles = kMostMeanWidth / kStep;
+constexpr int N = 16 / sizeof(T), kStep = kMeanThreads * N, kTiles = kMostMeanWidth / kStep;
 constexpr auto kEach = std::make_integer_sequence<int, kTiles>{};
+using Columns = Pack<T, N>[kTiles];  // those of one thread
 
 // What a kernel does with a row.
 enum class Site { norm, residual_norm, norm_residual_norm, norm_residual };
@@ -46,118 +48,169 @@ inline int mean_lanes(int64_t rows, int64_t width) {
     return power;
   };
   const int across = last_power_of_2(width >= kGrouped && width % 4 == 0 ? width / 4 : width);
-  const int height = std::min(last_power_of_2(rows), kMostMeanLanes / std::min(across, kWarpSize));
+  const int height = std::min(last_power_of_2(rows), kMostMeanLanes / std::min(across, 32));
   return std::min(across, kMostMeanLanes / height);
 }
 
-// A row's sum of squares, of the warp that holds its accesses i * 32 + lane, and zeros beyond it. An
-// access is a group of each of two of ATen's lanes, and the upper half warp has the same lanes as
-// the lower, a turn later. They share them out: the lower half warp becomes the even lanes.
-__device__ __forceinline__ float row_sum_of_squares(const Pack<T, N> (&row)[kTiles], int width) {
-  const bool upper = threadIdx.x & 16;
-  float sums[4] = {};
+// Blocks of a multiprocessor: more would spill registers.
+template <Site SITE>
+constexpr int kMeanBlocks = SITE == Site::norm_residual_norm ? 5 : 6;
+
+struct MeanExchange {
+  Pack<T, N> row[kTiles * kMeanThreads];
+  Pack<float, kPlaces> sums[32];
+};
+
+// The columns of one thread.
+struct Place {
+  const int width, first;
+  __device__ __forceinline__ explicit Place(const Problem& p)
+      : width(static_cast<int>(p.width)), first(static_cast<int>(threadIdx.x) * N) {}
+
+  __device__ __forceinline__ bool inside(int i) const { return first + i * kStep < width; }
+
+  // f(i) for each access that any thread of the block has.
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) const {
+    ditnorm::each(kEach, [&](auto i) {
+      if (i * kStep < width) f(i);
+    });
+  }
+
+  // Asks for what stands in these columns, if it is there. What is outside of the row is nothing.
+  template <class LOAD>
+  __device__ __forceinline__ void ask(Columns& columns, bool there, float missing, LOAD load) const {
+    if (there) {
+      ditnorm::each(kEach, [&](auto i) {
+        if (inside(i)) columns[i] = load(i * kStep);
+      });
+    } else {
+      ditnorm::each(kEach, [&](auto i) { columns[i] = filled<T, N>(missing); });
+    }
+  }
+  __device__ __forceinline__ void ask(Columns& columns, const Vector& vector, float missing) const {
+    const T* const source = static_cast<const T*>(vector.data) + first;
+    ask(columns, vector.data != nullptr, missing, [&](int offset) { return load_pack<T, N>(source + offset); });
+  }
+  __device__ __forceinline__ void ask(Columns& columns, const Modulation& m, const Token& at, const Index& index, float missing) const {
+    const ModulationRow<T, N> source(m, at, index, first);
+    ask(columns, m.data != nullptr, missing, [&](int offset) { return source.load(offset); });
+  }
+};
+
+// A row's sum of squares, in every thread of the block. `meanwhile`: what is to be asked for when
+// the row has arrived. Behind the row `exchange` has zeros.
+template <class MEANWHILE>
+__device__ __forceinline__ float row_sum_of_squares(const Columns& v, const Place& place, MeanExchange& exchange, MEANWHILE meanwhile) {
+  const int thread = static_cast<int>(threadIdx.x);
   each(kEach, [&](auto i) {
-    if (i * kStep >= width) return;
-    Pack<T, 4> groups[2], first, second;
-    __builtin_memcpy(groups, &row[i], sizeof groups);
-    Access<8> own = groups[0].words[0], others = groups[1].words[0];
-    if (upper) own = groups[1].words[0], others = groups[0].words[0];
-    others.x = __shfl_xor_sync(0xffffffffu, others.x, 16);
-    others.y = __shfl_xor_sync(0xffffffffu, others.y, 16);
-    first.words[0] = upper ? others : own;
-    second.words[0] = upper ? own : others;
-    float v[4];
-    to_floats(v, first);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] = __fmaf_rn(v[j], v[j], sums[j]);  // their squares are exact
-    to_floats(v, second);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] = __fmaf_rn(v[j], v[j], sums[j]);
+    if (place.inside(i)) exchange.row[thread + i * kMeanThreads] = v[i];
   });
-  return add_along(16, add_along(1, add_along(2, add_along(4, add_along(8, sum_of_group(sums))))));
+  meanwhile();
+  __syncthreads();
+  const T* const own = exchange.row->v + thread;
+  float sum = 0.0f;
+  place.each([&](auto i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float element = to_float(own[i * kStep + j * kMeanThreads]);
+      sum = __fmaf_rn(element, element, sum);  // its square is exact
+    }
+  });
+  exchange.sums[thread / kPlaces].v[thread % kPlaces] = sum;
+  __syncthreads();
+  sum = sum_of_group(exchange.sums[thread % 32].v);
+  return add_along(1, add_along(2, add_along(4, add_along(8, add_along(16, sum)))));
 }
 
 __device__ __forceinline__ float root_of_mean(float sum, const Problem& p) {
   return rsqrtf(__fadd_rn(__fmul_rn(sum, p.mean_factor), p.eps));
 }
 
-// N elements of norm(v) * weight, in float32 with the roundings of the law. Where there is no weight
-// nobody loads it.
+// residual + gate * branch. The branch: x, or where NORMS norm(x) * weight.
+template <bool ROUND, bool NORMS>
+__device__ __forceinline__ Pack<T, N> added(const Pack<T, N>& residual, const Pack<T, N>& x, float rstd, const Pack<T, N>& weight,
+                                            const Pack<T, N>& gate) {
+  if constexpr (ROUND) return add_gated_rounded(residual, NORMS ? normalized_rounded(x, rstd, weight) : x, gate);
+  float sum[N], branch[N], factor[N];
+  to_floats(branch, x);
+  to_floats(factor, weight);
+#pragma unroll
+  for (int j = 0; NORMS && j < N; ++j) branch[j] = __fmul_rn(__fmul_rn(branch[j], rstd), factor[j]);
+  to_floats(sum, residual);
+  to_floats(factor, gate);
+#pragma unroll
+  for (int j = 0; j < N; ++j) sum[j] = add_gated<T, false>(sum[j], branch[j], factor[j]);
+  return from_floats<T, N>(sum);
+}
+
+// norm(v) * weight * (1 + scale) + shift
 template <bool ROUND>
-__device__ __forceinline__ void normalize(float (&out)[N], const Pack<T, N>& v, float rstd, const Vector& weight, int column) {
-  to_floats(out, v);
+__device__ __forceinline__ Pack<T, N> modulated(const Pack<T, N>& v, float rstd, const Pack<T, N>& weight, const Pack<T, N>& scale,
+                                                const Pack<T, N>& shift) {
+  if constexpr (ROUND) return modulate_rounded(normalized_rounded(v, rstd, weight), scale, shift);
+  float n[N], factor[N], sum[N];
+  to_floats(n, v);
+  to_floats(factor, weight);
 #pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = round_to<T, ROUND>(__fmul_rn(out[j], rstd));
-  if (weight.data == nullptr) return;
-  float w[N];
-  to_floats(w, load_pack<T, N>(static_cast<const T*>(weight.data) + column));
+  for (int j = 0; j < N; ++j) n[j] = __fmul_rn(__fmul_rn(n[j], rstd), factor[j]);
+  to_floats(factor, scale);
+  to_floats(sum, shift);
 #pragma unroll
-  for (int j = 0; j < N; ++j) out[j] = round_to<T, ROUND>(__fmul_rn(out[j], w[j]));
+  for (int j = 0; j < N; ++j) n[j] = modulate<T, false>(n[j], factor[j], sum[j]);
+  return from_floats<T, N>(n);
 }
 
 template <bool ROUND, Site SITE>
-__global__ void __launch_bounds__(kMeanWarps* kWarpSize, 2) mean_norm_kernel(const Problem p) {
-  const unsigned token = blockIdx.x * kMeanWarps + threadIdx.x / kWarpSize;
-  if (token >= static_cast<unsigned>(p.tokens)) return;
-  const int first = static_cast<int>(threadIdx.x) % kWarpSize * N, width = static_cast<int>(p.width);
-  const auto inside = [&](int i) { return first + i * kStep < width; };
+__global__ void __launch_bounds__(kMeanThreads, kMeanBlocks<SITE>) mean_norm_kernel(const Problem p) {
+  constexpr Cache kCache = kHasResidual<SITE> ? Cache::normal : Cache::streaming;
+  __shared__ MeanExchange exchange;
+  const Place place(p);
+  each(kEach, [&](auto i) {
+    if (!place.inside(i)) exchange.row[threadIdx.x + i * kMeanThreads] = filled<T, N>(0.0f);
+  });
   wait_for_previous_kernel();
-  const Token at(p, blockIdx.y, token);
-  const int64_t out = (at.batch * p.tokens + token) * p.width + first;
-  const T* const x = static_cast<const T*>(p.x.data) + at.offset(p.x) + first;
-  Pack<T, N> v[kTiles];
-  each(kEach, [&](auto i) { v[i] = inside(i) ? load_row<Cache::normal, T, N>(x + i * kStep) : filled<T, N>(0.0f); });
+  const Token at(p, blockIdx.y, blockIdx.x);
+  const int64_t target = (at.batch * p.tokens + at.token) * p.width + place.first;
+  const auto ask_rows = [&](Columns& columns, const Rows& rows) {
+    const T* const source = static_cast<const T*>(rows.data) + at.offset(rows) + place.first;
+    place.ask(columns, true, 0.0f, [&](int offset) { return load_row<kCache, T, N>(source + offset); });
+  };
+  Columns v, weight;
+  ask_rows(v, p.x);
 
   if constexpr (kHasResidual<SITE>) {
-    const T* const residual = static_cast<const T*>(p.residual.data) + at.offset(p.residual) + first;
-    const ModulationRow<T, N> gate(p.gate, at, p.index, first);
-    const bool gated = p.gate.data != nullptr;
+    Columns residual, gate;
+    ask_rows(residual, p.residual);
     float rstd = 1.0f;
-    if constexpr (kNormsX<SITE>) rstd = root_of_mean(row_sum_of_squares(v, width), p);
-    T* const r = static_cast<T*>(p.r) + out;
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
-      const auto streamed = load_row<Cache::normal, T, N>(residual + i * kStep);
-      float branch[N], sum[N];
-      if constexpr (kNormsX<SITE>) {
-        normalize<ROUND>(branch, v[i], rstd, p.x_weight, first + i * kStep);
-      } else {
-        to_floats(branch, v[i]);
-      }
-      to_floats(sum, streamed);
-      if (gated) {
-        float gates[N];
-        to_floats(gates, gate.load(i * kStep));
-#pragma unroll
-        for (int j = 0; j < N; ++j) branch[j] = round_to<T, ROUND>(__fmul_rn(gates[j], branch[j]));
-      }
-#pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] = __fadd_rn(sum[j], branch[j]);
-      v[i] = unlikely(!at.valid) && gated ? filled<T, N>(kNaN) : from_floats<T, N>(sum);
-      store_row<Cache::streaming>(r + i * kStep, v[i]);
+    const auto ask_gate = [&] { place.ask(gate, p.gate, at, p.index, kNoGate); };
+    if constexpr (kNormsX<SITE>) {
+      const auto ask = [&] { place.ask(weight, p.x_weight, kNoWeight), ask_gate(); };
+      rstd = root_of_mean(row_sum_of_squares(v, place, exchange, ask), p);
+    } else {
+      ask_gate();
+    }
+    const bool unknown = !at.valid && p.gate.data != nullptr;
+    T* const r = static_cast<T*>(p.r) + target;
+    place.each([&](auto i) {
+      v[i] = added<ROUND, kNormsX<SITE>>(residual[i], v[i], rstd, weight[i], gate[i]);
+      if (unlikely(unknown)) v[i] = filled<T, N>(kNaN);
+      if (place.inside(i)) store_row<kCache>(r + i * kStep, v[i]);
     });
   }
 
   if constexpr (kNormsResult<SITE>) {
-    const ModulationRow<T, N> scale(p.scale, at, p.index, first), shift(p.shift, at, p.index, first);
-    const bool scaled = p.scale.data != nullptr, shifted = p.shift.data != nullptr;
-    const float rstd = at.valid ? root_of_mean(row_sum_of_squares(v, width), p) : kNaN;
-    T* const y = static_cast<T*>(p.y) + out;
-    each(kEach, [&](auto i) {
-      if (!inside(i)) return;
-      float n[N], m[N];
-      normalize<ROUND>(n, v[i], rstd, p.weight, first + i * kStep);
-      if (scaled) {
-        to_floats(m, scale.load(i * kStep));
-#pragma unroll
-        for (int j = 0; j < N; ++j) n[j] = round_to<T, ROUND>(__fmul_rn(n[j], round_to<T, ROUND>(__fadd_rn(1.0f, m[j]))));
-      }
-      if (shifted) {
-        to_floats(m, shift.load(i * kStep));
-#pragma unroll
-        for (int j = 0; j < N; ++j) n[j] = __fadd_rn(n[j], m[j]);
-      }
-      store_row<Cache::streaming>(y + i * kStep, from_floats<T, N>(n));
+    Columns scale, shift;
+    const auto ask = [&] {
+      place.ask(weight, p.weight, kNoWeight);
+      place.ask(scale, p.scale, at, p.index, kNoScale);
+      place.ask(shift, p.shift, at, p.index, kNoShift);
+    };
+    const float rstd = at.valid ? root_of_mean(row_sum_of_squares(v, place, exchange, ask), p) : kNaN;
+    T* const y = static_cast<T*>(p.y) + target;
+    place.each([&](auto i) {
+      const auto result = modulated<ROUND>(v[i], rstd, weight[i], scale[i], shift[i]);
+      if (place.inside(i)) store_row<kCache>(y + i * kStep, result);
     });
   }
 }
@@ -218,8 +271,8 @@ __global__ void __launch_bounds__(kAnyThreads, 4) any_mean_norm_kernel(const Pro
 
 template <bool ROUND, Site SITE>
 int launch_mean_norm_kernel(const Problem& p, void* stream) {
-  const dim3 grid(static_cast<unsigned>((p.tokens + kMeanWarps - 1) / kMeanWarps), static_cast<unsigned>(p.batch));
-  return launch(&mean_norm_kernel<ROUND, SITE>, grid, kMeanWarps * kWarpSize, stream, p);
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
+  return launch(&mean_norm_kernel<ROUND, SITE>, grid, kMeanThreads, stream, p);
 }
 
 template <bool ROUND>
@@ -232,21 +285,21 @@ int launch_site(const Problem& p, void* stream) {
   }
 }
 
-// Whether a row is one warp's, and all operands are of the kernels' dtype and aligned.
-bool fits_a_warp(const Problem& p, int lanes) {
+// Whether ATen has a warp for a row, and all operands are of the kernels' dtype and aligned.
+bool fits_a_block(const Problem& p, int lanes) {
   constexpr DType t = dtype_of<T>;
   const auto rows = [&](const Rows& r) {
     return r.data == nullptr || (r.dtype == t && aligned16(r.data, t, r.batch_stride, r.token_stride));
   };
   const auto modulation = [&](const Modulation& m) { return m.table.data == nullptr && fast_modulation(m, t); };
-  return p.x.dtype == t && lanes == kWarpSize && p.width >= kGrouped && p.width <= kMostMeanWidth && p.width * bytes(t) % 16 == 0 &&
-         p.tokens <= 0x7fffffff - kMeanWarps && p.batch <= 0xffff && rows(p.x) && rows(p.residual) && modulation(p.gate) &&
-         modulation(p.scale) && modulation(p.shift) && fast_vector(p.weight, t) && fast_vector(p.x_weight, t) && p.bias.data == nullptr;
+  return p.x.dtype == t && lanes == 32 && p.width >= kGrouped && p.width <= kMostMeanWidth && p.width * bytes(t) % 16 == 0 &&
+         p.tokens <= 0x7fffffff && p.batch <= 0xffff && rows(p.x) && rows(p.residual) && modulation(p.gate) && modulation(p.scale) &&
+         modulation(p.shift) && fast_vector(p.weight, t) && fast_vector(p.x_weight, t) && p.bias.data == nullptr;
 }
 
 int mean_norm(const Problem& p, void* stream) {
   const int lanes = mean_lanes(p.batch * p.tokens, p.width);
-  if (!fits_a_warp(p, lanes)) return launch(&any_mean_norm_kernel, blocks(p.batch * p.tokens), kAnyThreads, stream, p, lanes);
+  if (!fits_a_block(p, lanes)) return launch(&any_mean_norm_kernel, blocks(p.batch * p.tokens), kAnyThreads, stream, p, lanes);
   return p.round_each ? launch_site<true>(p, stream) : launch_site<false>(p, stream);
 }
 
