@@ -2,6 +2,7 @@
 #include "activation.h"
 #include "activations.cuh"
 #include "dispatch.cuh"
+#include "formulas.cuh"
 #include "launch.h"
 #include "row_blocks.h"
 
@@ -36,12 +37,20 @@ __global__ void __launch_bounds__(kMostRowThreads) activation_kernel(const Activ
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = gelu(v[j]);
   } else {
-    float value[N];
     const auto packed_value = load_row<Cache::normal, T, N>(row_of<T>(p.value, batch, token) + column - beside);
     to_floats(v, packed);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = silu(v[j]);
+    if constexpr (sizeof(T) == 2) {
+      if (p.round_each) {
+        store_row<Cache::streaming>(y, multiply_rounded(from_floats<T, N>(v), packed_value));
+        return;
+      }
+    }
+    float value[N];
     to_floats(value, packed_value);
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = swiglu<T>(v[j], value[j], p.round_each);
+    for (int j = 0; j < N; ++j) v[j] = __fmul_rn(v[j], value[j]);
   }
   store_row<Cache::streaming>(y, from_floats<T, N>(v));
 }

@@ -100,17 +100,22 @@ __device__ __forceinline__ Pack<T, N> add_gated_contracted(const Pack<T, N>& res
   return r;
 }
 
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> multiply_rounded(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> y;
+#pragma unroll
+  for (int j = 0; j < N; j += 2) put(y, j, __hmul2_rn(pair(a, j), pair(b, j)));
+  return y;
+}
+
 // v * rstd, which is in float32, and the product with the weight
 template <class T, int N>
-__device__ __forceinline__ Pack<T, N> normalized_rounded(const Pack<T, N>& v, float rstd, const Pack<T, N>& weight) {
+__device__ __forceinline__ Pack<T, N> normalize_rounded(const Pack<T, N>& v, float rstd, const Pack<T, N>& weight) {
   float n[N];
   to_floats(n, v);
 #pragma unroll
   for (int j = 0; j < N; ++j) n[j] = __fmul_rn(n[j], rstd);
-  Pack<T, N> y = from_floats<T, N>(n);
-#pragma unroll
-  for (int j = 0; j < N; j += 2) put(y, j, __hmul2_rn(pair(y, j), pair(weight, j)));
-  return y;
+  return multiply_rounded(from_floats<T, N>(n), weight);
 }
 
 template <class T, int N>

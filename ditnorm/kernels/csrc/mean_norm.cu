@@ -131,7 +131,7 @@ __device__ __forceinline__ float root_of_mean(float sum, const Problem& p) {
 template <bool ROUND, bool NORMS>
 __device__ __forceinline__ Pack<T, N> added(const Pack<T, N>& residual, const Pack<T, N>& x, float rstd, const Pack<T, N>& weight,
                                             const Pack<T, N>& gate) {
-  if constexpr (ROUND) return add_gated_rounded(residual, NORMS ? normalized_rounded(x, rstd, weight) : x, gate);
+  if constexpr (ROUND) return add_gated_rounded(residual, NORMS ? normalize_rounded(x, rstd, weight) : x, gate);
   float sum[N], branch[N], factor[N];
   to_floats(branch, x);
   to_floats(factor, weight);
@@ -148,7 +148,7 @@ __device__ __forceinline__ Pack<T, N> added(const Pack<T, N>& residual, const Pa
 template <bool ROUND>
 __device__ __forceinline__ Pack<T, N> modulated(const Pack<T, N>& v, float rstd, const Pack<T, N>& weight, const Pack<T, N>& scale,
                                                 const Pack<T, N>& shift) {
-  if constexpr (ROUND) return modulate_rounded(normalized_rounded(v, rstd, weight), scale, shift);
+  if constexpr (ROUND) return modulate_rounded(normalize_rounded(v, rstd, weight), scale, shift);
   float n[N], factor[N], sum[N];
   to_floats(n, v);
   to_floats(factor, weight);
