@@ -57,6 +57,7 @@ def written(docs: Path) -> dict[str, str]:
         "models": _main(newest(found)),
         "largest-gain": _largest_gain(newest(found)),
         "steps": _steps(found),
+        "limits": _limits(newest(found)),
         "accuracy": _accuracy(found),
         "configurations": _configurations(newest(found)),
     }
@@ -194,6 +195,19 @@ def full_table(found: list[Measured]) -> str:
     legend = [f"- *{header}*: {meaning}" for header, (meaning, _) in _ALL.items()]
     legend += [f"- {name}: {_VARIANTS[name]}" for name in used]
     return table(["", "tokens", "", *_ALL], rows) + "\n\n" + "\n".join(legend)
+
+
+def _limits(found: list[Measured]) -> str:
+    """How long matrix products and attention take in each column, and what that leaves to gain."""
+    names = (EAGER.name, PATCHED.name, COMPILED)
+    rows = []
+    for m in found:
+        columns = m.entry["columns"]
+        products = {name: columns[name]["shares"]["busy_ms"] * (1 - columns[name]["other_share"]) for name in names if name in columns}
+        eager, patched = (columns[name]["shares"]["busy_ms"] for name in (EAGER.name, PATCHED.name))
+        rows.append([m.entry["title"], m.card, *(f"{products[name]:,.1f}" if name in products else "" for name in names)])
+        rows[-1] += [f"{eager / patched:.2f}", f"{eager / products[PATCHED.name]:.2f}"]
+    return table(["ms of matrix products and attention", "GPU", *names, "times as fast", "at most"], rows, 2)
 
 
 def _accuracy(found: list[Measured]) -> str:
