@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..swapping.torch_private import any_autocast_enabled, forward_ad
+from ..swapping.torch_private import forward_ad
 from .path import REJECTED, ROUNDING, differentiable, in_pytorch, rejected, traced_by_dynamo, unfused
 
 _gelu = kernels.ops.gelu.default
@@ -42,7 +42,7 @@ def gelu(x: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -
     tensors = (x, beside)
     try:
         code = ROUNDING[rounding]
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors):
             return differentiable("gelu", tensors, (rounding,), (code,))
         if traced_by_dynamo() and unfused("gelu", tensors, (rounding,)):
             return rejected("gelu", tensors, (rounding,))
@@ -79,7 +79,7 @@ def swiglu(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: 
     tensors = (x, value, beside)
     try:
         code = ROUNDING[rounding]
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors):
             return differentiable("swiglu", tensors, (rounding,), (code,))
         if traced_by_dynamo() and unfused("swiglu", tensors, (rounding,)):
             return rejected("swiglu", tensors, (rounding,))

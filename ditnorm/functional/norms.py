@@ -66,7 +66,7 @@ def norm_scale_shift(
     try:
         eps = default_eps(norm, x) if eps is None else eps
         codes = (NORM[norm], eps, ROUNDING[rounding])
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding, norm):
             return differentiable("norm_scale_shift", tensors, (norm, eps, rounding), codes)
         if traced_by_dynamo() and unfused("norm_scale_shift", tensors, (norm, eps, rounding)):
             return rejected("norm_scale_shift", tensors, (norm, eps, rounding))
@@ -142,7 +142,7 @@ def scale_residual_norm_scale_shift(
     try:
         eps = default_eps(norm, x) if eps is None else eps
         codes = (NORM[norm], eps, ROUNDING[rounding])
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding, norm):
             return differentiable("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding), codes)
         if traced_by_dynamo() and unfused("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding)):
             return rejected("scale_residual_norm_scale_shift", tensors, (norm, eps, rounding))
@@ -191,7 +191,7 @@ def scale_residual(
     tensors = (residual, x, gate, gate_table, index)
     try:
         codes = (ROUNDING[rounding],)
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors):
+        if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors):
             return differentiable("scale_residual", tensors, (rounding,), codes)
         if traced_by_dynamo() and unfused("scale_residual", tensors, (rounding,)):
             return rejected("scale_residual", tensors, (rounding,))

@@ -34,7 +34,7 @@ def needs_pytorch(tensors: tuple[Tensor | None, ...], rounding: str) -> bool:
     return (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding)
 
 
-def in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", qk_norm: str = "rms") -> bool:
+def in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", norm: str = "rms") -> bool:
     """Whether autograd needs a graph or a tangent of this call, or autocast must choose the dtypes
     of upstream's expression: it leaves all operations alone but torch's norms.
     """
@@ -44,14 +44,17 @@ def in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", qk_
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return rounding == "eager" and qk_norm == "rms" and any(t is not None and checks.autocasts(t) for t in tensors)
+    return rounding == "eager" and norm != "diffusers_rms" and any(t is not None and checks.autocasts(t) for t in tensors)
+
+
+_WITHOUT_TORCHS_NORM = frozenset({"scale_residual", "norm_scale_residual", "norm_scale_residual_norm_scale_shift", "gelu", "swiglu"})
 
 
 def _autocast(name: str, options: tuple[Any, ...]) -> bool:
     """Whether autocast is on for any device and chooses dtypes of upstream's expression: those of
     torch's norms.
     """
-    left_alone = name == "scale_residual" or (name in ("qk_norm_rope", "joint_qk_norm_rope") and "rms" not in options)
+    left_alone = name in _WITHOUT_TORCHS_NORM or "diffusers_rms" in options
     return options[-1] == "eager" and not left_alone and any_autocast_enabled()
 
 
@@ -59,12 +62,12 @@ def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple
     transformed, gradients = checks.transformed(), GRADIENTS.get(name)
     if gradients is not None and not _autocast(name, options):
         if not transformed and kernels.serves(tensors[0]):
-            outputs = gradients.call(kernel_of(name), tensors, options, codes)
+            outputs = gradients.call(kernel_of(name), tensors, codes)
             if outputs is not None:
                 return outputs
         # Sums over rows a compiler fuses itself, and chooses what to save for them.
         compiled = traced_by_dynamo() and not compiler._is_exporting_flag
-        fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors, options)
+        fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors)
         if fits and not unfused(name, tensors, options):
             return getattr(kernels.ops, name).under_grad(*tensors, *codes)
     op = OPS[name]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..swapping.torch_private import any_autocast_enabled, forward_ad
+from ..swapping.torch_private import forward_ad
 from .path import REJECTED, ROUNDING, differentiable, in_pytorch, rejected, traced_by_dynamo, unfused
 
 _norm_scale_residual = kernels.ops.norm_scale_residual.default
@@ -52,7 +52,7 @@ def norm_scale_residual(
     tensors, options = (residual, x, x_weight, gate, index), (eps, rounding)
     try:
         codes = (eps, ROUNDING[rounding])
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors):
             return differentiable("norm_scale_residual", tensors, options, codes)
         if traced_by_dynamo() and unfused("norm_scale_residual", tensors, options):
             return rejected("norm_scale_residual", tensors, options)
@@ -113,7 +113,7 @@ def norm_scale_residual_norm_scale_shift(
     tensors, options = (residual, x, x_weight, gate, scale, shift, weight, index), (eps, rounding)
     try:
         codes = (eps, ROUNDING[rounding])
-        if (torch.is_grad_enabled() or any_autocast_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors, rounding):
+        if (torch.is_grad_enabled() or forward_ad._current_level >= 0) and in_pytorch(tensors):
             return differentiable("norm_scale_residual_norm_scale_shift", tensors, options, codes)
         if traced_by_dynamo() and unfused("norm_scale_residual_norm_scale_shift", tensors, options):
             return rejected("norm_scale_residual_norm_scale_shift", tensors, options)

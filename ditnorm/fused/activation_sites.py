@@ -2,7 +2,7 @@
 fused call of those that have one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..functional import gelu, swiglu
+from ..ops.calls import ROUNDINGS
 from ..ops.checks import FLOATS, same_bits
 
 WATCHED = "watched by a hook, which is shown upstream's own values"
@@ -64,17 +65,20 @@ _known: dict[tuple[str, torch.device, torch.dtype], bool] = {}
 
 
 def served(op: str, x: Tensor) -> bool:
-    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, with the bits of PyTorch's for all
-    numbers of its dtype. Elsewhere PyTorch does, and the call counts as one of its path.
+    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, and another its gradients, with the
+    bits of PyTorch's for all numbers of its dtype. Elsewhere PyTorch does, and the call counts as
+    one of its path.
 
     Both call CUDA's functions, of which their toolkits may have different ones. Tried once a
     process, for which the host waits.
     """
-    fits = not x.requires_grad and x.dim() in (2, 3)
+    fits = x.dim() in (2, 3)
     if torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
-        return fits and x.dtype in FLOATS
-    if fits and x.is_cuda and (_known.get((op, x.device, x.dtype)) or _tried(op, x.device, x.dtype)):
-        return True
+        return fits and not x.requires_grad and x.dtype in FLOATS  # a compiler fuses gradients itself
+    if fits and x.is_cuda:
+        what = _UNDER_GRAD[op] if torch.is_grad_enabled() else op
+        if _known.get((what, x.device, x.dtype)) or _tried(what, x.device, x.dtype):
+            return True
     kernels.count_reference(op)
     return False
 
@@ -105,10 +109,35 @@ def _compared(op: str, device: torch.device, dtype: torch.dtype) -> bool:
         numbers = torch.arange(-(2**31), 2**31, 1021, device=device).to(torch.int32).view(torch.float32).to(dtype)
         numbers = torch.cat([numbers, torch.linspace(-12, 12, 1 << 20, device=device, dtype=dtype)])
     rows = numbers[: numbers.numel() // 64 * 64].view(-1, 64)
-    return same_bits(*(f(rows).nan_to_num(-1.0) for f in (ours, pytorchs)))
+    return all(same_bits(a.nan_to_num(-1.0), b.nan_to_num(-1.0)) for a, b in zip(ours(rows), pytorchs(rows), strict=True))
 
 
-_EXPRESSIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (lambda x: gelu(x, rounding="eager"), lambda x: F.gelu(x, approximate="tanh")),
-    "swiglu": (lambda x: swiglu(x, x, rounding="eager"), lambda x: F.silu(x) * x),
+def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for each size: what comes back to the result of ``swiglu``, and its other factor."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    dy, value = torch.randn(2, *x.shape, generator=generator, device=x.device).to(x.dtype)
+    return dy, value
+
+
+def _our_gradients(x: Tensor) -> Sequence[Tensor]:
+    dy, value = _factors(x)
+    found: Sequence[Tensor] = kernels.ops.swiglu_backward.default(dy, x, value, ROUNDINGS.index("eager"))
+    return found
+
+
+def _autograds(x: Tensor) -> Sequence[Tensor]:
+    dy, value = _factors(x)
+    return torch.ops.aten.silu_backward.default(dy * value, x), dy * F.silu(x)
+
+
+_UNDER_GRAD: Mapping[str, str] = {"gelu": "gelu", "swiglu": "swiglu and its gradients"}
+"""What has to be equal where gradients may be wanted: those of GELU are PyTorch's own."""
+
+_EXPRESSIONS: Mapping[str, tuple[Callable[[Tensor], Sequence[Tensor]], Callable[[Tensor], Sequence[Tensor]]]] = {
+    "gelu": (lambda x: [gelu(x, rounding="eager")], lambda x: [F.gelu(x, approximate="tanh")]),
+    "swiglu": (lambda x: [swiglu(x, x, rounding="eager")], lambda x: [F.silu(x) * x]),
+    "swiglu and its gradients": (
+        lambda x: [swiglu(x, x, rounding="eager"), *_our_gradients(x)],
+        lambda x: [F.silu(x) * x, *_autograds(x)],
+    ),
 }

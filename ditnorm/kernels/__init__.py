@@ -98,7 +98,7 @@ def _under_grad(op: Op) -> Callable[..., Any]:
 
     def body(*arguments: Any) -> Any:
         tensors, codes = arguments[: op.tensors], arguments[op.tensors :]
-        fused = GRADIENTS[op.name].call(kernel_of(op.name), tensors, (), codes) if serves(arguments[0]) else None
+        fused = GRADIENTS[op.name].call(kernel_of(op.name), tensors, codes) if serves(arguments[0]) else None
         return op.reference(_checked(op, arguments)) if fused is None else fused
 
     return body

@@ -1,7 +1,7 @@
 """Gradients of the ops.
 
 :class:`Fused` is a kernel with others that make the gradients of its rows: ``x``, ``residual``,
-query, key and value, which are all that LoRA training wants. Gradients that are sums over rows, of
+query, key and value, and what an activation takes, which are all that LoRA training wants. Gradients that are sums over rows, of
 modulations, tables, gates and weights, are those of the expression that has the tensor in it, in
 PyTorch's operations, whose order is fixed. :class:`Recompute` is a kernel with all gradients from
 the reference, which is run again for them.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import outlived_transform, without_transforms
-from .calls import QK_NORMS, ROUNDINGS
-from .reference import modulation, normalize, upcast
+from .calls import NORMS, QK_NORMS, ROUNDINGS
+from .reference import diffusers_rms_norm, modulation, normalize, upcast
 from .reference_qk import norm_rope
 from .reference_qk import normalize as normalize_heads
 from .reference_qk_backward import rope_backward
@@ -68,36 +68,35 @@ class Gradients:
     """
     of_rest: Callable[[Tensors, Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
     """The same with the gradients of the rows in the second place, of the rest."""
-    without: str | None = None
-    """A norm whose gradients no kernel makes."""
 
-    def serve(self, rows: Tensors, options: Tensors) -> bool:
-        """Whether kernels make them: the rows are of one dtype."""
-        dtype = rows[0].dtype
-        for row in rows:
-            if row.dtype is not dtype:
-                return False
-        return self.without is None or self.without not in options
-
-    def call(self, kernel: Callable[..., Any], tensors: Tensors, options: Tensors, codes: Tensors) -> Any:
+    def call(self, kernel: Callable[..., Any], tensors: Tensors, codes: Tensors) -> Any:
         """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make
         its gradients.
         """
         rows, rest = self.parts(tensors)
-        if not self.serve(rows, options):
+        if not _of_one_dtype(rows):
             return None
         for t in rest:
             if t is not None and t.requires_grad:
                 return Fused.apply(self, kernel, codes, tensors, *rows, *rest)
         for row in rows:
-            if outlived_transform(row):
+            if row is not None and outlived_transform(row):
                 return Fused.apply(self, kernel, codes, tensors, *rows)
         return _apply(self, kernel, codes, tensors, *rows)
 
-    def are_of_rows(self, tensors: Tensors, options: Tensors) -> bool:
+    def are_of_rows(self, tensors: Tensors) -> bool:
         """Whether nothing but rows wants one, and kernels make them."""
         rows, rest = self.parts(tensors)
-        return self.serve(rows, options) and not any(t is not None and t.requires_grad for t in rest)
+        return _of_one_dtype(rows) and not any(t is not None and t.requires_grad for t in rest)
+
+
+def _of_one_dtype(rows: Tensors) -> bool:
+    """Whether kernels make gradients of rows."""
+    dtype = rows[0].dtype
+    for row in rows:
+        if row is not None and row.dtype is not dtype:
+            return False
+    return True
 
 
 class Fused(torch.autograd.Function):
@@ -241,6 +240,72 @@ def _residual_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors
     return _sums(lambda tensors: _through_gate(op.named((*tensors, *codes)), grads[0]), (grads[0], *saved), (2, 3, None), needed)
 
 
+def _branch_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    (dr,) = grads
+    return dr, _run("norm_scale_residual_backward", dr, *saved, *codes) if needed[1] else None
+
+
+def _branch_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    op, (dr,) = OPS["norm_scale_residual"], grads
+
+    def through_branch(tensors: Tensors) -> Paths:
+        call = op.named((dr, *tensors, *codes))
+        law = upcast(call.site) if call.rounding == "single" else None
+        x, weight = (t if t is None or law is None else t.to(law) for t in (call.x, call.x_weight))
+        n, gate, d = diffusers_rms_norm(x, weight, None, call.eps), modulation(call.site, "gate", law), dr if law is None else dr.to(law)
+        paths = [] if gate is None or not gate.requires_grad else [(gate.expand(n.shape), d * n)]
+        return [*paths, (n, d if gate is None else d * gate)]
+
+    return _sums(through_branch, saved, (1, 2, None), needed)
+
+
+def _branch_norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    dy, dr = grads
+    r, x, x_weight, gate, scale, shift, weight, index = saved
+    if dy is not None:
+        selecting = None if scale is None and shift is None else index
+        dr = _run("norm_scale_shift_backward", dy, dr, r, scale, shift, weight, None, None, selecting, _DIFFUSERS_RMS, *codes)
+    selecting = None if gate is None else index
+    return dr, _run("norm_scale_residual_backward", dr, x, x_weight, gate, selecting, *codes) if needed[1] else None
+
+
+def _branch_norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    op, (r, x, x_weight, gate, scale, shift, weight, index) = OPS["norm_scale_shift"], saved
+    of_branch = _branch_rest(rows[:1], (), (x, x_weight, gate, None if gate is None else index), codes, (*needed[:2], False))[:2]
+    if grads[0] is None:
+        return *of_branch, *_NONE
+    selecting = None if scale is None and shift is None else index
+
+    def through_norm(tensors: Tensors) -> Paths:
+        return _through_norm(op.named((*tensors, None, None, None, selecting, _DIFFUSERS_RMS, *codes)), grads[0])
+
+    return *of_branch, *_sums(through_norm, (r, scale, shift, weight), (1, 2, 3), needed[2:5]), None
+
+
+def _gelu_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    """PyTorch's own is one kernel."""
+    (x,) = saved
+    d_beside, dy = _parted(grads[0], x)
+    return torch.ops.aten.gelu_backward.default(dy, x, approximate="tanh") if needed[0] else None, d_beside
+
+
+def _swiglu_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    d_beside, dy = _parted(grads[0], saved[0])
+    return *(_run("swiglu_backward", dy, *saved, *codes) if needed[0] or needed[1] else (None, None)), d_beside
+
+
+def _parted(d: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Of the gradient of what was written: that of what stands beside the activation of ``x``, and
+    that of the activation.
+    """
+    width, beside = x.shape[-1], d.shape[-1] - x.shape[-1]
+    return (d.narrow(-1, 0, beside), d.narrow(-1, beside, width)) if beside else (None, d)
+
+
+def _no_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    return ()
+
+
 def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     if not (needed[0] or needed[1]):
         return None, None
@@ -341,6 +406,19 @@ def _branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
     return tensors[1] if sums and _wanted(tensors, 2, 3) else None, *tensors[2:]
 
 
+def _normed_branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+    return tensors[1:]
+
+
+def _sum_and_normed_branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+    """As :func:`_sum_and_branch`."""
+    return outputs[1], *tensors[1:]
+
+
+def _activated(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+    return tensors[:-1]
+
+
 def _wanted(tensors: Tensors, *places: int) -> bool:
     return any(tensors[place] is not None and tensors[place].requires_grad for place in places)
 
@@ -357,16 +435,25 @@ def _two(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return tensors[:2], tensors[2:]
 
 
+def _every(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    return tensors, ()
+
+
 def _two_streams(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return (*tensors[:3], *tensors[7:10]), (*tensors[3:7], *tensors[10:])
 
 
 _NONE = (None,) * 4
+_DIFFUSERS_RMS = NORMS.index("diffusers_rms")
 
 GRADIENTS: Mapping[str, Gradients] = {
-    "norm_scale_shift": Gradients(_one, _all, _norm_rows, _norm_rest, "diffusers_rms"),
-    "scale_residual_norm_scale_shift": Gradients(_two, _sum_and_branch, _residual_norm_rows, _residual_norm_rest, "diffusers_rms"),
+    "norm_scale_shift": Gradients(_one, _all, _norm_rows, _norm_rest),
+    "scale_residual_norm_scale_shift": Gradients(_two, _sum_and_branch, _residual_norm_rows, _residual_norm_rest),
     "scale_residual": Gradients(_two, _branch, _residual_rows, _residual_rest),
+    "norm_scale_residual": Gradients(_two, _normed_branch, _branch_rows, _branch_rest),
+    "norm_scale_residual_norm_scale_shift": Gradients(_two, _sum_and_normed_branch, _branch_norm_rows, _branch_norm_rest),
+    "gelu": Gradients(_every, _activated, _gelu_rows, _no_rest),
+    "swiglu": Gradients(_every, _activated, _swiglu_rows, _no_rest),
     "qk_norm_rope": Gradients(_two, _all, _qk_rows, _qk_rest),
     "joint_qk_norm_rope": Gradients(_two_streams, _queries_and_keys, _joint_qk_rows, _joint_qk_rest),
 }

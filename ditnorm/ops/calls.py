@@ -301,6 +301,42 @@ class ScaleResidualBackward(NamedTuple):
         return ScaleResidual(self.dr, *self)
 
 
+class NormScaleResidualBackward(NamedTuple):
+    """The gradient of ``x`` of :class:`NormScaleResidual`."""
+
+    dr: Tensor
+    x: Tensor
+    x_weight: Tensor | None
+    gate: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    eps: float
+    rounding: Rounding
+
+    @property
+    def forward(self) -> NormScaleResidual:
+        """The call whose gradient it is, ``x`` in the place of ``residual``."""
+        return NormScaleResidual(self.x, *self[1:])
+
+    @property
+    def site(self) -> ScaleResidual:
+        """What followed the norm of ``x``."""
+        return self.forward.site
+
+
+class SwiGLUBackward(NamedTuple):
+    """The gradients of ``x`` and ``value`` of :class:`SwiGLU`, given that of their product."""
+
+    dy: Tensor
+    x: Tensor
+    value: Tensor
+    rounding: Rounding
+
+    @property
+    def forward(self) -> SwiGLU:
+        """The call whose gradients they are."""
+        return SwiGLU(self.x, self.value, None, self.rounding)
+
+
 class QKNormRopeBackward(NamedTuple):
     """The gradients of query and key of :class:`QKNormRope`."""
 

@@ -16,6 +16,7 @@ from ..swapping.torch_private import forward_ad, function_transform, traced_to_g
 from .calls import (
     NORMS,
     ROUNDINGS,
+    NormScaleResidualBackward,
     NormScaleShift,
     NormScaleShiftBackward,
     QKCall,
@@ -82,6 +83,12 @@ def check_backward(call: NormScaleShiftBackward | ScaleResidualNormScaleShiftBac
     gradients_like(call.site.x, {"dy": getattr(call, "dy", None), "dr": call.dr})
     if not isinstance(call, NormScaleShiftBackward) and call.gate is None:
         raise ValueError("gate: missing; without one no other gradient is made")
+
+
+def check_sandwich_backward(call: NormScaleResidualBackward) -> None:
+    """As :func:`check`, of an op that makes gradients."""
+    check_sandwich(call.forward)
+    gradients_like(call.x, {"dr": call.dr})
 
 
 def gradients_like(rows: Tensor, gradients: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .calls import ROUNDINGS, ActivationCall
-from .checks import _FLOATS, FLOATS, _devices, _option, _shape, _tensor
+from .calls import ROUNDINGS, ActivationCall, SwiGLUBackward
+from .checks import _FLOATS, FLOATS, _devices, _option, _shape, _tensor, gradients_like
 
 
 def check(call: ActivationCall) -> None:
@@ -30,6 +30,13 @@ def check(call: ActivationCall) -> None:
         if t.dim() != x.dim() or t.shape[:-1] != x.shape[:-1]:
             raise ValueError(f"{name}: expected the shape of x, {_shape(x)}, but for the last dim, got {_shape(t)}")
     _devices(tensors, x, "x")
+
+
+def check_backward(call: SwiGLUBackward) -> None:
+    """As :func:`check`, of the op that makes gradients."""
+    check(call.forward)
+    _tensor("value", call.value, (call.x.dtype,))
+    gradients_like(call.x, {"dy": call.dy})
 
 
 def unfused(call: ActivationCall) -> str | None:

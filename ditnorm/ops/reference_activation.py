@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import Gelu, SwiGLU
+from .calls import Gelu, SwiGLU, SwiGLUBackward
 
 
 def gelu(call: Gelu) -> Tensor:
@@ -28,6 +28,19 @@ def swiglu(call: SwiGLU) -> Tensor:
         return _behind(call.beside, F.silu(x) * value)
     wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, value.dtype))
     return _behind(call.beside, (F.silu(x.to(wide)) * value.to(wide)).to(x.dtype))
+
+
+def swiglu_backward(call: SwiGLUBackward) -> tuple[Tensor, Tensor]:
+    """``(dx, d_value)``, contiguous: ``silu'(x) * value * dy`` and ``silu(x) * dy``, rounded where
+    autograd of the forward expression rounds.
+    """
+    dy, x, value, dtype = call.dy, call.x, call.value, call.x.dtype
+    if call.rounding == "single":
+        wide = torch.promote_types(torch.float32, dtype)
+        dy, x, value = dy.to(wide), x.to(wide), value.to(wide)
+    sigmoid: Tensor = torch.sigmoid(x.to(torch.promote_types(torch.float32, dtype)))
+    dx = ((dy * value) * sigmoid * (1 + x * (1 - sigmoid))).to(dtype)
+    return dx.contiguous(), (dy * F.silu(x)).to(dtype).contiguous()
 
 
 def _behind(beside: Tensor | None, y: Tensor) -> Tensor:

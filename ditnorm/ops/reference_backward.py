@@ -5,6 +5,8 @@ kernel runs, and what a second differentiation goes through.
     dv = (g - mean(g) - n * mean(g * n)) * rstd     n = norm(v), v being x or r; RMSNorm: no mean(g)
     d_residual = dr + dv,  dx = gate * (dr + dv)
 
+Of a branch that is normed before it is added, ``dy * gate`` stands for ``dy * (1 + scale)``.
+
 Under ``"eager"`` each gradient rounds where autograd of upstream's expression rounds it.
 """
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .calls import (
+    NormScaleResidualBackward,
     NormScaleShift,
     NormScaleShiftBackward,
     ScaleResidual,
@@ -42,6 +45,14 @@ def scale_residual_backward(call: ScaleResidualBackward) -> Tensor:
     return (call.dr * _gate(call.site)).to(call.dr.dtype).contiguous()
 
 
+def norm_scale_residual_backward(call: NormScaleResidualBackward) -> Tensor:
+    """``dx``, contiguous, in the dtype of ``x``."""
+    gate = modulation(call.site, "gate", upcast(call.site))
+    dn = call.dr if gate is None else call.dr * gate
+    dv = _through_norm(dn, call.x, call.x_weight, call.eps, None, "diffusers_rms", call.rounding)
+    return dv.to(call.x.dtype).contiguous()
+
+
 def _gate(site: ScaleResidual | ScaleResidualNormScaleShift) -> Any:
     return modulation(site, "gate", upcast(site))
 
@@ -53,10 +64,28 @@ def _of_rows(site: NormScaleShift | ScaleResidualNormScaleShift, v: Tensor, dy: 
     dn = dy if law is None else dy.to(law)
     if scale is not None:
         dn = dn * (1 + scale)
-    dv = norm_gradient(dn, v, site.weight, site.eps, centred=site.norm != "rms")
-    if site.rounding == "eager":
+    return _through_norm(dn, v, site.weight, site.eps, dr, site.norm, site.rounding)
+
+
+def _through_norm(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, dr: Tensor | None, norm: str, rounding: str) -> Tensor:
+    if rounding == "eager" and norm == "diffusers_rms":
+        return diffusers_rms_norm_gradient(dn, v, weight, eps, dr)
+    dv = norm_gradient(dn, v, weight, eps, centred=norm in ("layer", "fp32_layer"))
+    if rounding == "eager":
         dv = dv.to(v.dtype)
     return dv if dr is None else dr + dv
+
+
+def diffusers_rms_norm_gradient(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, dr: Tensor | None = None) -> Tensor:
+    """The same of diffusers' ``RMSNorm``, whose two uses of ``v`` each round their gradient; they
+    are added to ``dr`` one after the other.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    x, dn = v.to(wide), (dn if weight is None else dn * weight).to(wide)
+    rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    d_square = -0.5 * (dn * x).sum(-1, keepdim=True) * rstd.pow(3) / v.shape[-1]
+    direct = (dn * rstd).to(v.dtype)
+    return (direct if dr is None else dr + direct) + (d_square * (2 * x)).to(v.dtype)
 
 
 def norm_gradient(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, centred: bool) -> Tensor:

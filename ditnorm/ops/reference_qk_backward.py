@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calls import JointQKNormRopeBackward, QKNormRopeBackward
-from .reference_backward import norm_gradient
+from .reference_backward import diffusers_rms_norm_gradient, norm_gradient
 from .reference_qk import per_head, token_count
 
 
@@ -66,7 +66,7 @@ def _norm_rope_backward(
     if norm == "rms":
         gradient = norm_gradient(d, rows, weight, eps, centred=False).to(x.dtype)
     else:
-        gradient = _diffusers_rms_norm_backward(d, rows, weight, eps)
+        gradient = diffusers_rms_norm_gradient(d, rows, weight, eps)
     return gradient if across else gradient.flatten(2)
 
 
@@ -98,12 +98,3 @@ def _rotate_backward(d: Tensor, cos: Tensor, sin: Tensor | None, pairs: str) -> 
     da = (a * cos_a).to(d.dtype) + (b * sin_b).to(d.dtype)
     db = (b * cos_b).to(d.dtype) - (a * sin_a).to(d.dtype)
     return torch.stack([da, db], dim=-1).flatten(3)
-
-
-def _diffusers_rms_norm_backward(d: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Of diffusers' ``RMSNorm``, whose two uses of ``x`` each round their gradient."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    v, dn = x.to(wide), (d if weight is None else d * weight).to(wide)
-    rstd = torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
-    d_square = -0.5 * (dn * v).sum(-1, keepdim=True) * rstd.pow(3) / x.shape[-1]
-    return (dn * rstd).to(x.dtype) + (d_square * (2 * v)).to(x.dtype)

@@ -30,6 +30,7 @@ from .calls import (
     JointQKNormRope,
     JointQKNormRopeBackward,
     NormScaleResidual,
+    NormScaleResidualBackward,
     NormScaleResidualNormScaleShift,
     NormScaleShift,
     NormScaleShiftBackward,
@@ -43,6 +44,7 @@ from .calls import (
     ScaleResidualNormScaleShiftBackward,
     ScaleResidualNormScaleShiftQuantize,
     SwiGLU,
+    SwiGLUBackward,
     SwiGLUQuantize,
 )
 
@@ -271,6 +273,22 @@ OPS: Mapping[str, Op] = {
             checks.check_backward,
             _fused,
             lambda call: call.dr.new_empty(call.dr.shape),
+        ),
+        Op(
+            "norm_scale_residual_backward",
+            NormScaleResidualBackward,
+            reference_backward.norm_scale_residual_backward,
+            checks.check_sandwich_backward,
+            _fused,
+            lambda call: call.x.new_empty(call.x.shape),
+        ),
+        Op(
+            "swiglu_backward",
+            SwiGLUBackward,
+            reference_activation.swiglu_backward,
+            checks_activation.check_backward,
+            _fused,
+            lambda call: (call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)),
         ),
         Op(
             "qk_norm_rope_backward",

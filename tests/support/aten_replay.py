@@ -155,25 +155,28 @@ def _combine(mine: Welford, other: Welford) -> Welford:
 
 
 def mean_of_squares(x: Tensor, lanes: int = 32) -> Tensor:
-    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D] (``Reduce.cuh``), each by so
-    many lanes.
-    """
+    """``x.float().pow(2).mean(-1)`` [N] of the rows of ``x`` [N, D], each by so many lanes."""
     n, d = x.shape
-    squares = x.float().cpu() ** 2
+    factor = torch.tensor(float(n), dtype=torch.float32) / torch.tensor(float(n * d), dtype=torch.float32)
+    return sum_of_rows(x.float().cpu() ** 2, lanes) * factor
+
+
+def sum_of_rows(terms: Tensor, lanes: int = 32) -> Tensor:
+    """``terms.sum(-1)`` [N] of rows [N, D] of float32 (``Reduce.cuh``), each by so many lanes."""
+    d = terms.shape[-1]
     if d >= 128 and d % GROUP == 0:
-        grouped = torch.nn.functional.pad(squares, (0, -d % (lanes * GROUP))).unflatten(1, (-1, lanes, GROUP))
+        grouped = torch.nn.functional.pad(terms, (0, -d % (lanes * GROUP))).unflatten(1, (-1, lanes, GROUP))
         sums = [sum_in_order(grouped[..., j].unbind(1)) for j in range(GROUP)]
     else:
         while lanes > d:
             lanes //= 2
-        turns = torch.nn.functional.pad(squares, (0, -d % (lanes * GROUP))).unflatten(1, (-1, GROUP, lanes))
+        turns = torch.nn.functional.pad(terms, (0, -d % (lanes * GROUP))).unflatten(1, (-1, GROUP, lanes))
         sums = [sum_in_order(turns[:, :, j].unbind(1)) for j in range(GROUP)]
     total = sum_in_order(sums)
     while total.shape[-1] > 1:
         mine, other = total.chunk(2, dim=-1)
         total = mine + other
-    factor = torch.tensor(float(n), dtype=torch.float32) / torch.tensor(float(n * d), dtype=torch.float32)
-    return total[:, 0] * factor
+    return total[:, 0]
 
 
 def mean_lanes(n: int, d: int) -> int:
@@ -200,6 +203,19 @@ def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float, lanes: int 
     if weight is None:
         return n.to(x.dtype).view(x.shape)
     return (n.to(weight.dtype) * weight).view(x.shape)
+
+
+def diffusers_rms_norm_backward(d: Tensor, x: Tensor, weight: Tensor | None, eps: float, dr: Tensor | None = None) -> Tensor:
+    """The gradient of ``x`` through diffusers' ``RMSNorm`` in the order of eager autograd on CUDA,
+    which adds what comes through its two uses of ``x`` to ``dr`` one after the other.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    lanes = mean_lanes(*rows.shape)
+    dn = (d if weight is None else d * weight).reshape(rows.shape).float()
+    rstd = reciprocal_root(mean_of_squares(rows, lanes), eps)[:, None]
+    of_square = -0.5 * sum_of_rows(dn * rows.float(), lanes)[:, None] * (rstd * rstd * rstd) * (torch.tensor(1.0) / x.shape[-1])
+    direct, squared = ((dn * rstd).to(x.dtype).view(x.shape), (of_square * (2 * rows.float())).to(x.dtype).view(x.shape))
+    return (direct if dr is None else dr + direct) + squared
 
 
 def complex_rotary(x: Tensor, freqs: Tensor) -> Tensor:

@@ -74,17 +74,70 @@ __global__ void __launch_bounds__(kActivationThreads, 4) any_activation_kernel(c
   }
 }
 
+// The gradients of swiglu, of which bfloat16 has a kernel of its own.
+__global__ void __launch_bounds__(kMostRowThreads) swiglu_backward_kernel(const ActivationProblem p, const unsigned parts) {
+  using T = __nv_bfloat16;
+  constexpr int N = 16 / sizeof(T);
+  const unsigned token = parts == 1 ? blockIdx.x : blockIdx.x / parts;
+  const int width = static_cast<int>(p.width), column = static_cast<int>((blockIdx.x - token * parts) * blockDim.x + threadIdx.x) * N;
+  if (column >= width) return;
+  wait_for_previous_kernel();
+  const int64_t batch = blockIdx.y, out = (batch * p.tokens + token) * width + column;
+  const auto packed = load_row<Cache::normal, T, N>(row_of<T>(p.x, batch, token) + column);
+  const auto packed_value = load_row<Cache::normal, T, N>(row_of<T>(p.value, batch, token) + column);
+  const auto packed_d = load_row<Cache::normal, T, N>(row_of<T>(p.dy, batch, token) + column);
+  float x[N], value[N], d[N];
+  to_floats(x, packed);
+  to_floats(value, packed_value);
+  to_floats(d, packed_d);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const SwigluGradient gradient = swiglu_gradient<T>(d[j], x[j], value[j], p.round_each);
+    x[j] = gradient.of_x, value[j] = gradient.of_value;
+  }
+  store_row<Cache::normal>(static_cast<T*>(p.y) + out, from_floats<T, N>(x));
+  store_row<Cache::normal>(static_cast<T*>(p.d_value) + out, from_floats<T, N>(value));
+}
+
+// As any_activation_kernel.
+template <class T>
+__global__ void __launch_bounds__(kActivationThreads, 4) any_swiglu_backward_kernel(const ActivationProblem p) {
+  wait_for_previous_kernel();
+  for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x) {
+    const int64_t batch = row / p.tokens, token = row - batch * p.tokens;
+#pragma unroll 1
+    for (int64_t column = threadIdx.x; column < p.width; column += kActivationThreads) {
+      const auto at = [&](const Rows& rows) { return to_float(row_of<T>(rows, batch, token)[column]); };
+      const SwigluGradient gradient = swiglu_gradient<T>(at(p.dy), at(p.x), at(p.value), p.round_each);
+      static_cast<T*>(p.y)[row * p.width + column] = from_float<T>(gradient.of_x);
+      static_cast<T*>(p.d_value)[row * p.width + column] = from_float<T>(gradient.of_value);
+    }
+  }
+}
+
+// Of one row, and whether its accesses are of 16 bytes and a grid holds all rows.
+struct ActivationLaunch {
+  RowBlocks row;
+  dim3 grid;
+  bool fast;
+
+  // `arrays`: as of row_blocks.
+  ActivationLaunch(const ActivationProblem& p, int arrays) {
+    constexpr int64_t kMost = 0x7fffffff;
+    const auto fits = [&](const Rows& rows) { return aligned16(rows.data, p.dtype, rows.batch_stride, rows.token_stride); };
+    const int64_t width = p.beside_width + p.width, size = bytes(p.dtype);
+    row = row_blocks(width * size / 16, arrays);
+    grid = dim3(static_cast<unsigned>(p.tokens) * row.count, static_cast<unsigned>(p.batch));
+    fast = fits(p.x) && fits(p.value) && fits(p.beside) && fits(p.dy) && p.beside_width * size % 16 == 0 && p.width * size % 16 == 0 &&
+           width <= kMost / 2 && p.tokens <= kMost / row.count && p.batch <= 0xffff;
+  }
+};
+
 template <class T>
 int launch_activation_kernel(const ActivationProblem& p, void* stream) {
-  constexpr int64_t kMost = 0x7fffffff;
-  const auto fits = [&](const Rows& rows) { return aligned16(rows.data, p.dtype, rows.batch_stride, rows.token_stride); };
-  const int64_t width = p.beside_width + p.width;
-  const RowBlocks row = row_blocks(width / (16 / sizeof(T)), p.activation == Activation::gelu ? 2 : 3);
-  const bool fast = fits(p.x) && fits(p.value) && fits(p.beside) && p.beside_width * sizeof(T) % 16 == 0 && p.width * sizeof(T) % 16 == 0 &&
-                    width <= kMost / 2 && p.tokens <= kMost / row.count && p.batch <= 0xffff;
-  if (!fast) return launch(&any_activation_kernel<T>, blocks(p.batch * p.tokens), kActivationThreads, stream, p);
-  const dim3 grid(static_cast<unsigned>(p.tokens) * row.count, static_cast<unsigned>(p.batch));
-  const auto go = [&](auto kernel) { return launch(kernel, grid, row.threads, stream, p, row.count); };
+  const ActivationLaunch how(p, p.activation == Activation::gelu ? 2 : 3);
+  if (!how.fast) return launch(&any_activation_kernel<T>, blocks(p.batch * p.tokens), kActivationThreads, stream, p);
+  const auto go = [&](auto kernel) { return launch(kernel, how.grid, how.row.threads, stream, p, how.row.count); };
   if (p.activation == Activation::gelu) return go(&activation_kernel<T, Activation::gelu>);
   return go(&activation_kernel<T, Activation::swiglu>);
 }
@@ -95,6 +148,15 @@ int activate(const ActivationProblem& p, void* stream) {
     case DType::f16: return launch_activation_kernel<__half>(p, stream);
     default: return launch_activation_kernel<__nv_bfloat16>(p, stream);
   }
+}
+
+int swiglu_backward(const ActivationProblem& p, void* stream) {
+  const auto generic = [&](auto kernel) { return launch(kernel, blocks(p.batch * p.tokens), kActivationThreads, stream, p); };
+  if (p.dtype == DType::f32) return generic(&any_swiglu_backward_kernel<float>);
+  if (p.dtype == DType::f16) return generic(&any_swiglu_backward_kernel<__half>);
+  const ActivationLaunch how(p, 5);
+  if (!how.fast) return generic(&any_swiglu_backward_kernel<__nv_bfloat16>);
+  return launch(&swiglu_backward_kernel, how.grid, how.row.threads, stream, p, how.row.count);
 }
 
 }  // namespace ditnorm

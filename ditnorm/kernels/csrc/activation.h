@@ -15,10 +15,13 @@ struct ActivationProblem {
   bool round_each;      // of swiglu: silu(x) is rounded to the dtype before the product
   void* y;              // [batch, tokens, beside_width + width] contiguous
   Quantized quantized;  // y in its place, of activate_quantized
+  Rows dy;              // of swiglu_backward: the gradient of its result; y and d_value are those of x and value
+  void* d_value;
 };
 
 // As those of problem.h.
 int activate(const ActivationProblem& problem, void* stream);
+int swiglu_backward(const ActivationProblem& problem, void* stream);
 // kNotServed where there is no kernel that quantises too.
 int activate_quantized(const ActivationProblem& problem, void* stream);
 

@@ -38,6 +38,18 @@ class ActivationOp {
     if (problem_.beside_width > 0) problem_.beside = rows(*t);
   }
 
+  // The gradient of what was written, `beside` left out.
+  std::tuple<Tensor, Tensor> run_backward(const Tensor& dy) {
+    check(dy.dim() == x_.dim() && dy.sizes()[dy.dim() - 1] == problem_.width, "ditnorm: dy must have the shape of x");
+    problem_.dy = rows(dy);
+    const auto empty = [&] { return abi::empty(x_.dim(), x_.sizes(), x_.dtype(), x_); };
+    Tensor dx = empty(), d_value = empty();
+    problem_.y = dx.data();
+    problem_.d_value = d_value.data();
+    if (problem_.batch * problem_.tokens > 0) call_kernel(&swiglu_backward, problem_, x_.device_index());
+    return {std::move(dx), std::move(d_value)};
+  }
+
   Tensor run() {
     const int64_t dim = x_.dim();
     int64_t sizes[3];
@@ -90,6 +102,12 @@ Tensor swiglu_op(const Tensor& x, const Tensor& value, const Optional& beside, i
   return op.run();
 }
 
+std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& x, const Tensor& value, int64_t rounding) {
+  ActivationOp op(x, rounding);
+  op.value(value);
+  return op.run_backward(dy);
+}
+
 std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, const Optional& beside, int64_t law) {
   if (!beside) {
     QuantizedOutput output(x, law);
@@ -114,6 +132,7 @@ Ops activation_ops() {
   static const OpEntry kOps[] = {
       op<&gelu_op>("gelu"),
       op<&swiglu_op>("swiglu"),
+      op<&swiglu_backward_op>("swiglu_backward"),
       op<&gelu_quantize_op>("gelu_quantize"),
       op<&swiglu_quantize_op>("swiglu_quantize"),
   };

@@ -24,4 +24,17 @@ __device__ __forceinline__ float swiglu(float x, float value, bool rounded) {
   return __fmul_rn(rounded ? round_to<T>(gate) : gate, value);
 }
 
+// The gradients of swiglu, given d, that of its result.
+struct SwigluGradient {
+  float of_x, of_value;
+};
+
+template <class T>
+__device__ __forceinline__ SwigluGradient swiglu_gradient(float d, float x, float value, bool rounded) {
+  const float divisor = __fadd_rn(1.0f, expf(-x)), sigmoid = __frcp_rn(divisor), gate = __fdiv_rn(x, divisor);
+  const float d_gate = __fmul_rn(d, value);
+  const float slope = __fmaf_rn(x, __fsub_rn(1.0f, sigmoid), 1.0f);
+  return {__fmul_rn(__fmul_rn(rounded ? round_to<T>(d_gate) : d_gate, sigmoid), slope), __fmul_rn(d, rounded ? round_to<T>(gate) : gate)};
+}
+
 }  // namespace ditnorm

@@ -10,23 +10,30 @@
 namespace ditnorm {
 
 // A sum over a row as torch's RMSNorm takes it (statistics.cuh), by one warp in place of its four;
-// add(sum, j) adds element j.
-template <class F>
+// add(sum, j) adds element j. UNROLL: as of MeanOrder.
+template <int UNROLL = kGroup, class F>
 __device__ __forceinline__ float lanes_sum(int64_t width, const F& add) {
-  float of_warp[kLanes / 32] = {};
-#pragma unroll
-  for (int warp = 0; warp < kLanes / 32; ++warp) {
+  constexpr int kWarps = kLanes / 32;
+  static_assert(kWarps == 4);
+  float of_warp[kWarps] = {};
+#pragma unroll(UNROLL)
+  for (int warp = 0; warp < kWarps; ++warp) {  // each warp's sum moves on to the place of the one before it
+    float sum = 0.0f;
     for (int64_t group = (warp * 32 + threadIdx.x % 32) * kGroup; group < width; group += kTile) {
-      for (int64_t j = group; j < group + kGroup && j < width; ++j) of_warp[warp] = add(of_warp[warp], j);
+#pragma unroll(UNROLL)
+      for (int64_t j = group; j < group + kGroup; ++j) {
+        if (j < width) sum = add(sum, j);
+      }
     }
-    for (int bit = 16; bit > 0; bit /= 2) of_warp[warp] = add_along(bit, of_warp[warp]);
+    for (int bit = 16; bit > 0; bit /= 2) sum = add_along(bit, sum);
+    of_warp[0] = of_warp[1], of_warp[1] = of_warp[2], of_warp[2] = of_warp[3], of_warp[3] = sum;
   }
   return __fadd_rn(__fadd_rn(of_warp[0], of_warp[2]), __fadd_rn(of_warp[1], of_warp[3]));
 }
 
-template <class V>
+template <int UNROLL = kGroup, class V>
 __device__ __forceinline__ float lanes_sum_of_squares(int64_t width, const V& v) {
-  return lanes_sum(width, [&](float sum, int64_t j) {
+  return lanes_sum<UNROLL>(width, [&](float sum, int64_t j) {
     const float value = v(j);
     return __fmaf_rn(value, value, sum);
   });

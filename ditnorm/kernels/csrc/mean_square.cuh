@@ -116,20 +116,17 @@ struct MeanOrder {
   }
   __device__ __forceinline__ MeanOrder(int width, int lanes) : width(width), lanes(lanes), grouped(width >= kGrouped && width % 4 == 0) {}
 
-  template <class F>
+  // UNROLL: how many terms stand in the code; 1 where a term is long and speed matters little.
+  template <int UNROLL, class F>
   __device__ __forceinline__ float of_lane(int lane, const F& term) const {
     float sums[4] = {};
-    if (grouped) {
-      for (int first = lane * 4; first < width; first += lanes * 4) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] = __fadd_rn(sums[j], term(first + j));
-      }
-    } else if (lane < lanes) {
-      for (int first = lane; first < width; first += 4 * lanes) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (first + k * lanes < width) sums[k] = __fadd_rn(sums[k], term(first + k * lanes));
-        }
+    if (!grouped && lane >= lanes) return 0.0f;
+    const int step = grouped ? 1 : lanes;
+    for (int first = grouped ? lane * 4 : lane; first < width; first += 4 * lanes) {
+#pragma unroll(UNROLL)
+      for (int k = 0; k < 4; ++k) {  // each sum moves on to the place of the one before it
+        const float sum = first + k * step < width ? __fadd_rn(sums[0], term(first + k * step)) : sums[0];
+        sums[0] = sums[1], sums[1] = sums[2], sums[2] = sums[3], sums[3] = sum;
       }
     }
     return sum_of_group(sums);
@@ -137,10 +134,10 @@ struct MeanOrder {
 };
 
 // Of `width` terms term(0), term(1), ... by a warp, all of whose threads get the result.
-template <class F>
+template <int UNROLL = 4, class F>
 __device__ __forceinline__ float mean_order_sum(int width, const F& term) {
   const MeanOrder order(width);
-  float sum = order.of_lane(static_cast<int>(threadIdx.x) % 32, term);
+  float sum = order.of_lane<UNROLL>(static_cast<int>(threadIdx.x) % 32, term);
   for (int bit = 16; bit > 0; bit /= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, sum, bit);
     if (bit < order.lanes) sum = __fadd_rn(sum, other);
@@ -149,9 +146,9 @@ __device__ __forceinline__ float mean_order_sum(int width, const F& term) {
 }
 
 // The squares of a row of `width` elements v(0), v(1), ...
-template <class V>
+template <int UNROLL = 4, class V>
 __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v) {
-  return mean_order_sum(width, [&](int j) {
+  return mean_order_sum<UNROLL>(width, [&](int j) {
     const float value = v(j);
     return __fmul_rn(value, value);
   });
@@ -160,22 +157,27 @@ __device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v
 // The same by a block, where ATen has `lanes` lanes for a row, at most kMostMeanLanes: of few rows.
 constexpr int kMostMeanLanes = 512;
 
-template <class V>
-__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v, int lanes, float (&sums)[kMostMeanLanes]) {
+template <int UNROLL = 4, class F>
+__device__ __forceinline__ float mean_order_sum(int width, const F& term, int lanes, float (&sums)[kMostMeanLanes]) {
   const MeanOrder order(width, lanes);
-  const auto square = [&](int j) {
-    const float value = v(j);
-    return __fmul_rn(value, value);
-  };
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   __syncthreads();  // what stood in sums has been read
-  for (int lane = thread; lane < lanes; lane += threads) sums[lane] = order.of_lane(lane, square);
+  for (int lane = thread; lane < lanes; lane += threads) sums[lane] = order.of_lane<UNROLL>(lane, term);
   for (int half = lanes / 2; half > 0; half /= 2) {
     __syncthreads();
     for (int lane = thread; lane < half; lane += threads) sums[lane] = __fadd_rn(sums[lane], sums[lane + half]);
   }
   __syncthreads();
   return sums[0];
+}
+
+template <int UNROLL = 4, class V>
+__device__ __forceinline__ float mean_order_sum_of_squares(int width, const V& v, int lanes, float (&sums)[kMostMeanLanes]) {
+  const auto square = [&](int j) {
+    const float value = v(j);
+    return __fmul_rn(value, value);
+  };
+  return mean_order_sum<UNROLL>(width, square, lanes, sums);
 }
 
 // The squares of N elements of a row in shared memory (of which load_pack doesn't read), added to

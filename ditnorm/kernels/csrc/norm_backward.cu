@@ -75,6 +75,7 @@ int launch_fast_gate_kernel(const SiteBackward& b, void* stream) {
 }  // namespace
 
 int norm_backward(const SiteBackward& b, void* stream) {
+  if (b.site.norm == Norm::diffusers_rms) return mean_norm_backward(b, stream);
   if (const int result = launch_fast_kernel(b, stream); result != kNotServed) return result;
   return b.site.norm == Norm::layer ? launch_generic_backward<true, Norm::layer>(b, stream)
                                     : launch_generic_backward<true, Norm::rms>(b, stream);

@@ -416,6 +416,22 @@ Tensor scale_residual_backward_op(const Tensor& dr, const Optional& gate, const 
   return dx;
 }
 
+Tensor norm_scale_residual_backward_op(const Tensor& dr, const Tensor& x, const Optional& x_weight, const Optional& gate,
+                                       const Optional& index, double eps, int64_t rounding) {
+  Call call(x);
+  call.index(index);
+  call.modulation(call.problem.gate, gate, {});
+  call.norm(norms::diffusers_rms, eps);
+  call.norm_x(x_weight);
+  call.rounding(rounding);
+  SiteBackward backward = call.backward(rounding);
+  call.gradient(backward.dy, dr, x);
+  Tensor dx = empty_like(x);
+  backward.d_row = dx.data();
+  call.run_backward(&mean_norm_backward, backward);
+  return dx;
+}
+
 Tensor norm_scale_residual_op(const Tensor& residual, const Tensor& x, const Optional& x_weight, const Optional& gate,
                               const Optional& index, double eps, int64_t rounding) {
   Call call(x);
@@ -462,6 +478,7 @@ Ops norm_site_ops() {
       op<&norm_scale_shift_backward_op>("norm_scale_shift_backward"),
       op<&scale_residual_norm_scale_shift_backward_op>("scale_residual_norm_scale_shift_backward"),
       op<&scale_residual_backward_op>("scale_residual_backward"),
+      op<&norm_scale_residual_backward_op>("norm_scale_residual_backward"),
       op<&norm_scale_residual_op>("norm_scale_residual"),
       op<&norm_scale_residual_norm_scale_shift_op>("norm_scale_residual_norm_scale_shift"),
       op<&norm_scale_shift_quantize_op>("norm_scale_shift_quantize"),

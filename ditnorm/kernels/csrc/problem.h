@@ -142,6 +142,7 @@ int norm_backward(const SiteBackward& problem, void* stream);
 int scale_residual_backward(const SiteBackward& problem, void* stream);
 // The norm sites of Norm::diffusers_rms.
 int mean_norm(const Problem& problem, void* stream);
+int mean_norm_backward(const SiteBackward& problem, void* stream);
 // With y quantised. kNotServed where there is no kernel that does both.
 int norm_scale_shift_quantize(const Problem& problem, void* stream);
 int scale_residual_norm_scale_shift_quantize(const Problem& problem, void* stream);

@@ -4,6 +4,7 @@
 #include "any_qk_kernel.cuh"
 #include "formulas.cuh"
 #include "head_kernels.cuh"
+#include "mean_square_gradient.cuh"
 #include "norm_gradient.cuh"
 
 namespace ditnorm {
@@ -34,25 +35,6 @@ __device__ __forceinline__ void rotate_back(float (&d)[N], const Angles<N, PER_E
   for (int j = 0; j < N; j += 2) {
     rotate_back_pair<T, ROUND>(d[j], d[j + 1], angles.cos_of(j), angles.cos_of(j + 1), angles.sin_of(j), angles.sin_of(j + 1), contracted);
   }
-}
-
-// The gradient through diffusers' RMSNorm, whose two uses of x each round theirs; of one head, what
-// its elements share.
-struct HeadGradient {
-  float rstd, of_square;
-
-  // dn: the gradient of x * rstd
-  template <class T, bool ROUND>
-  __device__ __forceinline__ float of(float dn, float v) const {
-    const float direct = round_to<T, ROUND>(__fmul_rn(dn, rstd));
-    return __fadd_rn(direct, round_to<T, ROUND>(__fmul_rn(of_square, __fmul_rn(2.0f, v))));
-  }
-};
-
-// dot: sum of dn * x over the head
-__device__ __forceinline__ HeadGradient head_gradient(float rstd, float dot, int64_t head_dim) {
-  const float cubed = __fmul_rn(__fmul_rn(rstd, rstd), rstd);
-  return {rstd, __fmul_rn(__fmul_rn(__fmul_rn(-0.5f, dot), cubed), __frcp_rn(static_cast<float>(head_dim)))};
 }
 
 // TWICE: as HeadProblem says; else torch's RMSNorm, in the order of its gradients.
@@ -92,7 +74,7 @@ __global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadP
       for (int j = 0; j < N; ++j) dn[j] = round_to<T, ROUND>(__fmul_rn(dn[j], weights[j]));
       const float mean = __fmul_rn(head_sum_of_squares<HEAD, true>(values), at.rows.mean_factor);
       const float dot = head_sum_of_products<HEAD>(dn, values);
-      const HeadGradient of_head = head_gradient(rsqrtf(__fadd_rn(mean, p.eps)), dot, HEAD);
+      const MeanSquareGradient of_head = mean_square_gradient(rsqrtf(__fadd_rn(mean, p.eps)), dot, HEAD);
 #pragma unroll
       for (int j = 0; j < N; ++j) values[j] = of_head.template of<T, ROUND>(dn[j], values[j]);
     } else {
@@ -173,8 +155,9 @@ __global__ void __launch_bounds__(kLanes / LANES, TILES::kBlocks) across_backwar
   });
 }
 
-// For everything else: as any_qk_kernel.
-template <class T, bool ROUND>
+// For everything else: as any_qk_kernel. It is there for all tables, norms and laws, which it finds
+// out at run time, and each of its loops stands in the code once: it would be the largest kernel.
+template <class T>
 __global__ void __launch_bounds__(kLanes, 4) any_qk_backward_kernel(const HeadProblem p) {
   wait_for_previous_kernel();
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -185,6 +168,7 @@ __global__ void __launch_bounds__(kLanes, 4) any_qk_backward_kernel(const HeadPr
   const Rotary& rotary = stream.rotary;
   const int64_t span = p.across ? rows.width : p.head_dim, norms = rows.width / span;
   const int64_t work = p.batch * stream.tokens * norms;
+  const auto rounded = [&](float v) { return p.eager ? round_to<T>(v) : v; };
   for (int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; unit < work;
        unit += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int64_t row = unit / norms, start = (unit - row * norms) * span;
@@ -202,39 +186,44 @@ __global__ void __launch_bounds__(kLanes, 4) any_qk_backward_kernel(const HeadPr
     const auto weight = [&](int64_t j) { return rows.weight.data == nullptr ? kNoWeight : load_element(rows.weight, j); };
     const auto unrotated = [&](int64_t j) {
       if (!rotated) return to_float(d[j]);
-      const int64_t of_head = (start + j) / p.head_dim * rotary.head_stride;
-      if (rotary.halves) {
-        const int64_t half = p.head_dim / 2, column = j % p.head_dim, lower = column < half ? j : j - half;
-        const int64_t at = of_head + column % half * rotary.step;
-        float a = to_float(d[lower]), b = to_float(d[lower + half]);
-        // Upstream casts to float32 and back: what comes through cosines and sines is rounded once.
-        rotate_back_pair<T, false>(a, b, cos[at], cos[at], sin[at], sin[at], rotary.contracted && !p.eager);
-        return round_to<T, ROUND>(j == lower ? a : b);
-      }
-      const int64_t even = j / 2 * 2, at = even % p.head_dim;
-      const int64_t of_a = of_head + (rotary.per_element ? at : at / 2) * rotary.step;
+      const int64_t of_head = (start + j) / p.head_dim * rotary.head_stride, column = j % p.head_dim;
+      const int64_t half = p.head_dim / 2, pair = rotary.halves ? column % half : column / 2;
+      const int64_t first = rotary.halves ? j - column + pair : j / 2 * 2, second = first + (rotary.halves ? half : 1);
+      const int64_t of_a = of_head + (rotary.per_element ? 2 * pair : pair) * rotary.step;
       const int64_t of_b = rotary.per_element ? of_a + rotary.step : of_a;
-      float a = to_float(d[even]), b = to_float(d[even + 1]);
-      rotate_back_pair<T, ROUND>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b], rotary.contracted);
-      return j == even ? a : b;
+      float a = to_float(d[first]), b = to_float(d[second]);
+      // Of halves upstream casts to float32 and back: what comes through cosines and sines is rounded
+      // once.
+      const bool contracted = rotary.contracted && !(rotary.halves && p.eager);
+      if (p.eager && !rotary.halves) {
+        rotate_back_pair<T, true>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b], contracted);
+      } else {
+        rotate_back_pair<T, false>(a, b, cos[of_a], cos[of_b], sin[of_a], sin[of_b], contracted);
+      }
+      return rounded(j == first ? a : b);
     };
 
     if (p.twice) {
-      const auto dn = [&](int64_t j) { return round_to<T, ROUND>(__fmul_rn(unrotated(j), weight(j))); };
+      const auto dn = [&](int64_t j) { return rounded(__fmul_rn(unrotated(j), weight(j))); };
       const int width = static_cast<int>(span);
-      const float mean = __fmul_rn(mean_order_sum_of_squares(width, v), rows.mean_factor);
-      const float dot = mean_order_sum(width, [&](int j) { return __fmul_rn(dn(j), v(j)); });
-      const HeadGradient of_head = head_gradient(rsqrtf(__fadd_rn(mean, p.eps)), dot, span);
-      for (int64_t j = lane; j < span; j += 32) out[j] = from_float<T>(of_head.template of<T, ROUND>(dn(j), v(j)));
+      const float mean = __fmul_rn(mean_order_sum_of_squares<1>(width, v), rows.mean_factor);
+      const float dot = mean_order_sum<1>(width, [&](int j) { return __fmul_rn(dn(j), v(j)); });
+      const MeanSquareGradient of_head = mean_square_gradient(rsqrtf(__fadd_rn(mean, p.eps)), dot, span);
+#pragma unroll 1
+      for (int64_t j = lane; j < span; j += 32) {
+        const float direct = rounded(of_head.direct<float, false>(dn(j))), squared = rounded(of_head.squared<float, false>(v(j)));
+        out[j] = from_float<T>(__fadd_rn(direct, squared));
+      }
     } else {
-      const float mean = __fdiv_rn(lanes_sum_of_squares(span, v), static_cast<float>(span));
+      const float mean = __fdiv_rn(lanes_sum_of_squares<1>(span, v), static_cast<float>(span));
       const Statistics statistics = {0.0f, rsqrtf(__fadd_rn(mean, p.eps))};
-      const float dot = lanes_sum(span, [&](float sum, int64_t j) {
+      const float dot = lanes_sum<1>(span, [&](float sum, int64_t j) {
         Welford lane_sums = {0.0f, sum, 0.0f};
         add_gradient(lane_sums, unrotated(j), weight(j), v(j), statistics);
         return lane_sums.m2;
       });
       const RowGradient of_row = row_gradient(statistics, {0.0f, dot, 0.0f}, span, false);
+#pragma unroll 1
       for (int64_t j = lane; j < span; j += 32) out[j] = from_float<T>(of_row.of(unrotated(j), weight(j), v(j)));
     }
   }

@@ -199,7 +199,7 @@ int launch_qk_law(const HeadProblem& p, void* stream) {
   dim3 grid = ditnorm::blocks((norms + kNorms - 1) / kNorms);
   grid.y = 2 * kParts;
   if constexpr (BACKWARD) {
-    return launch(&any_qk_backward_kernel<T, ROUND>, grid, kLanes, stream, p);
+    return launch(&any_qk_backward_kernel<T>, grid, kLanes, stream, p);
   } else {
     return launch(&any_qk_kernel<T, ROUND>, grid, kLanes, stream, p);
   }

@@ -1,0 +1,186 @@
+// The gradients of the rows of norm sites of diffusers' RMSNorm over the whole width, and of a branch
+// that it norms before the branch is added.
+//
+//   dn = dy * (1 + scale) * weight            of a branch: dy * gate * weight
+//   dv = dn * rstd - v * (sum of dn * v) * rstd^3 / D
+//   d_row = dr + dv,  d_branch = gate * d_row
+//
+// Under "eager" dr, which comes from what was computed later, meets the two terms of dv in the order
+// in which autograd adds them.
+#include "mean_norm.cuh"
+#include "mean_square_gradient.cuh"
+
+namespace ditnorm {
+
+// What stands between dy and the norm's own weight: the gate of a normed branch, else the scale.
+__device__ __forceinline__ const Modulation& factor_of(const Problem& p) { return p.norms_x ? p.gate : p.scale; }
+__device__ __forceinline__ const Vector& weight_of(const Problem& p) { return p.norms_x ? p.x_weight : p.weight; }
+
+struct GradientExchange {
+  Pack<T, N> row[kTiles * kMeanThreads], dn[kTiles * kMeanThreads];
+  Pack<float, kPlaces> squares[32], dots[32];
+};
+
+// a * b, rounded
+__device__ __forceinline__ Pack<T, N> product(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> c;
+#pragma unroll
+  for (int j = 0; j < N; j += 2) put(c, j, __hmul2_rn(pair(a, j), pair(b, j)));
+  return c;
+}
+
+template <bool ROUND>
+__global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backward_kernel(const SiteBackward b) {
+  __shared__ GradientExchange exchange;
+  const Problem& p = b.site;
+  const Place place(p);
+  const int thread = static_cast<int>(threadIdx.x);
+  wait_for_previous_kernel();
+  const Token at(p, blockIdx.y, blockIdx.x);
+  const int64_t target = (at.batch * p.tokens + at.token) * p.width + place.first;
+  const auto ask_rows = [&](Columns& columns, const Rows& rows) {
+    const T* const source = advance<T>(rows.data, at.offset(rows) + place.first);
+    place.ask(columns, rows.data != nullptr, 0.0f, [&](int offset) { return load_row<Cache::normal, T, N>(source + offset); });
+  };
+  const bool carried = b.dr.data != nullptr, branched = b.d_branch != nullptr;
+  Columns v, d, dr, factor, weight;
+  ask_rows(v, p.x);
+  ask_rows(d, b.dy);
+  place.ask(factor, factor_of(p), at, p.index, p.norms_x ? kNoGate : kNoScale);
+  place.ask(weight, weight_of(p), kNoWeight);
+  if (carried) ask_rows(dr, b.dr);
+
+  // dn of one access: rounded, in the place of d; or not, whenever it is needed.
+  const auto dn_of = [&](auto& dn, auto i) {
+    float factors[N], weights[N];
+    to_floats(dn, d[i]);
+    to_floats(factors, factor[i]);
+    to_floats(weights, weight[i]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) dn[j] = __fmul_rn(__fmul_rn(dn[j], p.norms_x ? factors[j] : __fadd_rn(1.0f, factors[j])), weights[j]);
+  };
+  float dot = 0.0f;
+  place.each([&](auto i) {
+    if (!place.inside(i)) {
+      exchange.row[thread + i * kMeanThreads] = exchange.dn[thread + i * kMeanThreads] = filled<T, N>(0.0f);
+      return;
+    }
+    if constexpr (ROUND) {
+      d[i] = product(product(d[i], p.norms_x ? factor[i] : one_plus(factor[i])), weight[i]);
+      exchange.dn[thread + i * kMeanThreads] = d[i];
+    } else {
+      float dn[N], values[N];
+      dn_of(dn, i);
+      to_floats(values, v[i]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) dot = __fmaf_rn(dn[j], values[j], dot);
+    }
+    exchange.row[thread + i * kMeanThreads] = v[i];
+  });
+  __syncthreads();
+  const T *const row = exchange.row->v + thread, *const dn_row = exchange.dn->v + thread;
+  float square = 0.0f;
+  place.each([&](auto i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {  // the products of half-precision numbers are exact
+      const int offset = i * kStep + j * kMeanThreads;
+      const float value = to_float(row[offset]);
+      square = __fmaf_rn(value, value, square);
+      if constexpr (ROUND) dot = __fmaf_rn(to_float(dn_row[offset]), value, dot);
+    }
+  });
+  exchange.squares[thread / kPlaces].v[thread % kPlaces] = square;
+  exchange.dots[thread / kPlaces].v[thread % kPlaces] = dot;
+  __syncthreads();
+  const float rstd = at.valid ? root_of_mean(sum_of_threads(exchange.squares), p) : kNaN;
+  const MeanSquareGradient of_row = mean_square_gradient(rstd, sum_of_threads(exchange.dots), p.width);
+
+  T* const d_row = static_cast<T*>(b.d_row) + target;
+  T* const d_branch = static_cast<T*>(b.d_branch) + (branched ? target : 0);
+  const ModulationRow<T, N> gate(p.gate, at, p.index, place.first);
+  place.each([&](auto i) {
+    if (!place.inside(i)) return;
+    float direct[N], squared[N];
+    if constexpr (ROUND) {
+      to_floats(direct, d[i]);
+    } else {
+      dn_of(direct, i);
+    }
+    to_floats(squared, v[i]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      direct[j] = of_row.direct<T, false>(direct[j]);
+      squared[j] = of_row.squared<T, false>(squared[j]);
+    }
+    if constexpr (ROUND) {
+      const auto rounded = from_floats<T, N>(direct);
+      d[i] = add(carried ? add(dr[i], rounded) : rounded, from_floats<T, N>(squared));
+      if (branched) store_row<Cache::normal>(d_branch + i * kStep, product(d[i], gate.load(i * kStep)));
+    } else {
+      float factors[N];
+      if (carried) to_floats(factors, dr[i]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) direct[j] = __fadd_rn(carried ? __fadd_rn(factors[j], direct[j]) : direct[j], squared[j]);
+      d[i] = from_floats<T, N>(direct);
+      if (branched) {
+        to_floats(factors, gate.load(i * kStep));
+#pragma unroll
+        for (int j = 0; j < N; ++j) direct[j] = __fmul_rn(direct[j], factors[j]);
+        store_row<Cache::normal>(d_branch + i * kStep, from_floats<T, N>(direct));
+      }
+    }
+    store_row<Cache::normal>(d_row + i * kStep, d[i]);
+  });
+}
+
+// Any width, alignment, number of rows, and mix of dtypes: as any_mean_norm_kernel.
+__global__ void __launch_bounds__(kAnyThreads, 4) any_mean_norm_backward_kernel(const SiteBackward b, const int lanes) {
+  const Problem& p = b.site;
+  const DType dtype = p.x.dtype;
+  const auto rounded = [&](float v) { return p.round_each ? round_to(v, dtype) : v; };
+  const int width = static_cast<int>(p.width);
+  __shared__ float sums[kMostMeanLanes];
+  wait_for_previous_kernel();
+  for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x) {
+    const int64_t batch = p.batch == 1 ? 0 : row / p.tokens;
+    const Token at(p, batch, row - batch * p.tokens);
+    const Modulation& m = factor_of(p);
+    const int64_t x_offset = at.offset(p.x), dy_offset = at.offset(b.dy), dr_offset = at.offset(b.dr), out = row * p.width;
+    const int64_t factors = at.offset(m, p.index), gates = at.offset(p.gate, p.index);
+    const auto x = [&](int64_t column) { return element(Vector{p.x.data, dtype}, x_offset + column, 0.0f); };
+    const auto dn = [&](int64_t column) {
+      float d = element(Vector{b.dy.data, dtype}, dy_offset + column, 0.0f);
+      if (m.data != nullptr) {
+        const float factor = element(m, factors, column, 0.0f);
+        d = rounded(__fmul_rn(d, p.norms_x ? factor : rounded(__fadd_rn(1.0f, factor))));
+      }
+      const Vector& weight = weight_of(p);
+      return weight.data == nullptr ? d : rounded(__fmul_rn(d, element(weight, column, kNoWeight)));
+    };
+    const float rstd = at.valid ? root_of_mean(mean_order_sum_of_squares<1>(width, x, lanes, sums), p) : kNaN;
+    const float dot = mean_order_sum<1>(width, [&](int j) { return __fmul_rn(dn(j), x(j)); }, lanes, sums);
+    const MeanSquareGradient of_row = mean_square_gradient(rstd, dot, p.width);
+#pragma unroll 1
+    for (int64_t column = threadIdx.x; column < width; column += kAnyThreads) {
+      float direct = rounded(of_row.direct<float, false>(dn(column)));
+      if (b.dr.data != nullptr) direct = rounded(__fadd_rn(element(Vector{b.dr.data, dtype}, dr_offset + column, 0.0f), direct));
+      const float value = rounded(__fadd_rn(direct, rounded(of_row.squared<float, false>(x(column)))));
+      store_float(b.d_row, dtype, out + column, value);
+      if (b.d_branch != nullptr) store_float(b.d_branch, dtype, out + column, __fmul_rn(value, element(p.gate, gates, column, kNoGate)));
+    }
+  }
+}
+
+int mean_norm_backward(const SiteBackward& b, void* stream) {
+  const Problem& p = b.site;
+  const int lanes = mean_lanes(p.batch * p.tokens, p.width);
+  const auto fits = [&](const Rows& rows) { return aligned16(rows.data, p.x.dtype, rows.batch_stride, rows.token_stride); };
+  if (!fits_a_block(p, lanes) || !fits(b.dy) || !fits(b.dr)) {
+    return launch(&any_mean_norm_backward_kernel, blocks(p.batch * p.tokens), kAnyThreads, stream, b, lanes);
+  }
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
+  const auto go = [&](auto kernel) { return launch(kernel, grid, kMeanThreads, stream, b); };
+  return p.round_each ? go(&mean_norm_backward_kernel<true>) : go(&mean_norm_backward_kernel<false>);
+}
+
+}  // namespace ditnorm
