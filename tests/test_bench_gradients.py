@@ -10,7 +10,9 @@ from bench.gradients.cells import CELLS
 from bench.gradients.contestants import check, formula, interpreted
 from bench.gradients.host import calls
 
-SMALL = [dataclasses.replace(cell, rows=6, width=256) for cell in {(c.op, c.tables, c.across, c.dtype): c for c in CELLS}.values()]
+SMALL = [
+    dataclasses.replace(cell, rows=6, width=256) for cell in {(c.op, c.tables, c.across, c.dtype, c.diffusers): c for c in CELLS}.values()
+]
 
 
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell.name)

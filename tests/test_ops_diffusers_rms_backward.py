@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 import torch
 from support import aten_replay
-from support.cases import DEVICE, EPS, FLOATS, LAYOUTS, MODE, ROWS, VIEWS, X_LAYOUTS, Shape, activation, compiled_only, modulation, selection
+from support.cases import (
+    DEVICE,
+    EPS,
+    FLOATS,
+    LAYOUTS,
+    MODE,
+    ROWS,
+    VIEWS,
+    X_LAYOUTS,
+    Shape,
+    activation,
+    compiled_only,
+    modulation,
+    selection,
+)
 from torch import Tensor
 
 from ditnorm import functional, kernels

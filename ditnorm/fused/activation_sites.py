@@ -65,9 +65,9 @@ _known: dict[tuple[str, torch.device, torch.dtype], bool] = {}
 
 
 def served(op: str, x: Tensor) -> bool:
-    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, and another its gradients, with the
-    bits of PyTorch's for all numbers of its dtype. Elsewhere PyTorch does, and the call counts as
-    one of its path.
+    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, and another its gradients, with
+    the bits of PyTorch's for all numbers of its dtype. Elsewhere PyTorch does, and the call counts
+    as one of its path.
 
     Both call CUDA's functions, of which their toolkits may have different ones. Tried once a
     process, for which the host waits.

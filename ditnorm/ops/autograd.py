@@ -1,10 +1,10 @@
 """Gradients of the ops.
 
 :class:`Fused` is a kernel with others that make the gradients of its rows: ``x``, ``residual``,
-query, key and value, and what an activation takes, which are all that LoRA training wants. Gradients that are sums over rows, of
-modulations, tables, gates and weights, are those of the expression that has the tensor in it, in
-PyTorch's operations, whose order is fixed. :class:`Recompute` is a kernel with all gradients from
-the reference, which is run again for them.
+query, key and value, and what an activation takes, which are all that LoRA training wants.
+Gradients that are sums over rows, of modulations, tables, gates and weights, are those of the
+expression that has the tensor in it, in PyTorch's operations, whose order is fixed.
+:class:`Recompute` is a kernel with all gradients from the reference, which is run again for them.
 
 The inference call never comes here: a Python autograd formula on the op itself would cost it
 microseconds even under ``no_grad``.
@@ -93,7 +93,7 @@ class Gradients:
 def _of_one_dtype(rows: Tensors) -> bool:
     """Whether kernels make gradients of rows."""
     dtype = rows[0].dtype
-    for row in rows:
+    for row in rows:  # noqa: SIM110  a generator costs a call more
         if row is not None and row.dtype is not dtype:
             return False
     return True

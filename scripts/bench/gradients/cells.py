@@ -1,4 +1,6 @@
-"""Gradients of rows at the sizes of real models: of the norm sites, and of query and key."""
+"""Gradients of rows at the sizes of real models: of the norm sites, of query and key, and of
+SwiGLU.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +11,9 @@ from ..cell import DTYPES
 
 NSS, SRNSS, SR = (f"{op}_backward" for op in ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual"))
 QK = "qk_norm_rope_backward"
-OPS = (NSS, SRNSS, SR, QK)
-_STREAMS = {NSS: (2, 1), SRNSS: (3, 2), SR: (1, 1), QK: (4, 2)}
+BRANCH, SWIGLU = "norm_scale_residual_backward", "swiglu_backward"
+OPS = (NSS, SRNSS, SR, QK, BRANCH, SWIGLU)
+_STREAMS = {NSS: (2, 1), SRNSS: (3, 2), SR: (1, 1), QK: (4, 2), BRANCH: (2, 1), SWIGLU: (3, 2)}
 HEAD = 128
 
 
@@ -28,12 +31,14 @@ class GradientCell:
     per head and complex ones, as in Qwen-Image.
     """
     dtype: str = "bf16"
+    diffusers: bool = False
+    """Of a norm site: whether the norm is diffusers' RMSNorm, with a weight, as in Z-Image."""
 
     @property
     def name(self) -> str:
         """A readable identifier, which ``--cells`` matches."""
         short = self.op.replace("norm_scale_shift", "nss").replace("scale_residual_", "sr_")
-        flags = [name for name in ("tables", "across") if getattr(self, name)]
+        flags = [name for name in ("tables", "across", "diffusers") if getattr(self, name)]
         return "/".join([short, f"{self.rows}x{self.width}", self.dtype, *flags])
 
     @property
@@ -73,20 +78,26 @@ class GradientCell:
                 cos, sin = torch.randn(2, 1, self.rows, 1, HEAD // 2, device=device)
                 return made | {"cos": cos, "sin": sin}
             return made | {"cos": torch.randn(self.rows, HEAD // 2, dtype=torch.complex64, device=device)}
-        names = {NSS: ("scale", "shift"), SRNSS: ("gate", "scale", "shift"), SR: ("gate",)}[self.op]
-        given = {NSS: ("dy", "x"), SRNSS: ("dy", "dr", "r"), SR: ("dr",)}[self.op]
+        if self.op == SWIGLU:
+            return {name: row() for name in ("dy", "x", "value")}
+        names = {NSS: ("scale", "shift"), SRNSS: ("gate", "scale", "shift"), SR: ("gate",), BRANCH: ("gate",)}[self.op]
+        given = {NSS: ("dy", "x"), SRNSS: ("dy", "dr", "r"), SR: ("dr",), BRANCH: ("dr", "x")}[self.op]
         made = {name: row() for name in given}
+        if self.diffusers:
+            made["x_weight" if self.op == BRANCH else "weight"] = rows(self.width)
         made |= dict(zip(names, rows(1, 1, len(names) * self.width).chunk(len(names), dim=-1), strict=True))
         return made | ({f"{name}_table": torch.randn(self.width, device=device) for name in names} if self.tables else {})
 
     def options(self, rounding: str) -> dict[str, Any]:
         """What else the op takes."""
-        if self.op == SR:
+        if self.op in (SR, SWIGLU):
             return {"rounding": rounding}
+        if self.op == BRANCH:
+            return {"eps": 1e-5, "rounding": rounding}
         if self.op == QK:
             norm = "rms" if self.across else "diffusers_rms"
             return {"head_dim": HEAD, "norm": norm, "eps": 1e-6, "pairs": "neighbours", "rounding": rounding}
-        return {"norm": "layer", "eps": 1e-6, "rounding": rounding}
+        return {"norm": "diffusers_rms" if self.diffusers else "layer", "eps": 1e-6, "rounding": rounding}
 
 
 _SIZES = ((128, 3072), (1024, 3072), (4096, 3072), (27030, 3072))
@@ -96,4 +107,6 @@ CELLS = (
     *(GradientCell(QK, *size) for size in _SIZES),
     *(GradientCell(QK, *size, across=True) for size in ((32760, 1536), (75600, 5120))),
     GradientCell(SRNSS, 27030, 3072, dtype="fp32"),
+    *(GradientCell(op, *size, diffusers=True) for op in (NSS, BRANCH) for size in ((4128, 3840), (4352, 2304))),
+    *(GradientCell(SWIGLU, *size) for size in ((128, 3072), (4608, 18432), (4128, 10240))),
 )
