@@ -212,8 +212,10 @@ def test_gradients_are_those_of_the_expression(rounding: str, gated: bool) -> No
     torch.testing.assert_close(y, expected)
     for ours, other in zip((x, value, beside), theirs, strict=True):
         assert (ours.grad is None) == (other.grad is None)
-        if ours.grad is not None:
+        if ours.grad is not None and MODE != "cpu_sim":
             assert torch.equal(ours.grad, other.grad)  # type: ignore[arg-type]
+        elif ours.grad is not None:  # the exponential of a host build is another library's
+            torch.testing.assert_close(ours.grad, other.grad)
 
 
 def test_single_saves_its_inputs_only() -> None:

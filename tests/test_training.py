@@ -57,7 +57,6 @@ def test_a_lora_gets_the_gradients_of_the_unpatched_model(name: str, dtype: torc
     assert any("lora" in key for key in got)
     assert [key for key in expected if not torch.equal(got[key], expected[key])] == []
     if device == "cuda" and kernels.unavailable is None:
-        # Activations are PyTorch's where gradients are wanted.
         assert not [op for op, path in calls if path == "reference" and op in GRADIENTS]
         assert any(op in BACKWARD for op, _ in calls)
 
