@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..fused.modulation import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
-from ..fused.modulation_table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, spread
-from ..fused.weight_streaming import send_home
+from ..fused.modulation.modulating import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
+from ..fused.modulation.streaming import send_home
+from ..fused.modulation.table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, spread
 from ..models import MODULATED, NOTHING_TO_GAIN
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint

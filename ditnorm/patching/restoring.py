@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..fused.modulation_table import ModulationTable
+from ..fused.modulation.table import ModulationTable
 
 _log = logging.getLogger("ditnorm")
 

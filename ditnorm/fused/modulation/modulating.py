@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..swapping.swapped import untouched
+from ...swapping.swapped import untouched
 
 if TYPE_CHECKING:
-    from .modulation_table import ModulationTable
+    from .table import ModulationTable
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..swapping.generated import origin_of
-from ..swapping.hook_chains import Untraceable, captured, set_class
-from .modulation import ModulatedModel, Modulating, ModulationSequential
-from .modulation_changes import Watch
-from .module import FusedModule, upstream_of
-from .weight_streaming import send_home, streamed
+from ...swapping.generated import origin_of
+from ...swapping.hook_chains import Untraceable, captured, set_class
+from ..module import FusedModule, upstream_of
+from .changes import Watch
+from .modulating import ModulatedModel, Modulating, ModulationSequential
+from .streaming import send_home, streamed
 
 GROUP_OFFLOADED = "group offloading moves the weights in its own order, and keeps those of modulations off the device as it is"
 
