@@ -34,7 +34,7 @@ def loaded(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def modulation_weights(model: nn.Module) -> list[nn.Parameter]:
     (table,) = tables(model)
-    return [p for _, holder, _ in table.holders for p in holder.modulation_weights()]
+    return [p for _, module, _ in table.modules for p in module.modulation_weights()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +135,7 @@ def test_making_a_table_takes_the_memory_of_two_modules() -> None:
     before = torch.cuda.memory_allocated()
     ditnorm.precompute_modulation(model, timesteps=torch.tensor([900.0, 500.0]))
     (table,) = tables(model)
-    largest = max(sum(p.nbytes for p in holder.modulation_weights()) for _, holder, _ in table.holders)
+    largest = max(sum(p.nbytes for p in module.modulation_weights()) for _, module, _ in table.modules)
     assert before - torch.cuda.memory_allocated() > 0.9 * (table.host_bytes - table.nbytes)
     at_rest = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -131,8 +131,9 @@ def test_pipelines_that_share_a_transformer_take_turns() -> None:
 
 def test_threads_share_a_table_that_has_no_room_for_all_their_schedules() -> None:
     unpatched, pipe = pipelines.pipeline("Qwen-Image"), precomputed("Qwen-Image")
-    table_of(pipe)._fixed = True
-    table_of(pipe)._free = table_of(pipe)._free[:12]
+    numbers = table_of(pipe).numbers
+    numbers.fixed = True
+    numbers._free = numbers._free[:12]
     others = [pipe, *(diffusers.QwenImagePipeline(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)}) for _ in range(2))]
     for other in others[1:]:
         other.set_progress_bar_config(disable=True)

@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..fused.modulation.modulating import ModulatedModel, Modulating, ModulationSequential, RowEmbedding
-from ..fused.modulation.streaming import send_home
-from ..fused.modulation.table import GROUP_OFFLOADED, ModulationTable, is_group_offloaded, spread
+from ..fused.modulation import ModulatedModel, Modulating
+from ..fused.modulation.embedding import RowEmbedding
+from ..fused.modulation.modulating import ModulationSequential, Precomputed
+from ..fused.modulation.streaming import GROUP_OFFLOADED, send_home, spread
+from ..fused.modulation.table import ModulationTable
 from ..models import MODULATED, NOTHING_TO_GAIN
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
-from ..swapping.hook_chains import set_class
+from ..swapping.hook_chains import group_offloading, set_class
 from . import verification
 from .patch import patch_model
 from .restoring import restore
@@ -92,9 +94,9 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
     for plan in plans:
         table = _table_of(plan) or _set_up(plan)
         if timesteps is not None:
-            table.timesteps = timesteps
+            table.known.timesteps = timesteps
         if not isinstance(target, nn.Module):
-            table.follow(target)
+            table.known.follow(target)
     return target
 
 
@@ -162,7 +164,7 @@ def _weights_obstacle(plan: Plan) -> str | None:
     devices = set()
     if (reason := spread(plan.model)) is not None:
         return reason
-    if any(is_group_offloaded(module) for module in plan.model.modules()):
+    if any(group_offloading(module) is not None for module in plan.model.modules()):
         return GROUP_OFFLOADED
     for _, modulation in _modulations(plan.model, plan.units):
         devices |= {p.device for p in modulation.parameters() if p.device.type not in ("cpu", "meta")}
@@ -198,15 +200,16 @@ def _table_of(plan: Plan) -> ModulationTable | None:
 
 def _set_up(plan: Plan) -> ModulationTable:
     halves = plan.facts.halved if plan.facts.halved_if and getattr(plan.model, plan.facts.halved_if) else ()
-    holders = []
+    modules = []
     for name, module in _modulations(plan.model, plan.units):
         if not isinstance(module, Modulating):
             set_class(module, generated.subclass(ModulationSequential, nn.Sequential, "eager"))
-        send_home(module)
-        holders.append((name, module, name.endswith(halves) if halves else False))
+        modules.append(Precomputed(name, module, name.endswith(halves) if halves else False))
+    for item in modules:
+        send_home(item.module)
     embedding = plan.embedding
-    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, holders, verification.stream_dtype, plan.facts)
+    embedding.__dict__["modulations"] = table = ModulationTable(plan.model, embedding, modules, verification.stream_dtype, plan.facts)
     upstream: Any = type(embedding)
     set_class(embedding, generated.subclass(RowEmbedding, upstream, "eager"))
-    _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(holders), table.host_bytes / 1e9)
+    _log.info("%s: %d modulations precomputed, %.2f GB in host memory", plan.name, len(modules), table.host_bytes / 1e9)
     return table

@@ -17,7 +17,7 @@ def restore(models: Mapping[str, nn.Module]) -> None:
     for name, model in models.items():
         for table in tables(model):
             table.restore()
-            _log.info("%s: %d modulations restored", name, len(table.holders))
+            _log.info("%s: %d modulations restored", name, len(table.modules))
 
 
 def tables(model: nn.Module) -> list[ModulationTable]:

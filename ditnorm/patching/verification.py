@@ -13,6 +13,7 @@ from torch import nn
 from .. import kernels
 from ..fused.sites import FusedCall
 from ..ops import checks
+from ..swapping.hook_chains import group_offloading
 from .targets import modules_of, targets
 from .units import Unit
 
@@ -115,8 +116,7 @@ def execution_device(model: nn.Module) -> torch.device:
     """Where the model computes: offloading hooks know better than the weights."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        registry = getattr(module, "_diffusers_hook", None)
-        offloading = getattr(registry, "hooks", {}).get("group_offloading")
+        offloading = group_offloading(module)
         if offloading is not None:
             device = getattr(getattr(offloading, "config", None), "onload_device", None)
         if device is not None:

@@ -167,6 +167,14 @@ def only_moves_weights(module: nn.Module) -> bool:
     return False
 
 
+def group_offloading(module: nn.Module) -> Any:
+    """The hook by which diffusers moves the weights of a group that begins at ``module``; None
+    where there is none.
+    """
+    registry = module.__dict__.get("_diffusers_hook")
+    return getattr(registry, "hooks", {}).get("group_offloading")
+
+
 _LONGEST_CHAIN = 16
 
 

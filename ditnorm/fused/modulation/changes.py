@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modulating import Precomputed
+
 _SAMPLES = 8  # bytes of a weight that are looked at: each is a wait for memory
 
 
 class Watch:
-    """The state of ``holders`` when rows were made. What is compared in every pass is kept flat, a
+    """The state of ``modules`` when rows were made. What is compared in every pass is kept flat, a
     list for each fact, so that the comparing is done by C: there are hundreds of weights, and the
     device may wait.
     """
 
-    def __init__(self, holders: Sequence[tuple[str, Any, bool]]) -> None:
-        self.holders = [holder for _, holder, _ in holders]
-        self.changes = [holder.modulation_changes for holder in self.holders]
-        places = [(h, key, part) for h in self.holders for key, part in zip(h.modulation_parts, h.modulation_modules(), strict=True)]
-        self.parts = Links([(holder._modules, key, part) for holder, key, part in places])
+    def __init__(self, modules: Sequence[Precomputed]) -> None:
+        self.modules = [item.module for item in modules]
+        self.changes = [module.modulation_changes for module in self.modules]
+        places = [(m, key, part) for m in self.modules for key, part in zip(m.modulation_parts, m.modulation_modules(), strict=True)]
+        self.parts = Links([(module._modules, key, part) for module, key, part in places])
         self.forwards = Links([(part.__dict__, "forward", part.__dict__.get("forward")) for part in self.parts.values])
         hooks = [hooks for part in self.parts.values for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self.hooks = [(hooks, list(hooks)) for hooks in hooks if hooks]
@@ -45,7 +47,7 @@ class Watch:
 
     def unchanged(self) -> bool:
         return (
-            [*map(_changes, self.holders)] == self.changes
+            [*map(_changes, self.modules)] == self.changes
             and self.parts.unchanged()
             and self.forwards.unchanged()
             and not any(self.without_hooks)

@@ -1,62 +1,11 @@
-"""Modules whose modulations come from a table: a row for each timestep, made once, instead of
-Linears that run in every step.
-
-How a row is found: the embedding of the timestep (:class:`RowEmbedding`) is asked once a forward
-pass. It computes upstream's ``temb``, looks its bits up and hands row numbers, int64 [B], to the
-model in its place. Upstream's code passes them on untouched, and a module that makes modulations
-(:class:`Modulating`) takes an integer for a row and a float for an embedding. A block does nothing
-but gather: no wait, no look-up, nothing that ``torch.compile`` or a CUDA graph would mind. The key
-is bits of what goes into the Linears, so that nothing about guidance, pooled text or additional
-conditions has to be known.
-
-The weights stay the Parameters they are, in host memory. Where an embedding arrives after all
-(training, autocast, a hook that looks at it) they cross to it, and the result is upstream's.
-"""
+"""Modules that make modulations, or read them from a table; their weights may be in host memory."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-
-from ...swapping.swapped import untouched
-
-if TYPE_CHECKING:
-    from .table import ModulationTable
-
-
-@dataclass(frozen=True)
-class ModulatedModel:
-    """What a model does with the embedding of its timestep: it hands it to ``takers``, and nothing
-    else reads it.
-    """
-
-    names: frozenset[str]
-    """Names of the upstream classes."""
-    forward: frozenset[str]
-    """Fingerprints of their ``forward``."""
-    embedding: str
-    """The module that makes the embedding. Each tensor that it returns is one."""
-    takers: tuple[str, ...]
-    """Its ModuleLists of blocks and its modules that take it."""
-    times: int = 1
-    """By what it multiplies the timestep before it embeds it."""
-    projection: str | None = None
-    """The module that the timestep goes through before, where ``embedding`` is given sines and
-    cosines of it.
-    """
-    changed_by: str | None = None
-    """A module that only some instances have: what it makes is added to the embedding, for which
-    no row numbers can stand in then.
-    """
-    halved_if: str | None = None
-    """The attribute of the model that doubles the batch of the embedding, the second half for
-    timestep 0; then ``halved``,
-    """
-    halved: tuple[str, ...] = ()
-    """ends of the names of the modulations that see the first half only."""
 
 
 class Modulating:
@@ -126,6 +75,17 @@ class Modulating:
             self.__dict__["modulation_changes"] += 1
 
 
+class Precomputed(NamedTuple):
+    """A module of a model whose modulations come from a table."""
+
+    name: str
+    """In the model."""
+    module: Any
+    """:class:`Modulating`, as long as nobody changes its class."""
+    halved: bool
+    """Whether it sees the first half of the embedding only."""
+
+
 class ModulationSequential(Modulating):
     """``Sequential(SiLU(), Linear(...))``, Qwen-Image's ``img_mod`` and ``txt_mod``."""
 
@@ -139,36 +99,6 @@ class ModulationSequential(Modulating):
         for module in self:  # type: ignore[attr-defined]
             emb = call_on(emb, module)
         return emb
-
-
-class RowEmbedding:
-    """An embedding of timesteps that returns row numbers of the table, int64 [B], in place of each
-    embedding [B, D].
-    """
-
-    modulations: "ModulationTable"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        embedded = super().forward(*args, **kwargs)  # type: ignore[misc]
-        tensors = embedded if isinstance(embedded, tuple) else (embedded,)
-        if self._is_read_by_others(tensors[0].device.type):
-            return embedded
-        table = self.modulations
-        given = dict(zip(table.inputs, args, strict=False)) | kwargs
-        inputs = [value if isinstance(value := given.get(name), Tensor) else None for name in table.inputs]
-        if torch.compiler.is_compiling():
-            rows = [None if t is None else torch.ops.ditnorm.modulation_rows(t, inputs, i, table.handle) for i, t in enumerate(tensors)]
-        else:
-            rows = [None if t is None else table.rows(t, inputs, i) for i, t in enumerate(tensors)]
-            if rows[0] is None:  # given up: the weights are back
-                return embedded
-        return tuple(rows) if isinstance(embedded, tuple) else rows[0]
-
-    def _is_read_by_others(self, device: str) -> bool:
-        """Whether gradients go through it, or its dtype may change on the way, or a hook looks at
-        it.
-        """
-        return torch.is_grad_enabled() or torch.is_autocast_enabled(device) or not untouched(self)
 
 
 def call_on(x: Tensor, module: nn.Module) -> Tensor:

@@ -1,17 +1,28 @@
-"""Weights in host memory: how they get there, and how they pass through a device one module at a
-time.
+"""Weights in host memory: what forbids it, how they get there, and how they pass through a device
+one module at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .modulating import Modulating, Precomputed
 
-def send_home(holder: Any) -> None:
+GROUP_OFFLOADED = "group offloading moves the weights in its own order, and keeps those of modulations off the device as it is"
+
+
+def spread(model: nn.Module) -> str | None:
+    """The first parameter that is on several devices (FSDP, tensor parallelism), in words."""
+    for name, p in model.named_parameters():
+        if hasattr(p, "placements") or type(p).__module__.startswith("torch.distributed"):
+            return f"{name} is spread over several devices ({type(p).__name__})"
+    return None
+
+
+def send_home(module: Modulating) -> None:
     """Brings the weights of a module to host memory, pinned where CUDA is in use."""
-    for p in holder.modulation_weights():
+    for p in module.modulation_weights():
         if p.device.type != "meta":
             p.data = _home(p.data)
 
@@ -28,16 +39,16 @@ def _home(t: Tensor) -> Tensor:
     return home.copy_(t)
 
 
-def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> Iterator[tuple[str, Any, bool]]:
-    """Each of ``holders`` in turn with its weights on ``device``, those of the next one on their
+def streamed(modules: Sequence[Precomputed], device: torch.device) -> Iterator[Precomputed]:
+    """Each of ``modules`` in turn with its weights on ``device``, those of the next one on their
     way. They are at home afterwards.
     """
     if device.type == "cpu":
-        yield from holders
+        yield from modules
         return
-    weights = [[p for p in holder.modulation_weights() if p.device.type == "cpu"] for _, holder, _ in holders]
+    weights = [[p for p in item.module.modulation_weights() if p.device.type == "cpu"] for item in modules]
     if device.type != "cuda":
-        for item, parameters in zip(holders, weights, strict=True):
+        for item, parameters in zip(modules, weights, strict=True):
             with _replaced(parameters, [p.data.to(device) for p in parameters]):
                 yield item
         return
@@ -57,9 +68,9 @@ def streamed(holders: Sequence[tuple[str, Any, bool]], device: torch.device) -> 
 
     arriving = fetch(0)
     read: torch.cuda.Event | None = None
-    for i, item in enumerate(holders):
+    for i, item in enumerate(modules):
         views, arrived = arriving
-        if i + 1 < len(holders):
+        if i + 1 < len(modules):
             if read is not None:
                 copying.wait_event(read)  # the module before, whose buffer is next
             arriving = fetch(i + 1)
