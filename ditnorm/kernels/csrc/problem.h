@@ -1,5 +1,5 @@
-// What one call of an op asks for, in plain C++: filled by ops.cpp and qk_ops.cpp, passed by value
-// to the kernels. Strides count elements.
+// What one call of an op asks for, in plain C++: filled by site_call.h and qk_ops.cpp, passed by
+// value to the kernels. Strides count elements.
 #pragma once
 #include <cstdint>
 
