@@ -62,8 +62,10 @@ class RowNumbers:
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._free: list[int] = list(range(capacity))
         self._in_use: dict[int, deque[Key]] = defaultdict(lambda: deque(maxlen=_IN_USE))
-        self._keys: Tensor | None = None
-        self._batches: Tensor | None = None
+        self._on_device: dict[tuple[torch.dtype, torch.device, torch.Size], tuple[Tensor, Tensor]] = {}
+        """Of embeddings of one kind: what each row is of, [capacity, D], and of how many samples,
+        [capacity], 0 for none.
+        """
 
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
@@ -127,14 +129,15 @@ class RowNumbers:
         what has no row when the graph is replayed.
 
         Raises:
-            RuntimeError: where equal samples don't share a row.
+            RuntimeError: where no such embedding ever had rows, or equal samples don't share one.
         """
         if not self.shared:
             raise RuntimeError("ditnorm: on this device equal samples of a batch have unequal modulations, which a graph can't look up")
-        assert self._keys is not None
-        assert self._batches is not None
+        if _kind(embedding) not in self._on_device:
+            raise RuntimeError("ditnorm: modulations are made in the first run: run the model once before its capture")
         self.fixed = True
-        same = (bits(self._keys) == bits(embedding)[:, None]).all(-1) & (self._batches == len(embedding))
+        keys, batches = self._on_device[_kind(embedding)]
+        same = (bits(keys) == bits(embedding)[:, None]).all(-1) & (batches == len(embedding))
         return torch.where(same.any(1), same.int().argmax(1), self.capacity)
 
     def _samples(self, key: Key) -> list[int]:
@@ -165,15 +168,21 @@ class RowNumbers:
             torch.cuda.synchronize()  # other streams may still read these rows
 
     def _remember(self, embedding: Tensor, entry: Entry) -> None:
-        shape = (self.capacity, *embedding.shape[1:])
-        if self._keys is None or self._keys.shape != shape or (self._keys.dtype, self._keys.device) != (embedding.dtype, embedding.device):
-            self._keys = embedding.new_zeros(shape)
-            self._batches = torch.zeros(self.capacity, dtype=torch.int64, device=embedding.device)
+        keys, batches = self._on_device.get(_kind(embedding)) or (embedding[:0], torch.zeros(0, dtype=torch.int64, device=embedding.device))
+        new = self.capacity - len(keys)
+        if new:
+            keys = torch.cat([keys, keys.new_zeros(new, *keys.shape[1:])])
+            batches = torch.cat([batches, batches.new_zeros(new)])
+            self._on_device[_kind(embedding)] = keys, batches
         index = entry.tensor(embedding.device)
-        self._keys[index] = embedding
-        self._batches[index] = len(embedding)  # type: ignore[index]
+        keys[index] = embedding
+        batches[index] = len(embedding)
 
     def _forget(self, rows: list[int]) -> None:
         self._free += rows
-        if self._batches is not None:
-            self._batches[torch.tensor(rows, device=self._batches.device)] = 0
+        for _, batches in self._on_device.values():
+            batches[[row for row in rows if row < len(batches)]] = 0
+
+
+def _kind(embedding: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    return embedding.dtype, embedding.device, embedding.shape[1:]
