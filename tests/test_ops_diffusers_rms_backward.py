@@ -119,6 +119,26 @@ def test_eager_gradients_have_the_bits_of_autograd(width: int, op: str, dtype: t
                 assert same_bits(a, b.contiguous()), f"{left_out}: {int((a != b).sum())} of {a.numel()} elements differ"
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("width", [3840, 136, 24])
+def test_a_stream_that_goes_on_gets_the_sum_of_eager_autograd(width: int, dtype: torch.dtype) -> None:
+    """Whose three terms are rounded one after the other."""
+    given = site("norm_scale_shift", Shape(2, 9, width), dtype)
+    dy, dr = torch.randn(2, *given["x"].shape).to(given["x"])
+
+    def gradient(y: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad((y, given["x"] * 1), given["x"], (dy, dr))
+        return found
+
+    got = gradient(run("norm_scale_shift", given, "eager")[0])
+    if MODE == "cpu_sim":
+        d = dy * (1 + given["scale"])
+        expected = aten_replay.diffusers_rms_norm_backward(d, given["x"].detach(), given["weight"], EPS, dr)
+    else:
+        expected = gradient(expression("norm_scale_shift", given, "eager")[0])
+    assert same_bits(got, expected)
+
+
 def exact(op: str, given: dict[str, Any], cotangents: Sequence[Tensor], stored: Tensor | None) -> list[Tensor]:
     """In float64; the norm reads ``stored``, the rounded sum."""
     wide = {name: t.detach().double() if t.is_floating_point() else t for name, t in given.items()}

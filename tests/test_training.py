@@ -17,7 +17,18 @@ from ditnorm.ops.autograd import GRADIENTS
 from ditnorm.patching import patch_model
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-MODELS = ("qwen-image", "qwen-image-2.1", "wan-t2v", "wan-ti2v", "hunyuan-video", "hunyuan-video-token-replace", "flux", "flux2")
+MODELS = (
+    "qwen-image",
+    "qwen-image-2.1",
+    "wan-t2v",
+    "wan-ti2v",
+    "hunyuan-video",
+    "hunyuan-video-token-replace",
+    "flux",
+    "flux2",
+    "z-image",
+    "lumina2",
+)
 BACKWARD = [op for op in kernels.OPS if op.endswith("_backward")]
 
 
@@ -30,6 +41,11 @@ def with_lora(name: str, dtype: torch.dtype, device: str, checkpointing: bool) -
     return model.train()
 
 
+def output_of(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    output: Any = model(**arguments, return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
+
+
 def gradients(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Of the adapters, and the output.
 
@@ -37,7 +53,7 @@ def gradients(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """
     model.zero_grad()
     with sdpa_kernel(SDPBackend.MATH):
-        output = model(**arguments, return_dict=False)[0]
+        output = output_of(model, arguments)
         output.float().square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"output": output.detach()}
 
@@ -88,7 +104,7 @@ def test_a_short_training_has_the_losses_of_the_unpatched_model(name: str, round
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         found = []
         for step in range(4):
-            output = model(**tiny.inputs(name, 2, torch.float32, seed=step), return_dict=False)[0]
+            output = output_of(model, tiny.inputs(name, 2, torch.float32, seed=step))
             loss = output.square().mean()
             optimizer.zero_grad()
             loss.backward()

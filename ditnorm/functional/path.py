@@ -67,7 +67,7 @@ def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple
                 return outputs
         # Sums over rows a compiler fuses itself, and chooses what to save for them.
         compiled = traced_by_dynamo() and not compiler._is_exporting_flag
-        fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors)
+        fits = compiled and kernels.may_serve(tensors[0]) and gradients.are_of_rows(tensors, codes)
         if fits and not unfused(name, tensors, options):
             return getattr(kernels.ops, name).under_grad(*tensors, *codes)
     op = OPS[name]

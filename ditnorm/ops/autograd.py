@@ -58,8 +58,10 @@ class Recompute(torch.autograd.Function):
 class Gradients:
     """How the gradients of an op are made, and what is kept for them."""
 
-    parts: Callable[[Tensors], tuple[Tensors, Tensors]]
-    """Of the op's tensors: its rows, and the rest."""
+    parts: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
+    """Of the op's tensors and numbers: its rows, and the rest. A row of which autograd is to add
+    two gradients stands there twice.
+    """
     saved: Callable[[Tensors, Any, bool], Tensors]
     """Of the op's tensors and results, what is kept, and whether for sums, too."""
     of_rows: Callable[[Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
@@ -73,7 +75,7 @@ class Gradients:
         """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make
         its gradients.
         """
-        rows, rest = self.parts(tensors)
+        rows, rest = self.parts(tensors, codes)
         if not _of_one_dtype(rows):
             return None
         for t in rest:
@@ -84,9 +86,9 @@ class Gradients:
                 return Fused.apply(self, kernel, codes, tensors, *rows)
         return _apply(self, kernel, codes, tensors, *rows)
 
-    def are_of_rows(self, tensors: Tensors) -> bool:
+    def are_of_rows(self, tensors: Tensors, codes: Tensors) -> bool:
         """Whether nothing but rows wants one, and kernels make them."""
-        rows, rest = self.parts(tensors)
+        rows, rest = self.parts(tensors, codes)
         return _of_one_dtype(rows) and not any(t is not None and t.requires_grad for t in rest)
 
 
@@ -109,7 +111,7 @@ class Fused(torch.autograd.Function):
         outputs = kernel(*tensors, *codes)
         ctx.gradients, ctx.codes = gradients, codes
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*gradients.saved(tensors, outputs, len(inputs) == len(tensors)))
+        ctx.save_for_backward(*gradients.saved(tensors, outputs, len(inputs) >= len(tensors)))
         return outputs
 
     @staticmethod
@@ -190,9 +192,14 @@ def _through_gate(call: Any, dr: Tensor) -> Paths:
 
 
 def _norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
+    twice = _uses_x_twice(codes)
     if not needed[0]:
-        return (None,)
+        return (None, None) if twice else (None,)
     x, scale, shift, weight, _, *rest = saved
+    if twice:
+        index = None if scale is None else rest[-1]
+        parts: Tensors = _run("norm_scale_shift_backward_parts", grads[0], x, scale, weight, index, codes[1])
+        return parts
     return (_run("norm_scale_shift_backward", grads[0], None, x, scale, shift, weight, *rest, *codes),)
 
 
@@ -427,24 +434,33 @@ def _queries_and_keys(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
     return *tensors[:2], *tensors[3:9], *tensors[10:]
 
 
-def _one(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def _uses_x_twice(codes: Tensors) -> bool:
+    """Whether a norm is diffusers' ``RMSNorm`` under ``"eager"``: what comes through each use is
+    rounded, and what else comes back to ``x`` is added before it.
+    """
+    return bool(codes[0] == _DIFFUSERS_RMS and codes[2] == _EAGER)
+
+
+def _one(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
+    if _uses_x_twice(codes):
+        return (tensors[0], tensors[0]), tensors[1:]
     return tensors[:1], tensors[1:]
 
 
-def _two(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def _two(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
     return tensors[:2], tensors[2:]
 
 
-def _every(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def _every(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
     return tensors, ()
 
 
-def _two_streams(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def _two_streams(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
     return (*tensors[:3], *tensors[7:10]), (*tensors[3:7], *tensors[10:])
 
 
 _NONE = (None,) * 4
-_DIFFUSERS_RMS = NORMS.index("diffusers_rms")
+_DIFFUSERS_RMS, _EAGER = NORMS.index("diffusers_rms"), ROUNDINGS.index("eager")
 
 GRADIENTS: Mapping[str, Gradients] = {
     "norm_scale_shift": Gradients(_one, _all, _norm_rows, _norm_rest),

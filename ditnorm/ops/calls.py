@@ -259,6 +259,25 @@ class NormScaleShiftBackward(NamedTuple):
         return NormScaleShift(*arguments)
 
 
+class NormScaleShiftBackwardParts(NamedTuple):
+    """Under ``"eager"`` the gradients that come through the two uses of ``x`` in diffusers'
+    ``RMSNorm`` of :class:`NormScaleShift`.
+    """
+
+    dy: Tensor
+    x: Tensor
+    scale: Tensor | None
+    weight: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
+    eps: float
+
+    @property
+    def site(self) -> NormScaleShift:
+        """The call whose gradients they are."""
+        affine_and_tables = (self.weight, None, None, None)
+        return NormScaleShift(self.x, self.scale, None, *affine_and_tables, self.index, "diffusers_rms", self.eps, "eager")
+
+
 class ScaleResidualNormScaleShiftBackward(NamedTuple):
     """The gradients of ``residual`` and ``x`` of :class:`ScaleResidualNormScaleShift`, which had a
     gate: of its results ``r`` is kept.

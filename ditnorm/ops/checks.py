@@ -19,6 +19,7 @@ from .calls import (
     NormScaleResidualBackward,
     NormScaleShift,
     NormScaleShiftBackward,
+    NormScaleShiftBackwardParts,
     QKCall,
     SandwichCall,
     ScaleResidual,
@@ -83,6 +84,12 @@ def check_backward(call: NormScaleShiftBackward | ScaleResidualNormScaleShiftBac
     gradients_like(call.site.x, {"dy": getattr(call, "dy", None), "dr": call.dr})
     if not isinstance(call, NormScaleShiftBackward) and call.gate is None:
         raise ValueError("gate: missing; without one no other gradient is made")
+
+
+def check_backward_parts(call: NormScaleShiftBackwardParts) -> None:
+    """As :func:`check`, of an op that makes gradients."""
+    check(call.site)
+    gradients_like(call.x, {"dy": call.dy})
 
 
 def check_sandwich_backward(call: NormScaleResidualBackward) -> None:

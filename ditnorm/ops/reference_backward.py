@@ -19,6 +19,7 @@ from .calls import (
     NormScaleResidualBackward,
     NormScaleShift,
     NormScaleShiftBackward,
+    NormScaleShiftBackwardParts,
     ScaleResidual,
     ScaleResidualBackward,
     ScaleResidualNormScaleShift,
@@ -30,6 +31,16 @@ from .reference import modulation, upcast
 def norm_scale_shift_backward(call: NormScaleShiftBackward) -> Tensor:
     """``dx``, contiguous, in the dtype of ``x``."""
     return _of_rows(call.site, call.x, call.dy, call.dr).to(call.x.dtype).contiguous()
+
+
+def norm_scale_shift_backward_parts(call: NormScaleShiftBackwardParts) -> tuple[Tensor, Tensor]:
+    """Two terms of the gradient of ``x``, contiguous, in its dtype: autograd adds them one after
+    the other to what else comes back to ``x``.
+    """
+    scale = modulation(call.site, "scale", None)
+    dn = call.dy if scale is None else call.dy * (1 + scale)
+    direct, squared = diffusers_rms_norm_gradients(dn, call.x, call.weight, call.eps)
+    return direct.contiguous(), squared.contiguous()
 
 
 def scale_residual_norm_scale_shift_backward(call: ScaleResidualNormScaleShiftBackward) -> tuple[Tensor, Tensor]:
@@ -77,15 +88,20 @@ def _through_norm(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, dr: 
 
 
 def diffusers_rms_norm_gradient(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, dr: Tensor | None = None) -> Tensor:
-    """The same of diffusers' ``RMSNorm``, whose two uses of ``v`` each round their gradient; they
-    are added to ``dr`` one after the other.
+    """The same of diffusers' ``RMSNorm``: what comes through its two uses of ``v`` is added to
+    ``dr`` one after the other.
     """
+    direct, squared = diffusers_rms_norm_gradients(dn, v, weight, eps)
+    return (direct if dr is None else dr + direct) + squared
+
+
+def diffusers_rms_norm_gradients(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """What comes through the product of ``v``, and through its mean of squares; each is rounded."""
     wide = torch.promote_types(v.dtype, torch.float32)
     x, dn = v.to(wide), (dn if weight is None else dn * weight).to(wide)
     rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     d_square = -0.5 * (dn * x).sum(-1, keepdim=True) * rstd.pow(3) / v.shape[-1]
-    direct = (dn * rstd).to(v.dtype)
-    return (direct if dr is None else dr + direct) + (d_square * (2 * x)).to(v.dtype)
+    return (dn * rstd).to(v.dtype), (d_square * (2 * x)).to(v.dtype)
 
 
 def norm_gradient(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, centred: bool) -> Tensor:

@@ -34,6 +34,7 @@ from .calls import (
     NormScaleResidualNormScaleShift,
     NormScaleShift,
     NormScaleShiftBackward,
+    NormScaleShiftBackwardParts,
     NormScaleShiftQuantize,
     QKNormRope,
     QKNormRopeBackward,
@@ -273,6 +274,14 @@ OPS: Mapping[str, Op] = {
             checks.check_backward,
             _fused,
             lambda call: call.dr.new_empty(call.dr.shape),
+        ),
+        Op(
+            "norm_scale_shift_backward_parts",
+            NormScaleShiftBackwardParts,
+            reference_backward.norm_scale_shift_backward_parts,
+            checks.check_backward_parts,
+            _fused,
+            lambda call: (call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)),
         ),
         Op(
             "norm_scale_residual_backward",

@@ -6,7 +6,7 @@
 //   d_row = dr + dv,  d_branch = gate * d_row
 //
 // Under "eager" dr, which comes from what was computed later, meets the two terms of dv in the order
-// in which autograd adds them.
+// in which autograd adds them. Where autograd has dr, the terms are two results (`parted`).
 #include "mean_norm.cuh"
 #include "mean_square_gradient.cuh"
 
@@ -113,9 +113,13 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backwar
       squared[j] = of_row.squared<T, false>(squared[j]);
     }
     if constexpr (ROUND) {
-      const auto rounded = from_floats<T, N>(direct);
-      d[i] = add(carried ? add(dr[i], rounded) : rounded, from_floats<T, N>(squared));
-      if (branched) store_row<Cache::normal>(d_branch + i * kStep, product(d[i], gate.load(i * kStep)));
+      const auto rounded = from_floats<T, N>(direct), other = from_floats<T, N>(squared);
+      d[i] = b.parted ? rounded : add(carried ? add(dr[i], rounded) : rounded, other);
+      if (b.parted) {
+        store_row<Cache::normal>(d_branch + i * kStep, other);
+      } else if (branched) {
+        store_row<Cache::normal>(d_branch + i * kStep, product(d[i], gate.load(i * kStep)));
+      }
     } else {
       float factors[N];
       if (carried) to_floats(factors, dr[i]);
@@ -164,9 +168,14 @@ __global__ void __launch_bounds__(kAnyThreads, 4) any_mean_norm_backward_kernel(
     for (int64_t column = threadIdx.x; column < width; column += kAnyThreads) {
       float direct = rounded(of_row.direct<float, false>(dn(column)));
       if (b.dr.data != nullptr) direct = rounded(__fadd_rn(element(Vector{b.dr.data, dtype}, dr_offset + column, 0.0f), direct));
-      const float value = rounded(__fadd_rn(direct, rounded(of_row.squared<float, false>(x(column)))));
+      const float squared = rounded(of_row.squared<float, false>(x(column)));
+      const float value = b.parted ? direct : rounded(__fadd_rn(direct, squared));
       store_float(b.d_row, dtype, out + column, value);
-      if (b.d_branch != nullptr) store_float(b.d_branch, dtype, out + column, __fmul_rn(value, element(p.gate, gates, column, kNoGate)));
+      if (b.parted) {
+        store_float(b.d_branch, dtype, out + column, squared);
+      } else if (b.d_branch != nullptr) {
+        store_float(b.d_branch, dtype, out + column, __fmul_rn(value, element(p.gate, gates, column, kNoGate)));
+      }
     }
   }
 }

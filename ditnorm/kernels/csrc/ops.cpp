@@ -220,6 +220,24 @@ Tensor scale_residual_backward_op(const Tensor& dr, const Optional& gate, const 
   return dx;
 }
 
+std::tuple<Tensor, Tensor> norm_scale_shift_backward_parts_op(const Tensor& dy, const Tensor& x, const Optional& scale,
+                                                              const Optional& weight, const Optional& index, double eps) {
+  Call call(x);
+  call.index(index);
+  call.modulation(call.problem.scale, scale, {});
+  call.affine(weight, std::nullopt);
+  call.norm(norms::diffusers_rms, eps);
+  call.rounding(roundings::eager);
+  SiteBackward backward = call.backward(roundings::eager);
+  call.gradient(backward.dy, dy, x);
+  Tensor direct = empty_like(x), squared = empty_like(x);
+  backward.d_row = direct.data();
+  backward.d_branch = squared.data();
+  backward.parted = true;
+  call.run_backward(&norm_backward, backward);
+  return {std::move(direct), std::move(squared)};
+}
+
 Tensor norm_scale_residual_backward_op(const Tensor& dr, const Tensor& x, const Optional& x_weight, const Optional& gate,
                                        const Optional& index, double eps, int64_t rounding) {
   Call call(x);
@@ -282,6 +300,7 @@ Ops norm_site_ops() {
       op<&norm_scale_shift_backward_op>("norm_scale_shift_backward"),
       op<&scale_residual_norm_scale_shift_backward_op>("scale_residual_norm_scale_shift_backward"),
       op<&scale_residual_backward_op>("scale_residual_backward"),
+      op<&norm_scale_shift_backward_parts_op>("norm_scale_shift_backward_parts"),
       op<&norm_scale_residual_backward_op>("norm_scale_residual_backward"),
       op<&norm_scale_residual_op>("norm_scale_residual"),
       op<&norm_scale_residual_norm_scale_shift_op>("norm_scale_residual_norm_scale_shift"),

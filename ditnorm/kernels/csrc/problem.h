@@ -84,6 +84,7 @@ struct SiteBackward {
   void* d_row;     // of x: contiguous, as d_branch
   void* d_branch;  // of what the gate multiplied; null where nothing was gated
   bool eager;      // gradients are rounded to the rows' dtype where eager autograd hands them on
+  bool parted;     // of Norm::diffusers_rms: d_row and d_branch take what comes through the two uses of x
 };
 
 // Where the tokens of one head are rotated by position. The tables are float32.
