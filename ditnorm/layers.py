@@ -29,6 +29,7 @@ from .ops import reference
 from .ops.calls import ROUNDINGS
 from .ops.calls import NormScaleShift as _NormCall
 from .ops.calls import ScaleResidualNormScaleShift as _ResidualNormCall
+from .ops.layout import laid_out_as
 from .ops.quantization import Law, Quantized, Wanted, keep
 from .swapping.norm_kinds import norm_kind, unknown_norm
 from .swapping.swapped import Swapped, untouched
@@ -432,6 +433,7 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
             _nothing_modulated(gate, gate_table, index, law)
             return super().forward(residual)
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
+        r = laid_out_as(residual, r)  # no norm stands between it and the Linears
         if isinstance(law, Law):
             return quantize(r, law), r
         # Upstream casts to float32 and back here: unless the residual is float32, it hands on a

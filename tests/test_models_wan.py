@@ -7,7 +7,6 @@ from unittest import mock
 import diffusers
 import pytest
 import torch
-from packaging.version import Version
 from support import model_checks, tiny
 from support.tiny.wan import IMAGE_TOKENS
 from torch import nn
@@ -19,16 +18,7 @@ from ditnorm import kernels, layers
 from ditnorm.models import wan
 from ditnorm.patching import patch_model, report, unpatch_model
 
-# Without the norm, attn2 multiplies the residual stream itself, and the bits of a CPU matrix
-# product depend on the layout of its operands.
-_STRIDED = pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.40"), reason="before 0.40 the unpatched stream is channel-strided"
-)
-NAMES = [
-    pytest.param(name, marks=_STRIDED) if name == "wan-without-cross-attn-norm" else name
-    for name in tiny.MODELS
-    if name.startswith("wan-") or name == "chronoedit"
-]
+NAMES = [name for name in tiny.MODELS if name.startswith("wan-") or name == "chronoedit"]
 
 
 @pytest.mark.parametrize("device", model_checks.DEVICES)
@@ -290,7 +280,6 @@ def test_a_table_for_each_sample_is_added_as_upstream_adds_it(name: str, when: s
     assert torch.equal(patched, tiny.run(unpatch_model(model), arguments))
 
 
-@_STRIDED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_without_a_norm_before_it_gets_a_copy_where_upstream_makes_one(dtype: torch.dtype) -> None:
     model, arguments = tiny.load("wan-without-cross-attn-norm", dtype), tiny.inputs("wan-without-cross-attn-norm", 2, dtype)

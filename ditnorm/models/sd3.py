@@ -16,6 +16,7 @@ from ..fused.promotion import modulate, modulated, promoted
 from ..fused.quantized_linear import quantized_for, shared_law
 from ..fused.sites import FusedCall, Site
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from ..ops.layout import laid_out_as
 from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 
@@ -190,7 +191,7 @@ class JointTransformerBlock(FusedBlock):
         ff_law = _law_in_feed_forward(self, self.ff, hidden_states)
         x, hidden_states = self.norm2(hidden_states, x, gate=gate_msa, scale=scale_mlp, shift=shift_mlp, law=ff_law)
         hidden_states = scale_residual(hidden_states, _feed_forward(self, self.ff, x), gate_mlp, rounding=self.rounding)
-        hidden_states = _laid_out_as(stream, hidden_states)
+        hidden_states = laid_out_as(stream, hidden_states)
         if self.context_pre_only:
             return None, hidden_states
 
@@ -229,7 +230,7 @@ class SD3SingleTransformerBlock(FusedBlock):
         hidden_states = promoted(hidden_states, gate_msa, self.rounding)
         ff_law = law_in_feed_forward(self.ff, hidden_states)
         x, hidden_states = self.norm2(hidden_states, x, gate=gate_msa, scale=scale_mlp, shift=shift_mlp, law=ff_law)
-        return _laid_out_as(stream, scale_residual(hidden_states, self.ff(x), gate_mlp, rounding=self.rounding))
+        return laid_out_as(stream, scale_residual(hidden_states, self.ff(x), gate_mlp, rounding=self.rounding))
 
 
 def _without_plain_attention(module: Any, sites: Mapping[str, type]) -> Mapping[str, type]:
@@ -258,10 +259,3 @@ def _feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Tensor:
 
 def _law_in_feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Wanted | None:
     return law_in_feed_forward(ff, x) if block._chunk_size is None else None
-
-
-def _laid_out_as(stream: Tensor, x: Tensor) -> Tensor:
-    """``x`` in the layout of the stream, which upstream's sums keep: of a ControlNet it is that of
-    a convolution, and goes into Linears, whose bits depend on it.
-    """
-    return x if stream.stride(-1) == 1 else torch.empty_like(stream, dtype=x.dtype).copy_(x)

@@ -11,8 +11,9 @@ from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.gelu import FusedGELU
 from ..fused.quantized_linear import quantized_for
-from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
+from ..layers import LayerNormScaleShift, ScaleResidualIdentity, ScaleResidualNormScaleShift
 from ..ops.checks import transformed
+from ..ops.layout import laid_out_as
 from ..ops.quantization import Wanted
 from ..swapping.callers import caller_of
 from ..swapping.swapped import untouched
@@ -132,6 +133,7 @@ class WanTransformerBlock(FusedBlock):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor) -> Tensor:
         if not self.intact():
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[misc]
+        stream = hidden_states
         modulation1, gate1, modulation3, gate3 = _modulation(temb, self.scale_shift_table)
 
         x = self.norm1(hidden_states, **modulation1, law=_law(self.attn1, hidden_states, rotary_emb))
@@ -139,7 +141,9 @@ class WanTransformerBlock(FusedBlock):
         x, hidden_states = self.norm2(hidden_states, x, **gate1, law=_law_across(self.attn2, hidden_states, encoder_hidden_states))
         x = self.attn2(x, encoder_hidden_states, None, None)
         x, hidden_states = self.norm3(hidden_states, x, **modulation3, law=law_in_feed_forward(self.ffn, hidden_states))
-        return scale_residual(hidden_states, self.ffn(x), **gate3, rounding=self.rounding)
+        hidden_states = scale_residual(hidden_states, self.ffn(x), **gate3, rounding=self.rounding)
+        # Elsewhere norms are all that read it, and they return dense rows.
+        return laid_out_as(stream, hidden_states) if isinstance(self.norm2, ScaleResidualIdentity) else hidden_states
 
 
 class WanVACETransformerBlock(FusedBlock):
