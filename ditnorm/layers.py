@@ -432,6 +432,8 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         if x is None:
             _nothing_modulated(gate, gate_table, index, law)
             return super().forward(residual)
+        if residual.dtype is torch.float64:  # which those casts round
+            return self._unfused(residual, x, gate, gate_table=gate_table, index=index)
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
         r = laid_out_as(residual, r)  # no norm stands between it and the Linears
         if isinstance(law, Law):

@@ -54,12 +54,24 @@ def test_a_pipeline_of_half_precision_keeps_tables_and_norms_in_float32():
     assert block.ffn.net[-1].weight.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["wan-t2v", "wan-ti2v", "wan-vace"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["wan-t2v", "wan-ti2v", "wan-vace", "wan-without-cross-attn-norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_cast_as_a_whole_is_bit_identical(name, dtype):
     model, arguments = tiny.load(name, torch.float32).to(dtype), tiny.inputs(name, 2, dtype)
     expected = tiny.run(model, arguments)
     assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "wan-animate", "wan-vace", "chronoedit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_single_rounding_serves_a_model_cast_as_a_whole(name, dtype):
+    # Its rotary tables are of half precision.
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, dtype)
+    exact = tiny.run(model, model_checks.moved(arguments, torch.float32))
+    upstream = tiny.run(model.to(dtype), arguments)
+    output = tiny.run(patch_model(model, strict=True, rounding="single"), arguments)
+    assert output.dtype is upstream.dtype
+    assert (output - exact).norm() < 2 * (upstream - exact).norm()
 
 
 @pytest.mark.parametrize(("name", "block", "argument"), [("chronoedit", "blocks.0", 0), ("wan-vace", "blocks.0", 0)])

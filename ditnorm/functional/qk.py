@@ -29,7 +29,8 @@ def qk_norm_rope(
     """Query and key, each RMS-normed, then rotated by position (RoPE, arXiv:2104.09864): what
     stands between the projections and the attention of a block.
 
-    ``"eager"`` is fused for one dtype of query, key and weights; on CUDA its bits are promised for
+    It is fused for one dtype of query and key, under ``"eager"`` also of their weights, and tables
+    of single precision; PyTorch serves the rest. On CUDA the bits of ``"eager"`` are promised for
     the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads,
     with d a multiple of 8. Rounding and gradients in full: see the module. Source:
     ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor``,
@@ -38,14 +39,14 @@ def qk_norm_rope(
     Args:
         query: [B, S, H * d], d being ``head_dim``; float32, float16 or bfloat16; any strides:
             chunks of a fused projection are read in place.
-        key: as ``query``, with an S and H of its own.
+        key: as ``query``, with an S, H and dtype of its own.
         query_weight: [d], normed per head; [H * d], normed across all heads; None: per head,
             without a weight.
         key_weight: as ``query_weight``.
-        rotary: None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``, float32, of
-            width d (a value for each element, HunyuanVideo) or d / 2 (for each pair, Wan): [S', n],
-            [B or 1, S', n] or [B or 1, S', 1 or H, n], any strides. The first S' <= S tokens are
-            rotated, the rest is only normed.
+        rotary: None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``, float32 or as a
+            model cast as a whole has them, of width d (a value for each element, HunyuanVideo) or
+            d / 2 (for each pair, Wan): [S', n], [B or 1, S', n] or [B or 1, S', 1 or H, n], any
+            strides. The first S' <= S tokens are rotated, the rest is only normed.
         key_rotary: the key's tables, where it has its own (LTX-2).
         head_dim: d, an even number where there is a rotary table.
         norm: ``"rms"`` (``torch.nn.RMSNorm``) or ``"diffusers_rms"`` (diffusers' ``RMSNorm``, which
@@ -56,7 +57,8 @@ def qk_norm_rope(
         rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
 
     Returns:
-        ``(query, key)``: [B, S, H, d] each, contiguous, in the dtype of ``query``.
+        ``(query, key)``: [B, S, H, d] each, contiguous, in the dtype that it had, but for what
+            ``"eager"`` promotes.
 
     Raises:
         TypeError: for the kind or dtype of an argument, which the message names.

@@ -17,21 +17,15 @@ def check(call: QKCall) -> None:
     the message names the argument.
     """
     _options(call)
-    query = call.query
     for prefix in _prefixes(call):
         streams = streams_of(call, prefix)
         _stream(call, prefix, streams)
         if isinstance(call, JointQKNormRope):
             _joined(call, prefix, streams)
-        if call.rounding == "single":  # "eager" promotes as PyTorch does
-            for name, x in streams.items():
-                if x.dtype is not query.dtype:
-                    raise TypeError(f"{prefix}{name}: expected the dtype of query, {query.dtype}, got {x.dtype}")
-            _dtype_of_tables(f"{prefix}rotary", getattr(call, f"{prefix}cos"))
     if isinstance(call, QKNormRope):
         _key_rotary(call)
     named = {name.replace("cos", "rotary").replace("sin", "rotary"): t for name, t in zip(call._fields, call, strict=True) if t is not None}
-    _devices(named, query, "query")
+    _devices(named, call.query, "query")
 
 
 def check_backward(call: QKNormRopeBackward | JointQKNormRopeBackward) -> None:
@@ -47,19 +41,12 @@ def check_backward(call: QKNormRopeBackward | JointQKNormRopeBackward) -> None:
     _devices({"d_query": call.d_query, "d_key": call.d_key}, call.query, "query")
 
 
-def _dtype_of_tables(name: str, cos: Tensor | None) -> None:
-    if cos is not None and cos.dtype not in (torch.float32, torch.complex64, *DOUBLES):
-        raise TypeError(f"{name}: expected dtype float32 or complex64, got {cos.dtype}")
-
-
 def _key_rotary(call: QKNormRope) -> None:
     """Checks the key's own tables, and how tables of either go with ``pairs``."""
     _option("pairs", call.pairs, PAIRS)
     if call.key_cos is not None:
         if call.cos is None:
             raise ValueError("key_rotary: given without rotary")
-        if call.rounding == "single":
-            _dtype_of_tables("key_rotary", call.key_cos)
         _rotary("key_rotary", call.key_cos, call.key_sin, call.head_dim, call.query, call.key.shape[1], call.key.shape[-1])
     if call.pairs == "neighbours":
         return
@@ -71,17 +58,19 @@ def _key_rotary(call: QKNormRope) -> None:
 def unfused(call: QKCall) -> str | None:
     """Why no kernel takes a call that ``check`` has passed, or None."""
     double = in_double(call)
-    if double is not None or call.rounding == "single":
+    if double is not None:
         return double
     dtype = call.query.dtype
     for prefix in _prefixes(call):
-        weights = getattr(call, f"{prefix}query_weight"), getattr(call, f"{prefix}key_weight")
-        for t in (*streams_of(call, prefix).values(), *weights):
+        alike = list(streams_of(call, prefix).values())
+        if call.rounding == "eager":
+            alike += [getattr(call, f"{prefix}query_weight"), getattr(call, f"{prefix}key_weight")]
+        for t in alike:
             if t is not None and t.dtype is not dtype:
-                return f'query: rounding="eager" is fused for one dtype of all, got {dtype} and {t.dtype}'
+                return f"query: fused for one dtype of all, got {dtype} and {t.dtype}"
         for cos in (getattr(call, f"{prefix}cos"), getattr(call, "key_cos", None)):
             if cos is not None and cos.dtype not in (torch.float32, torch.complex64):
-                return f"{prefix}rotary: expected float32 or complex64, got {cos.dtype}"
+                return f"{prefix}rotary: fused for float32 and complex64, got {cos.dtype}"
     return None
 
 

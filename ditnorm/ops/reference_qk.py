@@ -63,8 +63,9 @@ def norm_rope(
     """
     if rounding == "single":
         dtype = torch.promote_types(x.dtype, torch.float32)
-        wide = norm_rope(x.to(dtype), None if weight is None else weight.to(dtype), cos, sin, head_dim, norm, eps, "eager", pairs)
-        return wide.to(x.dtype)
+        weight = None if weight is None else weight.to(dtype)
+        cos, sin = (t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in (cos, sin))
+        return norm_rope(x.to(dtype), weight, cos, sin, head_dim, norm, eps, "eager", pairs).to(x.dtype)
     n = normalize(x, weight, head_dim, norm, eps)
     if cos is None:
         return n
