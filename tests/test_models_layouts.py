@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ditnorm.patching import patch_model
 
-# Without the norm, attention's linear layers read the stream itself, which is a convolution's output
-# here: its columns lie together.
+# Without the norm, attention's linear layers read the stream itself, a convolution's output
+# here, of which the columns lie together.
 STRIDED = "wan-vace-without-cross-attn-norm"
 
 

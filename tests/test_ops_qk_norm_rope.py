@@ -271,7 +271,7 @@ def as_upstream_in_pytorch(x: Tensor, weight: Tensor, kind: str | None, rotary: 
     [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)],
 )
 def test_single_rounding_of_mixed_dtypes_rounds_once(of_key: torch.dtype, tables: torch.dtype, grad: bool) -> None:
-    # A model that is cast as a whole has tables of half precision; upstream's expression takes them.
+    # A model cast as a whole has tables of half precision; upstream's expression takes them.
     query, key = stream(1, 3, 2, 16, torch.bfloat16).requires_grad_(grad), stream(1, 3, 2, 16, of_key)
     cos, sin = normal(3, 8).to(tables), normal(3, 8).to(tables)
     before = kernels.counts()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .calls import PAIRS, QK_NORMS, ROUNDINGS, JointQKNormRope, JointQKNormRopeBackward, QKCall, QKNormRope, QKNormRopeBackward
-from .checks import _FLOATS, DOUBLES, _devices, _option, _shape, _tensor, in_double
+from .checks import _FLOATS, _devices, _option, _shape, _tensor, in_double
 from .reference_qk import token_count
 
 
