@@ -116,7 +116,9 @@ def _remove_layer_skip(model: nn.Module) -> nn.Module:
 
 
 NOT_REGISTERED = Upstream("not registered", "diffusers has not registered the attention processor")
-NO_CROSS_ATTENTION = Upstream("is_cross_attention", "the hook asks the attention module what FLUX.1's and FLUX.2's don't say")
+NO_CROSS_ATTENTION = Upstream("is_cross_attention", "the hook asks the attention module what those of FLUX.1, FLUX.2 and LTX-2 don't say")
+_NO_BLOCK = Upstream("not registered", "diffusers has not registered the blocks of Lumina 2 and LTX-2")
+_ASKED_IN_VAIN = dict.fromkeys(("FLUX.1", "FLUX.2", "LTX-2"), NO_CROSS_ATTENTION)
 
 _CACHED = without("SD3", "Z-Image", "Lumina2")  # whose model classes have no enable_cache
 
@@ -129,9 +131,21 @@ FEATURES = (
         run=_run,
         fused="some",
         families=_CACHED,
-        upstream={"FLUX.2": Upstream("unsupported operand", "the hook takes the first block's two streams for the last block's one")},
+        upstream={
+            "FLUX.2": Upstream("unsupported operand", "the hook takes the first block's two streams for the last block's one"),
+            "LTX-2": _NO_BLOCK,
+        },
     ),
-    Feature("`MagCacheConfig`", _cache(_mag_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
+    Feature(
+        "`MagCacheConfig`",
+        _cache(_mag_cache),
+        linears_called,
+        _disable,
+        run=_run,
+        fused="some",
+        families=_CACHED,
+        upstream={"LTX-2": _NO_BLOCK},
+    ),
     Feature("`TaylorSeerCacheConfig`", _cache(_taylor_seer), linears_called, _disable, run=_run, fused="some", families=_CACHED),
     Feature("`PyramidAttentionBroadcastConfig`", _cache(_pyramid), linears_called, _disable, run=_run, fused="some", families=_CACHED),
     Feature("`FasterCacheConfig`", _cache(_faster_cache), linears_called, _disable, run=_run, fused="some", families=_CACHED),
@@ -143,6 +157,7 @@ FEATURES = (
         run=_run,
         fused="some",
         families=without("SD3", "Z-Image", "Lumina2", "FLUX.2"),
+        upstream={"LTX-2": _NO_BLOCK},
         note="upstream finds no residual of FLUX.2's blocks and caches nothing",
     ),
     Feature(
@@ -166,7 +181,8 @@ FEATURES = (
             ),
             "SD3": Upstream("is invalid for input of size", "of SD3's, too"),
             "Z-Image": Upstream("hidden_states", "Z-Image's block calls its stream by another name than the hook"),
-            "Lumina2": Upstream("not registered", "diffusers has not registered Lumina 2's block"),
+            "Lumina2": _NO_BLOCK,
+            "LTX-2": _NO_BLOCK,
         },
     ),
     Feature(
@@ -183,14 +199,13 @@ FEATURES = (
         _layer_skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
         its_output,
         _remove_layer_skip,
-        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "Lumina2", "SD3"), NOT_REGISTERED)
-        | dict.fromkeys(("FLUX.1", "FLUX.2"), NO_CROSS_ATTENTION),
+        upstream=dict.fromkeys(("Wan", "HunyuanVideo", "Lumina2", "SD3"), NOT_REGISTERED) | _ASKED_IN_VAIN,
     ),
     Feature(
         "`SmoothedEnergyGuidanceConfig`, blurred queries",
         _blur_queries,
         its_output,
         _do_not_blur,
-        upstream=dict.fromkeys(("FLUX.1", "FLUX.2"), NO_CROSS_ATTENTION),
+        upstream=_ASKED_IN_VAIN,
     ),
 )

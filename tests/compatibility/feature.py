@@ -22,6 +22,7 @@ FAMILIES = {
     "Lumina2": "lumina2",
     "Wan": "wan-t2v",
     "HunyuanVideo": "hunyuan-video",
+    "LTX-2": "ltx2",
     "SD3": "sd3.5-medium",
 }
 """Family -> its model in ``tiny.MODELS``."""
@@ -116,15 +117,17 @@ def arguments_of(family: str, batch: int = 2, dtype: torch.dtype = DTYPE, seed: 
 def forward(model: nn.Module, family: str, step: int = 0, dtype: torch.dtype = DTYPE, seed: int = 0) -> Tensor:
     """The output of the call that a scheduler makes in its ``step``."""
     arguments = arguments_of(family, dtype=dtype, seed=seed)
-    timestep = "t" if "t" in arguments else "timestep"
-    arguments[timestep] = arguments[timestep] * (1 - step / 16)
+    for name in arguments.keys() & {"t", "timestep", "audio_timestep"}:
+        arguments[name] = arguments[name] * (1 - step / 16)
     return tiny.run(model, arguments)
 
 
 def output_of(model: Any, arguments: dict[str, Any]) -> Tensor:
-    """What a call returns, with a graph where there is one."""
-    (output, *_) = model(**arguments, return_dict=False)
-    return torch.stack(output) if isinstance(output, list) else output
+    """What a call returns, with a graph where there is one; video and audio in one."""
+    (output, *others) = model(**arguments, return_dict=False)
+    if isinstance(output, list):
+        return torch.stack(output)
+    return torch.cat([stream.flatten(1) for stream in (output, *others)], dim=1) if others else output
 
 
 def halved(output: Any) -> Any:

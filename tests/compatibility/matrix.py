@@ -65,8 +65,10 @@ class Cell:
         return f"{self.feature.name.replace('`', '')}-{self.family}-{self.order}"
 
 
-IN_ONE_ORDER = ("FLUX.1", "FLUX.2", "Z-Image", "Lumina2", "SD3")
+IN_ONE_ORDER = ("FLUX.1", "FLUX.2", "Z-Image", "Lumina2", "LTX-2", "SD3")
 """Families of which ``make test`` runs a feature in one of the orders, in turn."""
+LONG_GRAPHS = ("LTX-2",)
+"""Of these it leaves out what takes long to compile of the others."""
 
 
 def cells() -> Iterator[Cell]:
@@ -83,7 +85,8 @@ def parameters() -> list[Any]:
 
 def _marks(cell: Cell) -> Iterator[pytest.MarkDecorator]:
     feature = cell.feature
-    if cell.order in feature.slow or (cell.family in IN_ONE_ORDER and cell.order != _order_in_turn(feature)):
+    out_of_turn = cell.family in IN_ONE_ORDER and cell.order != _order_in_turn(feature)
+    if cell.order in feature.slow or out_of_turn or (feature.slow and cell.family in LONG_GRAPHS):
         yield pytest.mark.slow
     if feature.gpus:
         yield pytest.mark.gpu

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from torch import Tensor
 
 from . import lora
@@ -38,6 +39,7 @@ _PIPELINES = {
     "Lumina2": ("Lumina2Pipeline", {"text_encoder": None, "tokenizer": None}),
     "Wan": ("WanPipeline", {"text_encoder": None, "tokenizer": None}),
     "HunyuanVideo": ("HunyuanVideoPipeline", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}),
+    "LTX-2": ("LTX2Pipeline", {"text_encoder": None, "tokenizer": None}),
     "SD3": (
         "StableDiffusion3Pipeline",
         {f"{part}{number}": None for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")},
@@ -48,12 +50,13 @@ _TEXT, _TEXT_DIM, _POOLED_DIM = 7, 16, 8
 
 
 def pipeline(family: str, vae: Any = None) -> Any:
-    """A pipeline around the tiny model of the family. FLUX.2's asks its VAE for the scale of
-    latents, too.
+    """A pipeline around the tiny model of the family. Those of FLUX.2 and LTX-2 ask their VAEs for
+    the scale of latents, too.
     """
     name, absent = _PIPELINES[family]
-    vae = _vae(family) if vae is None and family == "FLUX.2" else vae
-    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=_default_scheduler(family), vae=vae, **absent)
+    vae = _vae(family) if vae is None and family in ("FLUX.2", "LTX-2") else vae
+    parts = absent | (_ltx2_parts() if family == "LTX-2" else {})
+    pipe = getattr(diffusers, name)(transformer=load(family), scheduler=_default_scheduler(family), vae=vae, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -67,10 +70,11 @@ def _family(pipe: Any) -> str:
 
 
 def generate(pipe: Any, family: str, steps: int = 2, **more: Any) -> Tensor:
-    """The latents after some steps."""
+    """The latents after some steps, of video and audio in one."""
     size = {"height": 64, "width": 64} | ({} if family in _PICTURES else {"num_frames": 5})
     arguments = prompt(family) | size | {"generator": torch.Generator("cpu").manual_seed(0), "output_type": "latent"} | more
-    return pipe(**arguments, num_inference_steps=steps, return_dict=False)[0]
+    output, *others = pipe(**arguments, num_inference_steps=steps, return_dict=False)
+    return torch.cat([stream.flatten() for stream in (output, *others)]) if others else output
 
 
 def prompt(family: str) -> dict[str, Any]:
@@ -94,6 +98,10 @@ def prompt(family: str) -> dict[str, Any]:
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_attention_mask": mask, "guidance_scale": 1.0}
         case "Wan":
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "guidance_scale": 1.0}
+        case "LTX-2":
+            mask = torch.ones(1, _TEXT, dtype=torch.long, device=DEVICE)
+            scales = {f"{stream}{name}": 1.0 for stream in ("", "audio_") for name in ("guidance_scale", "modality_scale")}
+            return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "prompt_attention_mask": mask, **scales, "stg_scale": 0.0}
         case "SD3":
             return {"prompt_embeds": random(_TEXT, _TEXT_DIM), "pooled_prompt_embeds": random(_POOLED_DIM), "guidance_scale": 1.0}
         case _:
@@ -103,6 +111,10 @@ def prompt(family: str) -> dict[str, Any]:
                 "pooled_prompt_embeds": random(_POOLED_DIM),
                 "prompt_attention_mask": mask,
             }
+
+
+def _embeddings(family: str) -> dict[str, Tensor]:
+    return {name: value for name, value in prompt(family).items() if isinstance(value, Tensor)}
 
 
 def _model_offload(pipe: Any, folder: Path) -> Any:
@@ -199,7 +211,7 @@ def _on_the_cpu(family: str) -> Any:
 
 
 def _where_it_is(pipe: Any, family: str) -> Tensor:
-    return generate(pipe, family, **{k: v.to(pipe.device) for k, v in prompt(family).items() if isinstance(v, Tensor)})
+    return generate(pipe, family, **{name: t.to(pipe.device) for name, t in _embeddings(family).items()})
 
 
 def _to_cuda(pipe: Any, folder: Path) -> Any:
@@ -236,8 +248,54 @@ _VAES: dict[str, tuple[str, dict[str, Any]]] = {
         "AutoencoderKLHunyuanVideo",
         {"latent_channels": 4, "block_out_channels": (4, 8, 8, 8), "layers_per_block": 0, "norm_num_groups": 1},
     ),
+    "LTX-2": (
+        "AutoencoderKLLTX2Video",
+        {
+            "latent_channels": 4,
+            "block_out_channels": (8,),
+            "decoder_block_out_channels": (8,),
+            "layers_per_block": (1,),
+            "decoder_layers_per_block": (1, 1),
+            "spatio_temporal_scaling": (True,),
+            "decoder_spatio_temporal_scaling": (True,),
+            "decoder_inject_noise": (False, False),
+            "downsample_type": ("spatial",),
+            "upsample_residual": (False,),
+            "upsample_factor": (1,),
+        },
+    ),
     "SD3": ("AutoencoderKL", _picture_vae(4, 32)),
 }
+
+
+def _ltx2_parts() -> dict[str, Any]:
+    """What LTX-2's pipeline has besides: the VAE and vocoder of the audio, and what makes each
+    stream's text.
+    """
+    connector = {"num_attention_heads": 1, "attention_head_dim": _TEXT_DIM, "num_layers": 1, "num_learnable_registers": None}
+    torch.manual_seed(0)
+    parts = {
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=2, mel_bins=8
+        ),
+        "vocoder": LTX2Vocoder(
+            in_channels=2 * 8,
+            hidden_channels=32,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3, 5]],
+            output_sampling_rate=16000,
+        ),
+        "connectors": LTX2TextConnectors(
+            caption_channels=_TEXT_DIM,
+            text_proj_in_factor=1,
+            **{f"{stream}_connector_{name}": value for stream in ("video", "audio") for name, value in connector.items()},
+            connector_rope_base_seq_len=32,
+            rope_type="split",
+        ),
+    }
+    return {name: part.to(DEVICE, DTYPE if name == "connectors" else torch.float32).eval() for name, part in parts.items()}
 
 
 def _vae(family: str) -> Any:
@@ -253,7 +311,9 @@ def _with_vae(family: str) -> Any:
 
 
 def _decoded(pipe: Any, family: str) -> Tensor:
-    """Two decoded pictures or videos."""
+    """Two decoded pictures or videos; LTX-2's pipeline wants the embeddings of both."""
+    if family == "LTX-2":
+        return generate(pipe, family, output_type="pt", **{name: torch.cat([t, t]) for name, t in _embeddings(family).items()})
     number = "num_images_per_prompt" if family in _PICTURES else "num_videos_per_prompt"
     return generate(pipe, family, output_type="pt", **{number: 2})
 
@@ -311,6 +371,7 @@ FEATURES = (
         _group_offload,
         calls_of(diffusers.hooks.group_offloading.ModuleGroup, "onload_"),
         families=without("FLUX.2"),
+        upstream={"LTX-2": Upstream("must match the size", "parts of a pipeline that have the same names overwrite each other's files")},
         note="upstream offloads the statistics of FLUX.2's VAE, which its pipeline reads itself",
     ),
     _feature("`load_lora_weights`, `unload_lora_weights`", _lora_weights, its_output, _unload_lora),
@@ -329,6 +390,7 @@ FEATURES = (
         run=functools.partial(generate, steps=6),
         load=pipeline,
         fused="some",
+        upstream={"LTX-2": Upstream("unexpected keyword argument 'sigma'", "cache-dit's forward of LTX-2's model is an older one")},
         needs=("cache_dit",),
     ),
 )

@@ -98,8 +98,8 @@ def _replace_norms(model: nn.Module, folder: Path) -> nn.Module:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.LayerNorm) and not child.elementwise_affine:
                     setattr(parent, name, Damped(child.normalized_shape, child.eps, elementwise_affine=False))
-                elif isinstance(child, RMSNorm) and name == "ffn_norm1":
-                    setattr(parent, name, DampedRMS(child.dim[0], child.eps))
+                elif isinstance(child, RMSNorm) and name in ("ffn_norm1", "norm1"):
+                    setattr(parent, name, DampedRMS(child.dim[0], child.eps, elementwise_affine=child.weight is not None))
                     getattr(parent, name).to(DEVICE, DTYPE).load_state_dict(child.state_dict())
     return model
 
