@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import accelerate.hooks
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from support import quantised, tiny
 from torch import Tensor, nn
 
@@ -129,3 +131,28 @@ def test_a_patched_model_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(run(again, name), expected)
     assert torch.equal(run(patch_model(again), name), expected)
     assert any(isinstance(m, QuantizedLinear) for m in again.modules())
+
+
+def test_hooks_that_are_gone_leave_nothing_behind() -> None:
+    """Both libraries leave the bound forward in the instance. An activation is quantised once for
+    all that read it again.
+    """
+    name = "wan-t2v"
+    model: Any = patch_model(model_of(name, INT8_ROW))
+    expected, before = run(model, name), quantised_calls(model, name)
+
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(run(model, name), expected)
+    assert quantised_calls(model, name) > before  # each layer for itself
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert "forward" in model.blocks[0].attn1.to_q.__dict__
+    assert quantised_calls(model, name) == before
+
+    for block in model.blocks:
+        for module in (block.attn1, block.ffn):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "passive")
+    assert torch.equal(run(model, name), expected)
+    HookRegistry.check_if_exists_or_initialize(model).remove_hook("passive", recurse=True)
+    assert "forward" in model.blocks[0].attn1.__dict__
+    assert quantised_calls(model, name) == before
+    assert torch.equal(run(model, name), expected)

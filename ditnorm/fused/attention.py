@@ -18,6 +18,7 @@ from .. import kernels
 from ..layers import _DEFAULT_EPS
 from ..ops.quantization import Wanted
 from ..swapping.fingerprint import fingerprint
+from ..swapping.hook_chains import wrapped
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from ..swapping.swapped import untouched
 from .module import FusedModule, Part, upstream_of
@@ -54,7 +55,7 @@ class QKNorm(FusedModule):
 
 def weight_of(norm: Any) -> Tensor | None:
     """The weight of a :class:`QKNorm`: through a call where a hook wraps its forward."""
-    weight: Tensor | None = norm() if "forward" in norm.__dict__ else norm.weight
+    weight: Tensor | None = norm() if "forward" in norm.__dict__ and wrapped(norm) else norm.weight
     return weight
 
 
@@ -247,7 +248,7 @@ class FusedAttention(FusedModule):
         it must not come quantised.
         """
         modules = self._modules
-        if quantized_base(modules.get(names[0])) is None or "forward" in self.__dict__ or hooked(self) or not self.fuses():
+        if quantized_base(modules.get(names[0])) is None or hooked(self) or not self.fuses():
             return None
         return law_for(x, *(modules[name] for name in names))
 

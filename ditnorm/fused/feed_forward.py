@@ -66,10 +66,10 @@ class FusedFeedForward(FeedForwardBody):
         return linear(quantize(inner, law) if isinstance(law, Law) else inner)
 
     def law(self, x: Tensor) -> Wanted | None:
-        if "forward" in self.__dict__ or hooked(self):
+        if hooked(self):
             return None
         gelu: Any = self.net._modules["0"]
-        return law_for(x, gelu.proj) if isinstance(gelu, FusedGELU) and _unobserved(gelu) else None
+        return law_for(x, gelu.proj) if isinstance(gelu, FusedGELU) and not hooked(gelu) else None
 
 
 def law_in_feed_forward(module: Any, x: Tensor) -> Wanted | None:
@@ -86,10 +86,10 @@ def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:
         and isinstance(gelu, FusedGELU)
         and gelu.approximate == "tanh"
         and gelu.is_torchs()
-        and _unobserved(gelu)
+        and not hooked(gelu)
         and type(dropout) is nn.Dropout
         and (dropout.p == 0 or not dropout.training)
-        and _unobserved(dropout)
+        and not hooked(dropout)
     )
 
 
@@ -121,7 +121,3 @@ def _compared(device: torch.device, dtype: torch.dtype) -> bool:
     ours, expected = gelu_quantize(every, FLOAT8_ROW_BFL), quantize(F.gelu(every, approximate="tanh"), FLOAT8_ROW_BFL)
     pairs = ((a.float().nan_to_num(-1.0), b.float().nan_to_num(-1.0)) for a, b in zip(ours[:2], expected[:2], strict=True))
     return all(torch.equal(a, b) for a, b in pairs)
-
-
-def _unobserved(module: Any) -> bool:
-    return "forward" not in module.__dict__ and not hooked(module)

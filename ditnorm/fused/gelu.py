@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import autocasts, transformed
+from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, only_traced, seen_by_a_mode
 from .activation_sites import WATCHED, Activation
@@ -99,7 +100,7 @@ def why_not(activation: nn.Module, expected: type[nn.Module], function: str) -> 
 
 def called_otherwise(module: nn.Module) -> str:
     """How a call of ``module`` is more than one of its class's ``forward``."""
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and wrapped(module):
         return "its forward is wrapped or replaced"
     # Who replaces the call of all modules looks at them, as a hook for all modules does.
     own = type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None

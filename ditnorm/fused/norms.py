@@ -12,6 +12,7 @@ from ..layers import (
     ScaleResidualLayerNormScaleShift,
     ScaleResidualNormScaleShift,
 )
+from ..swapping.hook_chains import wrapped
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from .sites import Site
 
@@ -49,7 +50,7 @@ class _DiffusersRMSNorm:
 
     def own_weight(self) -> Tensor | None:
         """The weight: through a call where a hook wraps its forward."""
-        return self() if "forward" in self.__dict__ else self.weight
+        return self() if "forward" in self.__dict__ and wrapped(self) else self.weight
 
     def extra_repr(self) -> str:
         return f"rounding={self.rounding!r}"

@@ -22,6 +22,7 @@ from ..ops import quantization, reference
 from ..ops.calls import NormScaleShift
 from ..ops.checks import same_bits
 from ..ops.quantization import BESIDE, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
+from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.swapped import untouched
 from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm
@@ -140,7 +141,7 @@ def law_for(x: Tensor, *linears: Any, width: int | None = None) -> Wanted | None
     for linear in linears:  # first: most models aren't quantised
         if not isinstance(linear, QuantizedLinear):
             return _law_beside(x, linears)
-        if "forward" in linear.__dict__:
+        if "forward" in linear.__dict__ and wrapped(linear):
             return None
     if not served_here(x) or not untouched(*linears):
         return None
@@ -158,7 +159,7 @@ def _law_beside(x: Tensor, linears: tuple[Any, ...]) -> Beside | None:
     bases = []
     for linear in linears:
         base = quantized_base(linear)
-        if base is None or "forward" in linear.__dict__:
+        if base is None or ("forward" in linear.__dict__ and wrapped(linear)):
             return None
         bases.append(base)
     law = law_for(x, *bases)
@@ -209,8 +210,10 @@ def dense_for(x: Tensor, linear: Any) -> Any:
 
 
 def hooked(module: Any) -> bool:
-    """Whether somebody looks at what goes into ``module`` or comes out of it."""
-    return not untouched(module)
+    """Whether somebody looks at what goes into ``module`` or comes out of it, or has a hook there
+    that moves its weights.
+    """
+    return ("forward" in module.__dict__ and wrapped(module)) or not untouched(module)
 
 
 def float8_unsupported() -> str | None:

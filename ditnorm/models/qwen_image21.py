@@ -107,7 +107,7 @@ class QwenImage21SwiGLUFeedForward(FeedForwardBody):
         return self.out(gated(self.activation_fn, self.gate_layer, self.proj, shared, self.rounding, self.out))
 
     def law(self, x: Tensor) -> Wanted | None:
-        if "forward" in self.__dict__ or hooked(self) or not self.intact() or not is_torchs_silu(self.activation_fn):
+        if hooked(self) or not self.intact() or not is_torchs_silu(self.activation_fn):
             return None
         return law_for(x, self.gate_layer, self.proj)
 

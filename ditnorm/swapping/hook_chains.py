@@ -80,6 +80,13 @@ def _is_bound(value: Any, module: nn.Module, functions: Collection[Any]) -> bool
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ in functions
 
 
+def wrapped(module: Any) -> bool:
+    """Whether something stands between a call of ``module``, whose instance has a forward, and that
+    of its class. Hooks leave the latter in the instance when the last of them is removed.
+    """
+    return not _is_bound(module.__dict__["forward"], module, (type(module).forward,))
+
+
 def _next(value: Any, module: nn.Module) -> list[Slot]:
     """What the wrapper of a hook calls."""
     called = _module_called(value)

@@ -27,7 +27,8 @@ def _another(make: Callable[[Any, Path], Any]) -> Callable[[Any, Path], Any]:
         made = make(model, folder)
         with torch.no_grad():
             for p in blocks_of(made)[0].parameters():
-                p.mul_(0.5)
+                if type(p.data) is Tensor:  # quantised ones aren't multiplied
+                    p.mul_(0.5)
         return made
 
     return apply

@@ -14,6 +14,8 @@ from support import tiny
 from support.model_checks import moved
 from torch import Tensor, nn
 
+from ditnorm.ops.quantization import Law
+
 FAMILIES = {
     "Qwen-Image": "qwen-image",
     "FLUX.1": "flux",
@@ -94,6 +96,12 @@ class Feature:
     """The ops run while a run is traced; only a second one is counted."""
     slow: frozenset[str] = frozenset()
     """Orders that ``make test`` leaves to ``make test-all``."""
+    in_turn: bool = False
+    """Whether ``make test`` runs one cell of the row only."""
+    law: Law | None = None
+    """By which activations are quantised: every linear layer of the blocks with a weight that has
+    them so is fused.
+    """
     needs: tuple[str, ...] = ()
     """Modules that must be importable."""
     note: str = ""

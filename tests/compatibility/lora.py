@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.other import ModulesToSaveWrapper
-from support import tiny
 from torch import nn
 
-from .feature import FAMILIES, Feature, calls_of, its_output, linears_called, load
+from .feature import DEVICE, DTYPE, Feature, calls_of, its_output, linears_called
 
 # Of each family the attention, a feed-forward layer and, where there is one, the layer that makes
 # the modulation.
@@ -64,8 +63,7 @@ def _hotswap(model: Any, folder: Path) -> nn.Module:
 
 
 def _saved(model: Any, folder: Path, seed: int) -> None:
-    family = next(family for family, name in FAMILIES.items() if tiny.MODELS[name].cls == type(model).__name__)
-    other = add(load(family), "a", seed)
+    other = add(type(model).from_config(model.config).to(DEVICE, DTYPE), "a", seed)
     other.save_lora_adapter(str(folder), adapter_name="a")
 
 

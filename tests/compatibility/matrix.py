@@ -31,6 +31,7 @@ from . import (
     offload,
     pipelines,
     quantised,
+    quantised_with,
     training,
     user_hooks,
 )
@@ -44,6 +45,7 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
     "LoRA": lora.FEATURES,
     "Forward hooks and other modules": user_hooks.FEATURES,
     "Quantised weights": quantised.FEATURES,
+    "Quantised weights with other features": quantised_with.FEATURES,
     "torch.compile and export": compiled.FEATURES,
     "Precision, modes and threads": modes.FEATURES,
     "Copies, saving and conversion": copies.FEATURES,
@@ -86,6 +88,8 @@ def parameters() -> list[Any]:
 def _marks(cell: Cell) -> Iterator[pytest.MarkDecorator]:
     feature = cell.feature
     out_of_turn = cell.family in IN_ONE_ORDER and cell.order != _order_in_turn(feature)
+    if feature.in_turn:
+        out_of_turn = (cell.family, cell.order) != (feature.families[_number(feature) % len(feature.families)], _order_in_turn(feature))
     if cell.order in feature.slow or out_of_turn or (feature.slow and cell.family in LONG_GRAPHS):
         yield pytest.mark.slow
     if feature.gpus:
@@ -98,8 +102,11 @@ def _marks(cell: Cell) -> Iterator[pytest.MarkDecorator]:
 def _order_in_turn(feature: Feature) -> str:
     """One of the orders that aren't slow."""
     orders = [order for order in ORDERS if order not in feature.slow] or list(ORDERS)
-    number = [other for features in GROUPS.values() for other in features].index(feature)
-    return orders[number % len(orders)]
+    return orders[_number(feature) % len(orders)]
+
+
+def _number(feature: Feature) -> int:
+    return [other for features in GROUPS.values() for other in features].index(feature)
 
 
 def _installed(module: str) -> bool:
@@ -178,6 +185,7 @@ def _plain(load: Callable[[str], Any], run: Run, observe: Observe, family: str) 
     target = load(family)
     plain, observed = observe(target, lambda: run(target, family))
     patch(target)
+    run(target, family)  # the first of a process also compares activations
     fused, _ = fused_calls(lambda: run(target, family))
     return plain, observed, fused
 
@@ -228,6 +236,8 @@ class _Case:
         self._same(output, self.reference.output)
         assert self.feature.agrees(observed, self.reference.observed)
         assert calls in (fused if isinstance(fused, range) else (fused,))
+        if self.feature.law is not None and fused != 0:
+            assert quantised.unfused(modules_of(self.target), self.feature.law) == []
 
     def same_without_feature(self, fused: int) -> None:
         calls, output = fused_calls(lambda: self.feature.run(self.target, self.family))

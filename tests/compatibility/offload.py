@@ -111,10 +111,10 @@ def _device_map_of(model: Any, run: Callable[[], Tensor]) -> tuple[Tensor, Any]:
     return run(), getattr(model, "hf_device_map", None)
 
 
-def _group_offload(**how: Any) -> Any:
+def group_offload(disk: bool = True, **how: Any) -> Any:
     def apply(model: nn.Module, folder: Path) -> nn.Module:
-        onload, offload = torch.device(DEVICE), torch.device("cpu")
-        apply_group_offloading(model, onload_device=onload, offload_device=offload, offload_to_disk_path=str(folder), **how)
+        onload, offload, path = torch.device(DEVICE), torch.device("cpu"), str(folder) if disk else None
+        apply_group_offloading(model, onload_device=onload, offload_device=offload, offload_to_disk_path=path, **how)
         return model
 
     return apply
@@ -136,9 +136,9 @@ FEATURES = (
     Feature("accelerate `infer_auto_device_map`, disk", _inferred_device_map, _device_map_of),
     Feature(
         "group offloading, block level, disk",
-        _group_offload(offload_type="block_level", num_blocks_per_group=1),
+        group_offload(offload_type="block_level", num_blocks_per_group=1),
         calls_of(ModuleGroup, "onload_"),
     ),
-    Feature("group offloading, leaf level, disk", _group_offload(offload_type="leaf_level"), calls_of(ModuleGroup, "onload_")),
+    Feature("group offloading, leaf level, disk", group_offload(offload_type="leaf_level"), calls_of(ModuleGroup, "onload_")),
     Feature("layerwise casting, fp8 storage", _layerwise_casting, weights_at_rest),
 )

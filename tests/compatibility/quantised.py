@@ -2,6 +2,8 @@
 that returns another dtype.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
-from support import quantised
+from support import quantised, tiny
 from torch import Tensor, nn
 
 from ditnorm import patch_model
-from ditnorm.ops.quantization import FLOAT8_ROW, Law
+from ditnorm.fused.bfl_linear import quantized_body
+from ditnorm.fused.quantized_linear import QuantizedLinear
+from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_ROW_BFL, FLOAT8_TENSOR, INT8_ROW, Law
 from ditnorm.swapping import generated
 
-from .feature import DEVICE, DTYPE, FAMILIES, Feature, its_output, weights_at_rest, without
+from . import feature
+from .feature import DEVICE, DTYPE, FAMILIES, Feature, Upstream, its_output, weights_at_rest, without
 from .offload import blocks_of, inside_blocks
 
 
@@ -51,6 +56,43 @@ def _returns_float32(model: nn.Module, folder: Path) -> nn.Module:
 _LAST = ("to_out.0", "to_out", "to_add_out", "net.2", "proj_out", "linear_out", "w2", "linear_2")
 
 
+_WIDER: dict[str, dict[str, Any]] = {
+    "Wan": {"attention_head_dim": 16},
+    "HunyuanVideo": {"attention_head_dim": 16, "rope_axes_dim": (4, 4, 8)},
+}
+"""GPUs multiply float8 matrices of which the sizes are multiples of 16."""
+
+
+def load(family: str) -> Any:
+    """The tiny model, of a width that suits every matrix product."""
+    return _load(family) if family in _WIDER else feature.load(family)
+
+
+def _load(family: str) -> Any:
+    return copy.deepcopy(_made(family)).to(DEVICE)
+
+
+@functools.cache
+def _made(family: str) -> Any:
+    model = tiny.MODELS[FAMILIES[family]]
+    torch.manual_seed(0)
+    made = getattr(diffusers, model.cls)(**model.config | _WIDER[family])
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return made.to(DTYPE).eval()
+
+
+def unfused(model: nn.Module, law: Law) -> list[str]:
+    """The linear layers of the blocks that quantise activations, and not fused and by ``law``. A
+    model has some.
+    """
+    bodies = {name: (m, quantized_body(m)) for name, m in inside_blocks(model).items() if isinstance(m, nn.Linear)}
+    quantising = {name: (m, body) for name, (m, body) in bodies.items() if body is not None}
+    assert quantising
+    return [name for name, (m, body) in quantising.items() if not isinstance(m, QuantizedLinear) or body.operand_in(m).law is not law]
+
+
 def _linears(model: nn.Module) -> list[nn.Linear]:
     return [m for block in blocks_of(model) for m in block.modules() if type(m) is nn.Linear]
 
@@ -69,13 +111,27 @@ def _from_pretrained(config: Callable[[], Any]) -> Callable[[Any, Path], Any]:
     return apply
 
 
-def _torchao(config: str) -> Callable[[], Any]:
+def _torchao(config: str, **how: Any) -> Callable[[], Any]:
     def make() -> Any:
         import torchao.quantization
 
-        return diffusers.TorchAoConfig(getattr(torchao.quantization, config)())
+        return diffusers.TorchAoConfig(getattr(torchao.quantization, config)(), **how)
 
     return make
+
+
+def _saved_quantised(model: Any, folder: Path) -> Any:
+    """Quantised while it is loaded, saved so, and loaded again."""
+    loaded = _from_pretrained(_torchao("Int8DynamicActivationInt8WeightConfig"))(model, folder)
+    loaded.save_pretrained(folder / "quantised", safe_serialization=False)
+    again = type(model).from_pretrained(folder / "quantised", torch_dtype=DTYPE, use_safetensors=False).to(DEVICE).eval()
+    return patch_model(again) if any(generated.origin_of(type(m)) for m in model.modules()) else again
+
+
+def _bfl(model: nn.Module, folder: Path) -> nn.Module:
+    inside = inside_blocks(model)
+    quantised.quantise_bfl(model, lambda name: name in inside)
+    return patch_model(model) if any(generated.origin_of(type(m)) for m in model.modules()) else model
 
 
 def _torchao_by_hand(law: Law) -> Callable[[nn.Module, Path], nn.Module]:
@@ -143,6 +199,9 @@ def _bitsandbytes(**how: Any) -> Callable[[], Any]:
     return lambda: diffusers.BitsAndBytesConfig(**how)
 
 
+NAN = "torchao makes NaN of the zero tokens to which Z-Image and Lumina 2 pad a batch"
+FAMILIES_OF = dict.fromkeys(quantised.LAWS, tuple(FAMILIES)) | {FLOAT8_ROW: without("Z-Image", "Lumina2")}
+
 FEATURES = (
     Feature("layers that return fp32 into a bf16 stream", _returns_float32, its_output),
     Feature("`TorchAoConfig`, int8 weights", _from_pretrained(_torchao("Int8WeightOnlyConfig")), its_output, needs=("torchao",)),
@@ -151,10 +210,12 @@ FEATURES = (
             f"torchao {law} weights and activations, by hand",
             _torchao_by_hand(law),
             its_output,
+            load=load,
             needs=("torchao",),
             fused="any",
-            families=without("Z-Image", "Lumina2") if law is FLOAT8_ROW else tuple(FAMILIES),
-            note="torchao makes NaN of the zero tokens to which Z-Image and Lumina 2 pad a batch" if law is FLOAT8_ROW else "",
+            law=law,
+            families=FAMILIES_OF[law],
+            note=NAN if law is FLOAT8_ROW else "",
         )
         for law in quantised.LAWS
     ),
@@ -162,15 +223,51 @@ FEATURES = (
         "`TorchAoConfig`, int8 weights and activations",
         _from_pretrained(_torchao("Int8DynamicActivationInt8WeightConfig")),
         its_output,
+        load=load,
         needs=("torchao",),
         fused="any",
+        law=INT8_ROW,
+    ),
+    Feature(
+        "`TorchAoConfig`, int8 weights and activations, `modules_to_not_convert`",
+        _from_pretrained(_torchao("Int8DynamicActivationInt8WeightConfig", modules_to_not_convert=["to_k", "to_v", "net.2"])),
+        its_output,
+        load=load,
+        needs=("torchao",),
+        fused="any",
+        law=INT8_ROW,
+        in_turn=True,
+    ),
+    Feature(
+        "int8 weights and activations, saved quantised and loaded",
+        _saved_quantised,
+        its_output,
+        load=load,
+        needs=("torchao",),
+        fused="any",
+        law=INT8_ROW,
+        in_turn=True,
+    ),
+    Feature(
+        "`BFLFP8RLinear`, the fp8 layers of Black Forest Labs' checkpoints, by hand",
+        _bfl,
+        its_output,
+        load=load,
+        needs=("diffusers.quantizers.bfl",),
+        fused="any",
+        law=FLOAT8_ROW_BFL,
+        in_turn=True,
+        note="on the CPU diffusers multiplies by what such a weight stands for",
     ),
     Feature(
         "`TorchAoConfig`, fp8 weights and activations",
         _from_pretrained(_torchao("Float8DynamicActivationFloat8WeightConfig")),
         its_output,
+        load=load,
         needs=("torchao",),
         fused="any",
+        law=FLOAT8_TENSOR,
+        upstream={"LTX-2": Upstream("must be 1x128 scaled", "torchao takes 128 x 128 weights with one scale for blocks")},
         gpus=1,
     ),
     Feature("`TorchAoConfig`, fp8 weights", _from_pretrained(_torchao("Float8WeightOnlyConfig")), its_output, needs=("torchao",)),

@@ -1,0 +1,85 @@
+"""Features of the other groups on models with quantised weights."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from diffusers.hooks.group_offloading import ModuleGroup
+from support import quantised
+
+from ditnorm.ops.quantization import FLOAT8_ROW, INT8_ROW, Law
+
+from . import caches, compiled, copies, lora, modes, offload, training, user_hooks
+from .feature import Feature, Upstream, calls_of
+from .offload import group_offload, inside_blocks
+from .quantised import FAMILIES_OF, NAN, load
+
+LAWS = (INT8_ROW, FLOAT8_ROW)
+
+
+def _load(law: Law, family: str) -> Any:
+    model = load(family)
+    inside = inside_blocks(model)
+    return quantised.quantise(model, law, lambda name: name in inside)
+
+
+_LOAD = {law: functools.partial(_load, law) for law in LAWS}
+
+_NAMES = (
+    "both kinds of hooks on every block",
+    "accelerate `cpu_offload` (sequential)",
+    "accelerate `cpu_offload_with_hook` (model)",
+    "layerwise casting, fp8 storage",
+    "`FirstBlockCacheConfig`",
+    "`MagCacheConfig`",
+    "`PyramidAttentionBroadcastConfig`",
+    "`add_adapter`",
+    "load an adapter from a file",
+    "two adapters with weights",
+    "a forward hook on every norm, looking",
+    "`torch.inference_mode`",
+    "threads that generate at once",
+    "`copy.deepcopy`",
+    "`pickle`",
+    "`torch.save` of the model",
+    "`state_dict`, `load_state_dict`",
+    "LoRA training steps",
+    '`compile_repeated_blocks(fullgraph=True)`, `backend="aot_eager"`',
+)
+_MODULES = (offload, caches, lora, user_hooks, modes, copies, training, compiled)
+_OTHERS = {feature.name: feature for module in _MODULES for feature in module.FEATURES}
+_GROUPS = (
+    Feature(
+        "group offloading, block level",
+        group_offload(disk=False, offload_type="block_level", num_blocks_per_group=1),
+        calls_of(ModuleGroup, "onload_"),
+        note="diffusers writes no weights of torchao to disk",
+    ),
+    Feature("group offloading, leaf level", group_offload(disk=False, offload_type="leaf_level"), calls_of(ModuleGroup, "onload_")),
+)
+_FLOAT8 = {
+    "`pickle`": Upstream("has no attribute 'dtype'", "PyTorch pickles float8 weights with `torch.save` only"),
+    "LoRA training steps": Upstream("derivative for aten::_scaled_mm", "PyTorch has no gradients of float8 products"),
+}
+"""Feature -> how upstream fails with float8 weights, in every family."""
+
+
+def _with(feature: Feature, law: Law) -> Feature:
+    families = tuple(family for family in feature.families if family in FAMILIES_OF[law])
+    notes = (feature.note, NAN if law is FLOAT8_ROW else "")
+    failure = _FLOAT8.get(feature.name) if law is FLOAT8_ROW else None
+    return dataclasses.replace(
+        feature,
+        name=f"{feature.name}, {law}",
+        load=_LOAD[law],
+        families=families,
+        fused="any",
+        upstream=dict.fromkeys(families, failure) if failure is not None else feature.upstream,
+        needs=(*feature.needs, "torchao"),
+        law=law,
+        in_turn=True,
+        note="; ".join(filter(None, notes)),
+    )
+
+
+FEATURES = tuple(_with(feature, law) for feature in (*(_OTHERS[name] for name in _NAMES), *_GROUPS) for law in LAWS)
