@@ -12,7 +12,7 @@ import pytest
 import torch
 from compatibility import pipelines
 from compatibility.pipelines import generate, prompt
-from support import tiny
+from support import model_checks, tiny
 from torch import Tensor
 
 import ditnorm
@@ -109,11 +109,11 @@ def _second_order(scheduler: Any) -> Any:
 def test_part_of_a_schedule_as_image_to_image_takes_it() -> None:
     unpatched = pipelines.pipeline("Qwen-Image")
     pipe = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
-    arguments = tiny.inputs("qwen-image", 1, torch.bfloat16)
+    arguments = model_checks.moved(tiny.inputs("qwen-image", 1, torch.bfloat16), str(pipe.device))
     for p in (unpatched, pipe):
         p.scheduler.set_timesteps(8, mu=0.7)
     for t in unpatched.scheduler.timesteps[5:]:
-        given = arguments | {"timestep": t.expand(1).to(torch.bfloat16) / 1000}
+        given = arguments | {"timestep": t.expand(1).to(pipe.device, torch.bfloat16) / 1000}
         assert torch.equal(tiny.run(pipe.transformer, given), tiny.run(unpatched.transformer, given))
     assert counts(pipe) == (2, 1, 0)
     assert table_of(pipe).row_count == 3
