@@ -21,14 +21,6 @@ struct GradientExchange {
   Pack<float, kPlaces> squares[32], dots[32];
 };
 
-// a * b, rounded
-__device__ __forceinline__ Pack<T, N> product(const Pack<T, N>& a, const Pack<T, N>& b) {
-  Pack<T, N> c;
-#pragma unroll
-  for (int j = 0; j < N; j += 2) put(c, j, __hmul2_rn(pair(a, j), pair(b, j)));
-  return c;
-}
-
 template <bool ROUND>
 __global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backward_kernel(const SiteBackward b) {
   __shared__ GradientExchange exchange;
@@ -66,7 +58,7 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backwar
       return;
     }
     if constexpr (ROUND) {
-      d[i] = product(product(d[i], p.norms_x ? factor[i] : one_plus(factor[i])), weight[i]);
+      d[i] = multiply_rounded(multiply_rounded(d[i], p.norms_x ? factor[i] : one_plus(factor[i])), weight[i]);
       exchange.dn[thread + i * kMeanThreads] = d[i];
     } else {
       float dn[N], values[N];
@@ -118,7 +110,7 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backwar
       if (b.parted) {
         store_row<Cache::normal>(d_branch + i * kStep, other);
       } else if (branched) {
-        store_row<Cache::normal>(d_branch + i * kStep, product(d[i], gate.load(i * kStep)));
+        store_row<Cache::normal>(d_branch + i * kStep, multiply_rounded(d[i], gate.load(i * kStep)));
       }
     } else {
       float factors[N];
