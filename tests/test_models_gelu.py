@@ -15,6 +15,7 @@ from unittest import mock
 import peft
 import pytest
 import torch
+import torch.utils.checkpoint
 from diffusers.models.activations import GELU
 from support import model_checks, tiny
 from support.live_bytes import LiveBytes
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import patch_model, report, unpatch_model
 from ditnorm.fused import gelu as gelu_module
-from ditnorm.fused.gelu import FusedGELU, linear_gelu
+from ditnorm.fused.gelu import FusedGELU, activation_of, linear_gelu
 from ditnorm.fused.module import matches
 from ditnorm.swapping import generated
 
@@ -244,6 +245,72 @@ def test_nothing_is_overwritten_where_a_gradient_flows(name: str) -> None:
     with gelus() as calls:
         model(**tiny.inputs(name, 1, DTYPE))
     assert calls["gelu_"] == IN_PLACE[name]
+
+
+def inner_and_gelu(approximate: str = "tanh") -> tuple[Tensor, Tensor, nn.Linear, Tensor]:
+    """x, what a linear makes of it, the linear, and its GELU as a block computes it."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(2, 3, 16, requires_grad=True), nn.Linear(16, 32)
+    inner = linear(x)
+    return x, inner, linear, activation_of(nn.GELU(approximate=approximate), linear, inner)
+
+
+def upstreams_gradient(x: Tensor, linear: nn.Linear, approximate: str = "tanh") -> Tensor:
+    (found,) = torch.autograd.grad(nn.functional.gelu(linear(x), approximate=approximate).square().sum(), x)
+    return found
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_gradient_takes_the_place_of_what_gelu_was_given(approximate: str) -> None:
+    x, inner, linear, y = inner_and_gelu(approximate)
+    gradients: list[Tensor] = []
+    inner.register_hook(gradients.append)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(found, upstreams_gradient(x, linear, approximate))
+    assert gradients[0].data_ptr() == inner.data_ptr()
+
+
+def test_no_gradient_takes_a_place_that_is_needed_again() -> None:
+    """Of a graph that is kept, of gradients that are differentiated, and of what hooks may keep."""
+    x, inner, linear, y = inner_and_gelu()
+    values, expected = inner.detach().clone(), upstreams_gradient(x, linear)
+    loss = y.square().sum()
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(loss, x, retain_graph=True)[0], expected)
+        assert torch.equal(inner, values)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    upstream = torch.autograd.grad(nn.functional.gelu(linear(x), approximate="tanh").square().sum(), x, create_graph=True)[0]
+    assert torch.equal(second, torch.autograd.grad(upstream.square().sum(), x)[0])
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        x, inner, linear, y = inner_and_gelu()
+    values = inner.detach().clone()
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+    assert any(t.data_ptr() == inner.data_ptr() for t in kept)
+    assert torch.equal(inner, values)
+
+
+@pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
+def test_a_hook_on_the_linear_keeps_the_values_that_it_sees_while_training(name: str) -> None:
+    model, kept = patch_model(tiny.load(name, DTYPE)), []
+    linears = [m.proj for m in model.modules() if isinstance(m, FusedGELU)]
+    for linear in linears:
+        linear.register_forward_hook(lambda module, args, output: kept.append((output, output.detach().clone())))
+    output: Any = model(**tiny.inputs(name, 1, DTYPE), return_dict=False)[0]
+    output.square().sum().backward()
+    assert len(kept) == len(linears) > 0
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_in_place_and_checkpointing_go_together(reentrant: bool) -> None:
+    x, linear, gelu = torch.randn(2, 3, 16, requires_grad=True), nn.Linear(16, 32), nn.GELU(approximate="tanh")
+    y: Any = torch.utils.checkpoint.checkpoint(lambda x: activation_of(gelu, linear, linear(x)), x, use_reentrant=reentrant)
+    (y.square().sum()).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, upstreams_gradient(x, linear))
 
 
 def test_the_compiler_sees_upstreams_code() -> None:

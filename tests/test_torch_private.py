@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +35,18 @@ NAMES: list[tuple[Any, str]] = [
     (torch._C, "_get_dispatch_mode"),
     (torch._C, "_TorchDispatchModeKey"),
     (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    (torch._C._autograd, "_get_current_graph_task_keep_graph"),
 ]
+
+
+def _in_a_backward_pass(question: Callable[[], bool]) -> bool:
+    answered: list[bool] = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: answered.append(question()))
+    y.backward()
+    return answered[0]
 
 
 def answers(private: ModuleType) -> dict[str, bool]:
@@ -50,6 +62,8 @@ def answers(private: ModuleType) -> dict[str, bool]:
         "function_transform": private.function_transform(),
         "traced_to_graph": private.traced_to_graph(),
         "seen_by_a_mode": private.seen_by_a_mode(),
+        "saves_through_hooks": private.saves_through_hooks(),
+        "graph_is_kept": _in_a_backward_pass(private.graph_is_kept),
     }
 
 

@@ -50,17 +50,14 @@ def in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", nor
 _WITHOUT_TORCHS_NORM = frozenset({"scale_residual", "norm_scale_residual", "norm_scale_residual_norm_scale_shift", "gelu", "swiglu"})
 
 
-def _autocast(name: str, options: tuple[Any, ...]) -> bool:
-    """Whether autocast is on for any device and chooses dtypes of upstream's expression: those of
-    torch's norms.
-    """
-    left_alone = name in _WITHOUT_TORCHS_NORM or "diffusers_rms" in options
-    return options[-1] == "eager" and not left_alone and any_autocast_enabled()
+def _casts(name: str, options: tuple[Any, ...]) -> bool:
+    """Whether autocast chooses dtypes of upstream's expression: those of torch's norms."""
+    return options[-1] == "eager" and name not in _WITHOUT_TORCHS_NORM and "diffusers_rms" not in options
 
 
 def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
     transformed, gradients = checks.transformed(), GRADIENTS.get(name)
-    if gradients is not None and not _autocast(name, options):
+    if gradients is not None and not (any_autocast_enabled() and _casts(name, options)):
         if not transformed and kernels.serves(tensors[0]):
             outputs = gradients.call(kernel_of(name), tensors, codes)
             if outputs is not None:

@@ -1,6 +1,6 @@
 """The GELU behind a linear: in place, since at the peak of an MLP's memory its input and its output
-would both be alive; or, with ``rounding="single"``, before the product's rounding, in the kernel of
-the matrix product.
+would both be alive, and so its gradient, at that of a training step; or, with
+``rounding="single"``, before the product's rounding, in the kernel of the matrix product.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ..ops.checks import autocasts, transformed
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
-from ..swapping.torch_private import addmm_activation, hooks_for_all_modules, module_call, only_traced, seen_by_a_mode
+from ..swapping.torch_private import (
+    addmm_activation,
+    graph_is_kept,
+    hooks_for_all_modules,
+    module_call,
+    only_traced,
+    saves_through_hooks,
+    seen_by_a_mode,
+)
 from .activation_sites import WATCHED, Activation
 from .module import FusedModule
 
@@ -66,9 +74,8 @@ class FusedGELU(FusedModule):
 
     def activate(self, inner: Tensor) -> Tensor:
         """GELU of what ``proj`` has just returned."""
-        if self.is_torchs() and _overwritable(self.proj, inner):
-            return torch.ops.aten.gelu_(inner, approximate=self.approximate)
-        return self.gelu(inner)
+        done = _over(self.proj, inner, self.approximate) if self.is_torchs() else None
+        return self.gelu(inner) if done is None else done
 
 
 def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> Tensor:
@@ -80,9 +87,8 @@ def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -
 
 def activation_of(activation: nn.Module, linear: nn.Module, inner: Tensor) -> Tensor:
     """``activation(inner)`` of what ``linear`` has just returned."""
-    if not is_torchs_gelu(activation) or not _overwritable(linear, inner):
-        return activation(inner)
-    return torch.ops.aten.gelu_(inner, approximate=activation.approximate)
+    done = _over(linear, inner, activation.approximate) if is_torchs_gelu(activation) else None
+    return activation(inner) if done is None else done
 
 
 def is_torchs_gelu(activation: nn.Module) -> bool:
@@ -136,17 +142,43 @@ def fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuar
     )
 
 
-def _overwritable(linear: nn.Module, x: Tensor) -> bool:
-    """Whether nobody else can hold ``x``, which ``linear`` has just returned: no backward pass, no
-    hook, wrapper or mode, no adapter.
+def _over(linear: nn.Module, x: Tensor, approximate: Any) -> Tensor | None:
+    """GELU in the place of ``x``, which ``linear`` has just returned, or where gradients are wanted
+    one whose gradient takes that place. None: somebody else can hold ``x``.
     """
-    # The compiler reuses memory by itself.
-    return not torch.compiler.is_compiling() and not x.requires_grad and _plain(linear, x)
+    if torch.compiler.is_compiling() or not _plain(linear, x):  # the compiler reuses memory by itself
+        return None
+    if not x.requires_grad:
+        return torch.ops.aten.gelu_(x, approximate=approximate)
+    if not torch.is_grad_enabled() or saves_through_hooks() or transformed():
+        return None
+    result: Tensor = _GradientInPlace.apply(x, approximate)
+    return result
+
+
+class _GradientInPlace(torch.autograd.Function):
+    """GELU of a tensor that nobody but autograd holds. A backward pass that no other follows writes
+    the gradient over it: as wide as the gradient of the result, it would be alive beside the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        ctx.approximate = approximate
+        ctx.save_for_backward(x)
+        return F.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if graph_is_kept() or torch.is_grad_enabled():
+            return torch.ops.aten.gelu_backward(dy, x, approximate=ctx.approximate), None
+        x = x.detach()
+        return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate=ctx.approximate, grad_input=x), None
 
 
 def _plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether nothing but a linear's own code sees its input and output, with ``x`` being one of
-    them.
+    """Whether nobody but a linear's own code sees its input and output, with ``x`` being one of
+    them: no hook, wrapper or mode, no adapter.
     """
     cls = type(linear)
     return (

@@ -132,6 +132,20 @@ def _one() -> int:
     return 1
 
 
+_autograd: Any = getattr(torch._C, "_autograd", None)
+
+graph_is_kept: Callable[[], bool] = getattr(_autograd, "_get_current_graph_task_keep_graph", _yes)
+"""In a backward pass, whether another may follow it through the same graph. Where that can't be
+seen: yes.
+"""
+_saved_tensors_hooks: Callable[[bool], Any] = getattr(_autograd, "_top_saved_tensors_default_hooks", _something)
+
+
+def saves_through_hooks() -> bool:
+    """Whether hooks see what autograd saves, and may keep it. Where that can't be seen: yes."""
+    return _saved_tensors_hooks(False) is not None
+
+
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _one)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", _one)
 _function_mode_stack: Callable[[], list[Any]] = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [None])
