@@ -27,7 +27,9 @@ inline Site site_of(const Problem& p) {
 
 // Blocks of a multiprocessor: more would spill registers.
 template <Site SITE>
-constexpr int kMeanBlocks = SITE == Site::norm_residual_norm ? 5 : 6;
+constexpr int kMeanBlocks = SITE == Site::norm                 ? 8
+                            : SITE == Site::norm_residual_norm ? 5
+                                                               : 6;
 
 // residual + gate * branch. The branch: x, or where NORMS norm(x) * weight.
 template <bool ROUND, bool NORMS>
@@ -102,18 +104,34 @@ __global__ void __launch_bounds__(kMeanThreads, kMeanBlocks<SITE>) mean_norm_ker
   }
 
   if constexpr (kNormsResult<SITE>) {
-    Columns scale, shift;
-    const auto ask = [&] {
-      place.ask(weight, p.weight, kNoWeight);
-      place.ask(scale, p.scale, at, p.index, kNoScale);
-      place.ask(shift, p.shift, at, p.index, kNoShift);
-    };
-    const float rstd = at.valid ? root_of_mean(row_sum_of_squares(v, place, exchange, ask), p) : kNaN;
+    const auto root = [&](auto meanwhile) { return at.valid ? root_of_mean(row_sum_of_squares(v, place, exchange, meanwhile), p) : kNaN; };
     T* const y = static_cast<T*>(p.y) + target;
-    place.each([&](auto i) {
-      const auto result = modulated<ROUND>(v[i], rstd, weight[i], scale[i], shift[i]);
+    const auto store = [&](int i, float rstd, const Pack<T, N>& weight, const Pack<T, N>& scale, const Pack<T, N>& shift) {
+      const auto result = modulated<ROUND>(v[i], rstd, weight, scale, shift);
       if (place.inside(i)) store_row<kCache>(y + i * kStep, result);
-    });
+    };
+    if constexpr (kHasResidual<SITE>) {
+      Columns scale, shift;
+      const float rstd = root([&] {
+        place.ask(weight, p.weight, kNoWeight);
+        place.ask(scale, p.scale, at, p.index, kNoScale);
+        place.ask(shift, p.shift, at, p.index, kNoShift);
+      });
+      place.each([&](auto i) { store(i, rstd, weight[i], scale[i], shift[i]); });
+    } else {  // more rows under way are worth more than what waits in registers
+      const float rstd = root([] {});
+      const ModulationRow<T, N> scale(p.scale, at, p.index, place.first), shift(p.shift, at, p.index, place.first);
+      const T* const weights = advance<T>(p.weight.data, place.first);
+      each(kEach, [&](auto i) {  // without a branch, across which nothing would be asked for
+        const auto access = [&](const T* row, bool there, float missing) {
+          auto pack = filled<T, N>(missing);
+          if (there && place.inside(i)) pack = load_pack<T, N>(row + i * kStep);
+          return pack;
+        };
+        store(i, rstd, access(weights, p.weight.data != nullptr, kNoWeight), access(scale.row, p.scale.data != nullptr, kNoScale),
+              access(shift.row, p.shift.data != nullptr, kNoShift));
+      });
+    }
   }
 }
 
