@@ -41,9 +41,7 @@ BACKWARD = [backward_hooks, backward_pre_hooks, backward_hook_for_all_modules, b
 def gradients(model: nn.Module, name: str) -> list[Tensor]:
     model.zero_grad()
     arguments = tiny.inputs(name, 2, torch.float32)
-    output = model(**arguments, return_dict=False)
-    output = output[0] if isinstance(output, tuple) else torch.stack(output)
-    output.square().sum().backward()
+    tiny.joined(model(**arguments, return_dict=False)).square().sum().backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 

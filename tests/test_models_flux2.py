@@ -2,35 +2,9 @@
 
 import pytest
 import torch
-from support import model_checks, tiny
+from support import tiny
 
 from ditnorm.patching import patch_model, report
-
-NAMES = ["flux2", "flux2-klein"]
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.parametrize("dtype", tiny.DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_patched_output_is_bit_identical(name, dtype, batch, device):
-    model_checks.bit_identical(name, dtype, batch, device)
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
-def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
-    model_checks.no_less_accurate(name, dtype, device)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_unpatching_restores_the_model(name):
-    model_checks.restored(name, torch.bfloat16)
-
-
-def test_gradients_are_those_of_the_unpatched_model():
-    model_checks.same_gradients("flux2")
 
 
 def test_a_cache_of_reference_images_holds_what_it_holds_unpatched():
@@ -56,14 +30,6 @@ def test_a_cache_of_reference_images_holds_what_it_holds_unpatched():
             patch_model(model)
         assert report(model).transformers[0].fused == 4
         assert all(map(torch.equal, steps(model), expected))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_float32_model_under_autocast_rounds_as_unpatched(name):
-    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = tiny.run(model, arguments)
-        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
 
 
 def test_projections_fused_by_upstream_stay_fused():

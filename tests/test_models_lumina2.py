@@ -2,38 +2,11 @@
 
 import pytest
 import torch
-from support import model_checks, tiny
+from support import tiny
 
 from ditnorm import kernels, patch_model, report
 
 NAME = "lumina2"
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.parametrize("dtype", tiny.DTYPES)
-def test_patched_output_is_bit_identical(dtype, batch, device):
-    model_checks.bit_identical(NAME, dtype, batch, device)
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_single_rounding_is_no_less_accurate_than_unpatched(dtype, device):
-    model_checks.no_less_accurate(NAME, dtype, device)
-
-
-def test_unpatching_restores_the_model():
-    model_checks.restored(NAME, torch.bfloat16)
-
-
-def test_gradients_are_those_of_the_unpatched_model():
-    model_checks.same_gradients(NAME)
-
-
-def test_all_blocks_are_fused_and_every_call_is_verified():
-    model = patch_model(tiny.load(NAME, torch.bfloat16), strict=True)
-    assert "4 of 4 blocks" in str(report(model))
-    assert "bit-identical" in str(report(model))
 
 
 def test_a_hook_on_the_silu_sees_its_values():

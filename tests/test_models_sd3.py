@@ -2,37 +2,10 @@
 
 import pytest
 import torch
-from support import model_checks, tiny
+from support import tiny
 from support.patched import fused_calls
 
 from ditnorm.patching import patch_model, report
-
-NAMES = [name for name in tiny.MODELS if name.startswith("sd3")]
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.parametrize("dtype", tiny.DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_patched_output_is_bit_identical(name, dtype, batch, device):
-    model_checks.bit_identical(name, dtype, batch, device)
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
-def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
-    model_checks.no_less_accurate(name, dtype, device)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_unpatching_restores_the_model(name):
-    model_checks.restored(name, torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", ["sd3.5-large", "sd3.5-medium"])
-def test_gradients_are_those_of_the_unpatched_model(name):
-    model_checks.same_gradients(name)
 
 
 def test_a_hook_on_the_norm_of_two_modulations_sees_it_called_once():
@@ -76,14 +49,6 @@ def test_attention_without_norms_of_query_and_key_is_left_alone():
     model = patch_model(tiny.load("sd3", torch.float32), strict=True)
     assert not report(model).transformers[0].unfused_attentions
     assert type(model.transformer_blocks[0].attn).__module__.startswith("diffusers.")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_float32_model_under_autocast_rounds_as_unpatched(name):
-    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = tiny.run(model, arguments)
-        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
 
 
 def test_arguments_of_the_attention_processor_reach_it():

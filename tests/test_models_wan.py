@@ -18,33 +18,6 @@ from ditnorm import kernels, layers
 from ditnorm.models import wan
 from ditnorm.patching import patch_model, report, unpatch_model
 
-NAMES = [name for name in tiny.MODELS if name.startswith("wan-") or name == "chronoedit"]
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("batch", tiny.BATCHES)
-@pytest.mark.parametrize("dtype", tiny.DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-def test_patched_output_is_bit_identical(name, dtype, batch, device):
-    model_checks.bit_identical(name, dtype, batch, device)
-
-
-@pytest.mark.parametrize("device", model_checks.DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
-def test_single_rounding_is_no_less_accurate_than_unpatched(name, dtype, device):
-    model_checks.no_less_accurate(name, dtype, device)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_unpatching_restores_the_model(name):
-    model_checks.restored(name, torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", ["wan-t2v", "wan-without-cross-attn-norm", "wan-vace"])
-def test_gradients_are_those_of_the_unpatched_model(name):
-    model_checks.same_gradients(name)
-
 
 def test_a_pipeline_of_half_precision_keeps_tables_and_norms_in_float32():
     # What makes the law of Wan's sites float32; a model that is cast as a whole is another case,

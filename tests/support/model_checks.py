@@ -1,4 +1,4 @@
-"""What every tiny model must do when it is patched; the tests of the families call these."""
+"""What every tiny model must do when it is patched; tests/test_models.py calls these."""
 
 import math
 import statistics
@@ -122,10 +122,7 @@ def first_input(model: nn.Module, block: str, arguments: dict[str, Any], argumen
 
 
 def _gradients(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    output, *others = model(**arguments, return_dict=False)
-    output = torch.stack(output) if isinstance(output, list) else output
-    if others and isinstance(output, Tensor):  # video and audio
-        output = torch.cat([output.flatten(1), others[0].flatten(1)], dim=1)
+    output = tiny.joined(model(**arguments, return_dict=False))
     model.zero_grad()
     output.square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"output": output.detach()}

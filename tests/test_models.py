@@ -1,0 +1,53 @@
+"""What every tiny model keeps when it is patched."""
+
+import pytest
+import torch
+from support import model_checks, tiny
+from support.slow import slow_but
+
+from ditnorm.patching import patch_model
+
+HALVES = [torch.bfloat16, torch.float16]
+LTX2 = {name for name in tiny.MODELS if name.startswith("ltx2")}  # 16 forward passes of these take long
+
+SUMMED_IN_ANOTHER_ORDER = {
+    "qwen-image-2.1",  # rows of modulations of its own for each token, as the next three
+    "qwen-image-2.1-edit",
+    "wan-ti2v",
+    "wan-ti2v-text",
+    "sd3.5-controlnet",  # three gradients meet in each stream: of the next block, of the residual and of the ControlNet's Linear
+    "sd3.5-controlnet-without-text",
+}
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("batch", tiny.BATCHES)
+@pytest.mark.parametrize("dtype", tiny.DTYPES)
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_patched_output_is_bit_identical(name: str, dtype: torch.dtype, batch: int, device: str) -> None:
+    model_checks.bit_identical(name, dtype, batch, device)
+
+
+@pytest.mark.parametrize("device", model_checks.DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", slow_but({*tiny.MODELS} - LTX2 | {"ltx2", "ltx2.3"}, tiny.MODELS))
+def test_single_rounding_is_no_less_accurate_than_unpatched(name: str, dtype: torch.dtype, device: str) -> None:
+    model_checks.no_less_accurate(name, dtype, device)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_unpatching_restores_the_model(name: str) -> None:
+    model_checks.restored(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.MODELS if name not in SUMMED_IN_ANOTHER_ORDER])
+def test_gradients_are_those_of_the_unpatched_model(name: str) -> None:
+    model_checks.same_gradients(name)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_a_float32_model_under_autocast_rounds_as_unpatched(name: str) -> None:
+    model, arguments = tiny.load(name, torch.float32), tiny.inputs(name, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tiny.run(model, arguments)
+        assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
