@@ -9,14 +9,11 @@ found stands in docs/torch.json.
 import argparse
 import json
 import platform
-import shutil
 import sys
 import sysconfig
-import tempfile
-import venv
 from pathlib import Path
 
-from common.releases import ROOT, failed, outcome_of, releases, run
+from common.releases import ROOT, failed, installed, outcome_of, releases, run, thrown_away_venv
 from packaging.version import Version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -33,20 +30,14 @@ def check(version: Version, tests: list[str]) -> tuple[str, str]:
     """The full version of what pip installs for this release, and the last line of pytest with
     it.
     """
-    folder = Path(tempfile.mkdtemp(prefix="torch-"))
-    try:
-        venv.create(folder, with_pip=True, symlinks=True)
-        python = str(folder / "bin" / "python")
-        installed = run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={version}"])
-        if installed.returncode != 0:
-            return "", f"not installed: {installed.stderr.strip().splitlines()[-1]}"
-        site = next((folder / "lib").glob("python*")) / "site-packages"
-        (site / "packages_of_the_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    with thrown_away_venv() as python:
+        if why := installed(python, f"torch=={version}"):
+            return "", why
+        site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True).stdout.strip()
+        Path(site, "packages_of_the_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
         env = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         full = run([python, "-c", "import torch; print(torch.__version__)"], check=True, env=env).stdout.strip()
         return full, outcome_of(tests, python, env)
-    finally:
-        shutil.rmtree(folder)
 
 
 def main() -> int:

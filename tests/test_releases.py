@@ -1,5 +1,13 @@
 """Which releases the scripts that check them take, and what they call a failure."""
 
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import check_python_versions
 import check_torch_versions
 import pytest
 from common import releases
@@ -29,3 +37,52 @@ def test_each_minor_release_of_pytorch_is_checked_once_with_its_newest_patch(mon
 )
 def test_what_a_failure_is(outcome: str, failed: bool) -> None:
     assert releases.failed(outcome) is failed
+
+
+@pytest.fixture
+def other_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Has check_python_versions.py find all installed in this Python, and returns its record."""
+    record = tmp_path / "python.json"
+    monkeypatch.setattr(check_python_versions, "RECORD", record)
+    monkeypatch.setattr(check_python_versions, "build_host_library", lambda: None)
+    monkeypatch.setattr(check_python_versions, "thrown_away_venv", lambda interpreter: nullcontext(sys.executable))
+    monkeypatch.setattr(check_python_versions, "installed", lambda *given, env: "")
+    monkeypatch.setattr(sys, "argv", ["check_python_versions.py", "python3"])
+    return record
+
+
+@pytest.mark.parametrize("through_kernels", ["3 passed", "1 failed, 2 passed"])
+def test_tests_through_the_kernels_count_as_the_others(other_python: Path, monkeypatch: pytest.MonkeyPatch, through_kernels: str) -> None:
+    def outcome_of(tests: list[str], python: str, env: dict[str, str]) -> str:
+        assert all((releases.ROOT / test).exists() for test in tests)
+        return f"{through_kernels if 'DITNORM_LIBRARY' in env else '4 passed, 1 skipped'} in 1.0s"
+
+    monkeypatch.setattr(check_python_versions, "outcome_of", outcome_of)
+    assert check_python_versions.main() == ("failed" in through_kernels)
+    (found,) = json.loads(other_python.read_text()).values()
+    assert (found["tests"], found["kernels"]) == ("4 passed, 1 skipped", through_kernels)
+
+
+def test_a_python_that_cannot_have_the_packages_fails_and_is_not_recorded(other_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_python_versions, "installed", lambda *given, env: "not installed: no torch")
+    assert check_python_versions.main() == 1
+    assert not other_python.exists()
+
+
+def test_the_host_library_is_built_where_it_is_older_than_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built = []
+    library = tmp_path / "cpu_sim.so"
+    monkeypatch.setattr(check_python_versions, "HOST_LIBRARY", library)
+    monkeypatch.setattr(check_python_versions, "run", lambda command, check: built.append(command) or CompletedProcess(command, 0))
+    check_python_versions.build_host_library()
+    library.touch()
+    check_python_versions.build_host_library()
+    os.utime(library, (0, 0))
+    check_python_versions.build_host_library()
+    assert len(built) == 2
+
+
+def test_a_venv_is_gone_afterwards() -> None:
+    with releases.thrown_away_venv() as python:
+        assert releases.run([python, "-c", "print(1)"], check=True).stdout == "1\n"
+    assert not Path(python).parent.exists()

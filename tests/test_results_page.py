@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pages.models
+import pages.versions
 import pytest
 import results
 import results_page
@@ -185,6 +186,20 @@ def test_each_column_has_a_legend(take):
     columns = [name.strip() for name in header.split("|")[4:-1]]
     assert columns == re.findall(r"^- \*(.+)\*:", text, re.MULTILINE)
     assert re.findall(r"^- ([^*].*?): ", text, re.MULTILINE) == ["eager", "patched"]
+
+
+def test_a_release_whose_tests_failed_is_not_among_those_that_passed(tmp_path):
+    passed, one_failed = "9 passed", "1 failed, 8 passed"
+    found = {
+        "3.10.1": {"tests": passed, "kernels": passed},
+        "3.11.1": {"tests": one_failed, "kernels": passed},
+        "3.12.1": {"tests": passed, "kernels": one_failed},
+    }
+    (tmp_path / "python.json").write_text(json.dumps(found))
+    (tmp_path / "torch.json").write_text(json.dumps({"2.10.0": {"tests": passed}}))
+    rows = pages.versions.written(tmp_path)["versions"]
+    assert "| Python | 3.10.1; with failures 3.11.1, 3.12.1 |" in rows
+    assert "| PyTorch | 2.10.0 |" in rows
 
 
 def test_other_results_make_other_tables(tmp_path):

@@ -1,11 +1,15 @@
-"""The releases of a package that the project supports, and commands that are run with one of
-them.
+"""The releases of a package that the project supports, commands that are run with one of them, and
+venvs to run them in.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -37,6 +41,24 @@ def releases(package: str) -> list[Version]:
 def run(command: list[str], *, check: bool = False, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """Runs a command in the project's folder, and keeps what it prints."""
     return subprocess.run(command, capture_output=True, text=True, check=check, cwd=ROOT, env={**os.environ, **(env or {})})
+
+
+@contextmanager
+def thrown_away_venv(interpreter: str = sys.executable) -> Iterator[str]:
+    """The interpreter of a new venv, which is deleted afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="venv-"))
+    try:
+        run([interpreter, "-m", "venv", str(folder)], check=True)
+        yield str(folder / "bin" / "python")
+    finally:
+        shutil.rmtree(folder)
+
+
+def installed(python: str, *wanted: str, env: dict[str, str] | None = None) -> str:
+    """Empty where pip installed what is wanted, else the last line of why it did not."""
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = run([*pip, *wanted], env=env)
+    return "" if done.returncode == 0 else f"not installed: {done.stderr.strip().splitlines()[-1]}"
 
 
 def outcome_of(tests: list[str], python: str, env: dict[str, str]) -> str:

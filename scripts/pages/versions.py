@@ -14,17 +14,11 @@ def written(docs: Path) -> dict[str, str]:
     for m in (m for name in ("transformers", "quantised", "modulation", "training") for m in measured(docs, name)):
         for package in ("torch", "diffusers", "python"):
             on_cards.setdefault(package, {}).setdefault(m.run["environment"][package], {})[m.card] = None
-    pythons = sorted({found["python"] for found in _record(docs / "torch.json").values()})
-    on_cpu = {
-        "torch": _passed(_record(docs / "torch.json")),
-        "diffusers": _passed(_record(docs / "diffusers.json")),
-        "python": ", ".join(pythons),
-    }
     titles = {"torch": "PyTorch", "diffusers": "diffusers", "python": "Python"}
     rows = []
     for package, title in titles.items():
         measured_with = [f"{version} ({', '.join(cards)})" for version, cards in sorted(on_cards.get(package, {}).items())]
-        rows.append([title, on_cpu[package], ", ".join(measured_with)])
+        rows.append([title, _passed(_record(docs / f"{package}.json")), ", ".join(measured_with)])
     return {"versions": table(["", "tested on a CPU", "measured on GPUs"], rows, 3)}
 
 
@@ -34,6 +28,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _passed(record: dict[str, Any]) -> str:
     """The releases whose tests passed, and those of which some failed."""
-    failed = [release for release, found in record.items() if "failed" in found["tests"] or "error" in found["tests"]]
+    outcomes = {release: found["tests"] + found.get("kernels", "") for release, found in record.items()}
+    failed = [release for release, said in outcomes.items() if "failed" in said or "error" in said]
     passed = [release for release in record if release not in failed]
     return ", ".join(passed) + (f"; with failures {', '.join(failed)}" if failed else "")

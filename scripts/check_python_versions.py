@@ -1,0 +1,65 @@
+"""Runs tests with other releases of Python, on the CPU: those that are named by their interpreters.
+
+    python scripts/check_python_versions.py python3.10 /opt/python3.14/bin/python3
+
+Into a venv that is thrown away comes what an install with ``[test]`` brings, 6 GB of disk. The
+tests of the ops run through the kernels, which are built for the host into build/. Prints a
+table; the exit status is 1 where a release fails. What it found stands in docs/python.json.
+"""
+
+import argparse
+import json
+import sys
+
+from common.releases import ROOT, failed, installed, outcome_of, run, thrown_away_venv
+from packaging.version import Version
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+RECORD = ROOT / "docs" / "python.json"
+HOST_LIBRARY = ROOT / "build" / "cpu_sim.so"
+# What depends on how Python compiles, names, pickles and documents things.
+NAMES = ("docstrings", "every_model", "fingerprint", "generated", "main", "patching", "patching_hooks", "readme", "report", "torch_private")
+TESTS = [f"tests/test_{name}.py" for name in NAMES]
+OP_TESTS = [f"tests/test_{name}.py" for name in ("golden", "layers", "ops_compile", "ops_eager", "ops_errors", "quantization")]
+VERSIONS = "import json, platform, torch; print(json.dumps([platform.python_version(), torch.__version__]))"
+
+
+def build_host_library() -> None:
+    """Builds it where it is missing or older than what it is built from."""
+    sources = [ROOT / "scripts" / "build_kernels.py", *(ROOT / "ditnorm" / "kernels" / "csrc").iterdir()]
+    if not HOST_LIBRARY.exists() or HOST_LIBRARY.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        run([sys.executable, "scripts/build_kernels.py", "--cpu-sim", "--out", str(HOST_LIBRARY)], check=True)
+
+
+def check(interpreter: str) -> tuple[str, dict[str, str]]:
+    """The version of Python, and with which PyTorch it ran and what came of it."""
+    with thrown_away_venv(interpreter) as python:
+        env = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        if why := installed(python, f"{ROOT}[test]", env={"DITNORM_CUDA": "0"}):
+            return interpreter, {"torch": "", "tests": why, "kernels": ""}
+        version, torch = json.loads(run([python, "-c", VERSIONS], check=True, env=env).stdout)
+        kernels = outcome_of(OP_TESTS, python, env | {"DITNORM_LIBRARY": str(HOST_LIBRARY)})
+        return version, {"torch": torch, "tests": outcome_of(TESTS, python, env), "kernels": kernels}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("interpreters", nargs="+", metavar="PYTHON")
+    chosen = parser.parse_args()
+    build_host_library()
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    failures = 0
+    print("| Python | PyTorch | tests | through the kernels |\n|---|---|---|---|")
+    for interpreter in tqdm(chosen.interpreters, desc="Python", unit="release"):
+        version, found = check(interpreter)
+        outcomes = (found["tests"], found["kernels"])
+        failures += any(map(failed, outcomes))
+        tqdm.write(f"| {version} | {found['torch']} | {' | '.join(outcomes)} |")
+        if found["torch"]:
+            record[version] = {"torch": found["torch"]} | {name: found[name].rpartition(" in ")[0] for name in ("tests", "kernels")}
+            RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
