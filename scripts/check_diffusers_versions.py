@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from common.releases import ROOT, failed, outcome_of, releases, run
+from common.releases import ROOT, failed, outcome_of, record, releases, run
 from packaging.version import Version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -42,19 +42,18 @@ def main() -> int:
     parser.add_argument("--fingerprints", action="store_true", help="no tests: renew the fingerprints of the record")
     parser.add_argument("--tests", nargs="+", default=[TESTS], metavar="PATH", help="these tests, which aren't recorded")
     chosen = parser.parse_args()
-    record = json.loads(RECORD.read_text())
+    known = json.loads(RECORD.read_text())
     failures = 0
     if not chosen.fingerprints:
         print("| diffusers | tests |\n|---|---|")
     for version in tqdm(chosen.versions or releases("diffusers"), desc="diffusers", unit="release"):
-        entry = {**record.get(str(version), {"tests": ""}), "fingerprints": fingerprints(version)}
+        entry = {**known.get(str(version), {"tests": ""}), "fingerprints": fingerprints(version)}
         if not chosen.fingerprints:
             outcome = outcome_of(chosen.tests, sys.executable, environment(version))
             failures += failed(outcome)
             entry["tests"] = outcome.rpartition(" in ")[0] if chosen.tests == [TESTS] else entry["tests"]
             tqdm.write(f"| {version} | {outcome} |")
-        record[str(version)] = entry
-    RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
+        record(RECORD, {str(version): entry})
     return int(failures > 0)
 
 

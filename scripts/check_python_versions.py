@@ -11,8 +11,7 @@ import argparse
 import json
 import sys
 
-from common.releases import ROOT, failed, installed, outcome_of, run, thrown_away_venv
-from packaging.version import Version
+from common.releases import ROOT, failed, installed, outcome_of, record, run, thrown_away_venv
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 RECORD = ROOT / "docs" / "python.json"
@@ -47,7 +46,6 @@ def main() -> int:
     parser.add_argument("interpreters", nargs="+", metavar="PYTHON")
     chosen = parser.parse_args()
     build_host_library()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     failures = 0
     print("| Python | PyTorch | tests | through the kernels |\n|---|---|---|---|")
     for interpreter in tqdm(chosen.interpreters, desc="Python", unit="release"):
@@ -56,8 +54,8 @@ def main() -> int:
         failures += any(map(failed, outcomes))
         tqdm.write(f"| {version} | {found['torch']} | {' | '.join(outcomes)} |")
         if found["torch"]:
-            record[version] = {"torch": found["torch"]} | {name: found[name].rpartition(" in ")[0] for name in ("tests", "kernels")}
-            RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
+            counts = {name: found[name].rpartition(" in ")[0] for name in ("tests", "kernels")}
+            record(RECORD, {version: {"torch": found["torch"], **counts}})
     return int(failures > 0)
 
 

@@ -7,13 +7,12 @@ found stands in docs/torch.json.
 """
 
 import argparse
-import json
 import platform
 import sys
 import sysconfig
 from pathlib import Path
 
-from common.releases import ROOT, failed, installed, outcome_of, releases, run, thrown_away_venv
+from common.releases import ROOT, failed, installed, outcome_of, record, releases, run, thrown_away_venv
 from packaging.version import Version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -45,7 +44,6 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", type=Version, help="these releases instead")
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="PATH", help="these tests, which aren't recorded")
     chosen = parser.parse_args()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     failures = 0
     print("| PyTorch | build | tests |\n|---|---|---|")
     for version in tqdm(chosen.versions or newest_patches(), desc="PyTorch", unit="release"):
@@ -53,8 +51,8 @@ def main() -> int:
         failures += failed(outcome)
         tqdm.write(f"| {version} | {build} | {outcome} |")
         if chosen.tests == TESTS and build:
-            record[str(version)] = {"build": build, "python": platform.python_version(), "tests": outcome.rpartition(" in ")[0]}
-            RECORD.write_text(json.dumps(dict(sorted(record.items(), key=lambda item: Version(item[0]))), indent=1) + "\n")
+            counts = outcome.rpartition(" in ")[0]
+            record(RECORD, {str(version): {"build": build, "python": platform.python_version(), "tests": counts}})
     return int(failures > 0)
 
 

@@ -39,6 +39,13 @@ def test_what_a_failure_is(outcome: str, failed: bool) -> None:
     assert releases.failed(outcome) is failed
 
 
+def test_a_record_keeps_what_another_run_wrote_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    releases.record(path, {"3.10.1": {"tests": "1 passed"}, "3.9.9": {}})
+    releases.record(path, {"3.10.1": {"tests": "2 passed"}, "3.9.10": {}})
+    assert list(json.loads(path.read_text()).items()) == [("3.9.9", {}), ("3.9.10", {}), ("3.10.1", {"tests": "2 passed"})]
+
+
 @pytest.fixture
 def other_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Has check_python_versions.py find all installed in this Python, and returns its record."""

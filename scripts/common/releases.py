@@ -2,6 +2,7 @@
 venvs to run them in.
 """
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -67,6 +69,15 @@ def outcome_of(tests: list[str], python: str, env: dict[str, str]) -> str:
     done = run([*pytest, *tests], env=env)
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines[-1] if lines else f"pytest ended with status {done.returncode} and printed nothing"
+
+
+def record(path: Path, found: dict[str, Any]) -> None:
+    """Writes what was found of each release into a record beside what it has of others, oldest
+    release first.
+    """
+    known = json.loads(path.read_text()) if path.exists() else {}
+    entries = sorted((known | found).items(), key=lambda entry: Version(entry[0]))
+    path.write_text(json.dumps(dict(entries), indent=1) + "\n")
 
 
 def failed(outcome: str) -> bool:
