@@ -26,10 +26,10 @@ from .functional import (
     scale_residual_norm_scale_shift_quantize,
 )
 from .ops import reference
-from .ops.calls import ROUNDINGS
 from .ops.calls import NormScaleShift as _NormCall
 from .ops.calls import ScaleResidualNormScaleShift as _ResidualNormCall
 from .ops.layout import laid_out_as
+from .ops.options import ROUNDINGS
 from .ops.quantization import Law, Quantized, Wanted, keep
 from .swapping.norm_kinds import norm_kind, unknown_norm
 from .swapping.swapped import Swapped, untouched
@@ -37,8 +37,6 @@ from .swapping.swapped import Swapped, untouched
 L = TypeVar("L", bound="_Norm")
 
 _NAMES = {"layer": "a LayerNorm", "rms": "an RMSNorm", "fp32_layer": "an FP32LayerNorm"}
-# What torch's rms_norm takes for eps=None, but for float64.
-_DEFAULT_EPS = torch.finfo(torch.float32).eps
 
 
 class _Norm(Swapped, nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditnorm import kernels
 from ditnorm.functional import qk_norm_rope
-from ditnorm.ops.calls import PAIRS
+from ditnorm.ops.options import PAIRS
 from ditnorm.ops.table import OPS as TABLE
 
 Tables = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditnorm import functional, kernels
 from ditnorm.ops import quantization, reference_quantize
-from ditnorm.ops.calls import DequantizeProduct
+from ditnorm.ops.calls_quantize import DequantizeProduct
 from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_ROW_BFL, FLOAT8_TENSOR, INT8_ROW, LAWS, Law
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from ditnorm import functional, kernels, patch_model, report, verify
 from ditnorm.fused.bfl_linear import BFLLinear
 from ditnorm.fused.quantized_linear import QuantizedLinear
 from ditnorm.ops import quantization, reference_quantize
-from ditnorm.ops.calls import DequantizeProduct
+from ditnorm.ops.calls_quantize import DequantizeProduct
 from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_ROW_BFL, FLOAT8_TENSOR, INT8_ROW, Law
 from ditnorm.swapping.generated import subclass
 from ditnorm.swapping.hook_chains import set_class

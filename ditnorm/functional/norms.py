@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..ops.calls import default_eps
+from ..ops.options import default_eps
 from ..swapping.torch_private import any_autocast_enabled, forward_ad
 from .path import NORM, REJECTED, ROUNDING, differentiable, in_pytorch, rejected, traced_by_dynamo, unfused
 

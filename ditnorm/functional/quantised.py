@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..ops.calls import default_eps
+from ..ops.options import default_eps
 from ..ops.quantization import CODES, Law, Quantized
 from .norms import norm_scale_shift, scale_residual_norm_scale_shift
 from .path import HALF, NORM, REJECTED, ROUNDING, needs_pytorch, rejected

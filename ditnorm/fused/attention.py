@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..layers import _DEFAULT_EPS
+from ..ops.options import RMS_EPS
 from ..ops.quantization import Wanted
 from ..swapping.fingerprint import fingerprint
 from ..swapping.hook_chains import wrapped
@@ -204,7 +204,7 @@ class FusedAttention(FusedModule):
     def calls(cls, module: Any, dtype: torch.dtype) -> Iterator[FusedCall]:
         """One, on a stream of ``dtype``."""
         norm, heads = module.norm_q, module.heads
-        eps = _DEFAULT_EPS if norm.eps is None else norm.eps
+        eps = RMS_EPS if norm.eps is None else norm.eps
         joint, head_dim = "norm_added_q" in cls.norms(module), module.inner_dim // heads
         yield QKSite(joint, heads, head_dim, cls.across, dtype, cls.norm, eps, dtype_of(norm.weight), cls.rotary)
 
@@ -262,7 +262,7 @@ class FusedAttention(FusedModule):
 
     def eps(self) -> float:
         eps: float | None = self.norm_q.eps
-        return _DEFAULT_EPS if eps is None else eps
+        return RMS_EPS if eps is None else eps
 
     def upstream(self, name: str) -> Any:
         """A function of the processor's module, as the processor itself would call it."""

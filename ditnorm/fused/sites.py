@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import functional, layers
+from .. import functional
 from ..ops import checks
+from ..ops.options import RMS_EPS
 from ..ops.table import OPS
 
 # A wrong order of reduction changes about 1 % of the rows of a bf16 LayerNorm, so 4096 rows miss it
@@ -87,7 +88,7 @@ class Site:
         scale, shift, gate = random(_BATCH, 1, 3 * self.width, dtype=self.dtype).chunk(3, dim=-1)
         arguments: dict[str, Any] = {"x": rows(), "index": None, "rounding": "eager"}
         if self.op != "scale_residual":
-            eps = layers._DEFAULT_EPS if self.eps is None else self.eps
+            eps = RMS_EPS if self.eps is None else self.eps
             arguments |= {"weight": vector(self.weight), "bias": vector(self.bias), "norm": self.norm, "eps": eps}
             arguments |= dict.fromkeys(("scale", "shift", "scale_table", "shift_table"))
             if self.modulated:

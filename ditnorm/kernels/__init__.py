@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..ops.autograd import GRADIENTS, kernel_of
-from ..ops.calls import HALVES, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.checks import UnfusedError, index_range
+from ..ops.options import HALVES, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.quantization import LAWS
 from ..ops.table import OPS as _TABLE
 from ..ops.table import Op

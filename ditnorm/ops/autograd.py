@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import outlived_transform, without_transforms
-from .calls import NORMS, QK_NORMS, ROUNDINGS
+from .options import NORMS, QK_NORMS, ROUNDINGS
 from .reference import diffusers_rms_norm, modulation, normalize, upcast
 from .reference_qk import norm_rope
 from .reference_qk import normalize as normalize_heads

@@ -13,21 +13,15 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
-from .calls import (
-    NORMS,
-    ROUNDINGS,
+from .calls import NormScaleShift, QKCall, SandwichCall, ScaleResidual, SiteCall, modulations
+from .calls_backward import (
     NormScaleResidualBackward,
-    NormScaleShift,
     NormScaleShiftBackward,
     NormScaleShiftBackwardParts,
-    QKCall,
-    SandwichCall,
-    ScaleResidual,
     ScaleResidualBackward,
     ScaleResidualNormScaleShiftBackward,
-    SiteCall,
-    modulations,
 )
+from .options import NORMS, ROUNDINGS
 from .reference import upcast
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

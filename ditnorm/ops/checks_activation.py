@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .calls import ROUNDINGS, ActivationCall, SwiGLUBackward
+from .calls import ActivationCall
+from .calls_backward import SwiGLUBackward
 from .checks import _FLOATS, FLOATS, _devices, _option, _shape, _tensor, gradients_like
+from .options import ROUNDINGS
 
 
 def check(call: ActivationCall) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import PAIRS, QK_NORMS, ROUNDINGS, JointQKNormRope, JointQKNormRopeBackward, QKCall, QKNormRope, QKNormRopeBackward
+from .calls import JointQKNormRope, QKCall, QKNormRope
+from .calls_backward import JointQKNormRopeBackward, QKNormRopeBackward
 from .checks import _FLOATS, _devices, _option, _shape, _tensor, in_double
+from .options import PAIRS, QK_NORMS, ROUNDINGS
 from .reference_qk import token_count
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import checks, checks_activation
-from .calls import HALVES, DequantizeProduct, Quantize, QuantizedActivationCall, QuantizedSiteCall
+from .calls_quantize import DequantizeProduct, Quantize, QuantizedActivationCall, QuantizedSiteCall
 from .checks import FLOATS, _devices, _shape, _tensor
+from .options import HALVES
 from .quantization import LAWS, Law
 
 _FLOAT8_CAPABILITY = (8, 9)

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import (
-    HALVES,
     NormScaleResidual,
     NormScaleResidualNormScaleShift,
     NormScaleShift,
@@ -32,6 +31,7 @@ from .calls import (
     SiteCall,
     modulations,
 )
+from .options import HALVES
 
 
 def norm_scale_shift(call: NormScaleShift, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:

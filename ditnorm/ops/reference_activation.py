@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import Gelu, SwiGLU, SwiGLUBackward
+from .calls import Gelu, SwiGLU
+from .calls_backward import SwiGLUBackward
 
 
 def gelu(call: Gelu) -> Tensor:

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import (
+from .calls import NormScaleShift, ScaleResidual, ScaleResidualNormScaleShift
+from .calls_backward import (
     NormScaleResidualBackward,
-    NormScaleShift,
     NormScaleShiftBackward,
     NormScaleShiftBackwardParts,
-    ScaleResidual,
     ScaleResidualBackward,
-    ScaleResidualNormScaleShift,
     ScaleResidualNormScaleShiftBackward,
 )
 from .reference import modulation, upcast

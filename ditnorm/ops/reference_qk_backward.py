@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import JointQKNormRopeBackward, QKNormRopeBackward
+from .calls_backward import JointQKNormRopeBackward, QKNormRopeBackward
 from .reference_backward import diffusers_rms_norm_gradient, norm_gradient
 from .reference_qk import per_head, token_count
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from . import quantization, reference, reference_activation
-from .calls import (
+from .calls_quantize import (
     DequantizeProduct,
     GeluQuantize,
     NormScaleShiftQuantize,

@@ -24,28 +24,32 @@ from . import (
     reference_quantize,
 )
 from .calls import (
-    DequantizeProduct,
     Gelu,
-    GeluQuantize,
     JointQKNormRope,
-    JointQKNormRopeBackward,
     NormScaleResidual,
-    NormScaleResidualBackward,
     NormScaleResidualNormScaleShift,
     NormScaleShift,
+    QKNormRope,
+    ScaleResidual,
+    ScaleResidualNormScaleShift,
+    SwiGLU,
+)
+from .calls_backward import (
+    JointQKNormRopeBackward,
+    NormScaleResidualBackward,
     NormScaleShiftBackward,
     NormScaleShiftBackwardParts,
-    NormScaleShiftQuantize,
-    QKNormRope,
     QKNormRopeBackward,
-    Quantize,
-    ScaleResidual,
     ScaleResidualBackward,
-    ScaleResidualNormScaleShift,
     ScaleResidualNormScaleShiftBackward,
-    ScaleResidualNormScaleShiftQuantize,
-    SwiGLU,
     SwiGLUBackward,
+)
+from .calls_quantize import (
+    DequantizeProduct,
+    GeluQuantize,
+    NormScaleShiftQuantize,
+    Quantize,
+    ScaleResidualNormScaleShiftQuantize,
     SwiGLUQuantize,
 )
 

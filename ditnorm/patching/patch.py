@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import kernels
-from ..ops.calls import ROUNDINGS
+from ..ops.options import ROUNDINGS
 from ..swapping import generated
 from ..swapping.hook_chains import Untraceable, captured, set_class
 from . import verification

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import ditnorm
-from ditnorm.ops.calls import ROUNDINGS
+from ditnorm.ops.options import ROUNDINGS
 
 from .generation import Generation, denoisers, generate
 from .loading import CannotRun, pipeline_class

@@ -14,7 +14,7 @@ using abi::Tensor;
 using Optional = std::optional<Tensor>;
 
 // The codes that Python passes for the names of options: their places in NORMS, QK_NORMS, PAIRS,
-// ROUNDINGS and HALVES of ditnorm/ops/calls.py. (LAWS: quantize.h.) The library is refused where
+// ROUNDINGS and HALVES of ditnorm/ops/options.py. (LAWS: quantize.h.) The library is refused where
 // the two sides differ (ditnorm_code).
 namespace norms {
 enum Code : int64_t { layer, rms, fp32_layer, diffusers_rms };

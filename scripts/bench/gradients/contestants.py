@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ditnorm import kernels
-from ditnorm.ops.calls import NORMS, PAIRS, QK_NORMS, ROUNDINGS
+from ditnorm.ops.options import NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ditnorm.ops.table import OPS
 
 from ..cell import Inputs, tensors
