@@ -133,6 +133,21 @@ def test_every_number_has_the_bits_of_pytorchs(dtype: torch.dtype) -> None:
         assert torch.equal(got.nan_to_num(-1.0).view(torch.int16), expected.nan_to_num(-1.0).view(torch.int16))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_number_is_divided_alike_at_any_place(dtype: torch.dtype) -> None:
+    """Aligned rows are divided without the branch for what is out of the common, if nothing among
+    eight neighbours is; others element by element. Infinities, zeros of both signs and NaN, too.
+    """
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for numbers in (every, every[torch.randperm(every.numel())]):
+        x = numbers.to(DEVICE).view(-1, 64)
+        unaligned = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        for value in (torch.ones_like(x), torch.full_like(x, -0.37)):
+            for rounding in ROUNDINGS:
+                got, expected = swiglu(x, value, rounding=rounding), swiglu(unaligned, value, rounding=rounding)
+                assert same_bits(got.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
 def test_float32_has_the_bits_of_pytorchs(gated: bool) -> None:

@@ -39,9 +39,11 @@ __global__ void __launch_bounds__(kMostRowThreads) activation_kernel(const Activ
   } else {
     const auto packed_value = load_row<Cache::normal, T, N>(row_of<T>(p.value, batch, token) + column - beside);
     to_floats(v, packed);
+    if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = silu(v[j]);
-    if constexpr (sizeof(T) == 2) {
+      for (int j = 0; j < N; ++j) v[j] = silu(v[j]);
+    } else {
+      silu_of_halves(v);
       if (p.round_each) {
         store_row<Cache::streaming>(y, multiply_rounded(from_floats<T, N>(v), packed_value));
         return;

@@ -17,6 +17,36 @@ __device__ __forceinline__ float gelu(float x) {
 
 __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0f, expf(-x))); }
 
+// What __fdiv_rn computes where neither d nor the quotient is out of the common, without the branch
+// behind which it looks for that. d > 0. (x is subtracted so that -0 stays what it is.)
+__device__ __forceinline__ float divide(float x, float d) {
+#ifdef __CUDA_ARCH__
+  float guess;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(d));
+#else
+  const float guess = 1.0f / d;
+#endif
+  const float reciprocal = __fmaf_rn(guess, __fmaf_rn(-d, guess, 1.0f), guess);
+  const float quotient = __fmul_rn(x, reciprocal), excess = __fmaf_rn(d, quotient, -x);
+  return __fmaf_rn(-excess, reciprocal, quotient);
+}
+
+// silu of N elements that come from a half-precision type.
+template <int N>
+__device__ __forceinline__ void silu_of_halves(float (&v)[N]) {
+  constexpr float kCommon = 80.0f;  // exp of it is far from the largest float32
+  bool common = true;
+#pragma unroll
+  for (int j = 0; j < N; ++j) common &= fabsf(v[j]) < kCommon;
+  if (unlikely(!common)) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = silu(v[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = divide(v[j], __fadd_rn(1.0f, expf(-v[j])));
+  }
+}
+
 // silu(x) * value. ROUNDED: silu(x) is rounded to T before.
 template <class T>
 __device__ __forceinline__ float swiglu(float x, float value, bool rounded) {
