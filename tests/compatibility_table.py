@@ -42,19 +42,25 @@ Runs are under `torch.no_grad`, but for those that train.
 
 Of the guiders of modular pipelines those have rows that change the model or run it again; the others only combine its predictions.
 
-Each row of Qwen-Image, FLUX.1, HunyuanVideo and SD3 is tested beside `precompute_modulation`, too, which comes before the feature or after
-it (`tests/test_modulation_matrix.py`): the same output, and a way back. Precomputing is refused where group offloading is on, and where
-a block isn't fused; if these come later, the table is given up with a warning.
+Where activations are quantised and the linear layers fused, the remarks name the law, and the test looks at every linear layer of the
+blocks. Layers of which the weights alone are quantised run as their own library runs them.
 
-Tests of features that need a GPU or a package that isn't installed are skipped. Cells marked *all* run with `make test-all` in some
-orders, those of {sampled} in all but one.
+Each row of Qwen-Image, FLUX.1, HunyuanVideo and SD3 but for the quantised weights with other features is tested beside
+`precompute_modulation`, too, which comes before the feature or after it (`tests/test_modulation_matrix.py`): the same output, and a way
+back. Precomputing is refused where group offloading is on, and where a block isn't fused; if these come later, the table is given up with
+a warning.
+
+Tests of features that need a GPU or a package that isn't installed are skipped. `make test-all` runs every other cell. `make test` leaves
+out some orders of rows marked *all*, in {long} these rows, all orders but one of
+{sampled}, and all cells but one of rows marked *one*.
 """
 
 
 def page() -> str:
     orders = "\n".join(f"- **{order}**: {meaning}" for order, meaning in ORDERS.items())
     *sampled, last = matrix.IN_ONE_ORDER
-    lines = [INTRODUCTION.format(orders=orders, sampled=" and ".join(filter(None, (", ".join(sampled), last))))]
+    lists = {"sampled": " and ".join(filter(None, (", ".join(sampled), last))), "long": ", ".join(matrix.LONG_GRAPHS)}
+    lines = [INTRODUCTION.format(orders=orders, **lists)]
     for group, features in matrix.GROUPS.items():
         lines += [f"## {group}", "", f"| | {' | '.join(FAMILIES)} | Ran on | Remarks |", f"|---|{'---|' * len(FAMILIES)}---|---|"]
         lines += [_row(feature) for feature in features]
@@ -148,6 +154,8 @@ def _cell(feature: Feature, family: str) -> str:
 
 
 def _remarks(feature: Feature) -> Iterator[str]:
+    if feature.law is not None:
+        yield f"fused, {feature.law}"
     yield from dict.fromkeys(f"upstream: {failure.why}" for failure in feature.upstream.values())
     if feature.note:
         yield feature.note
@@ -157,8 +165,8 @@ def _remarks(feature: Feature) -> Iterator[str]:
         yield f"needs {', '.join(feature.needs)}"
     if feature.gpus:
         yield "needs a GPU" if feature.gpus == 1 else f"needs {feature.gpus} GPUs"
-    if feature.slow:
-        yield "*all*"
+    if feature.slow or feature.in_turn:
+        yield "*one*" if feature.in_turn else "*all*"
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from ditnorm import kernels, patch_model, report, unpatch_model
 from ditnorm.fused import activation
 from ditnorm.fused.bfl_linear import BFLOperand
 from ditnorm.fused.quantized_linear import QuantizedLinear
-from ditnorm.ops.quantization import FLOAT8_ROW, Law
+from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_ROW_BFL, FLOAT8_TENSOR, INT8_ROW, Law
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -248,10 +248,18 @@ def test_gradients_autocast_and_float32_leave_it_to_torchao() -> None:
         assert same(patched(**arguments, return_dict=False)[0], model(**arguments, return_dict=False)[0])
 
 
-@pytest.mark.parametrize("name", ["wan-t2v", "qwen-image", "hunyuan-video", "flux", "flux2", "qwen-image-2.1", "lumina2"])
-def test_compiled_blocks_have_no_more_graphs(name: str) -> None:
-    """And no break: torchao's own path is traced."""
-    model = model_of(name, FLOAT8_ROW)
+COMPILED = {
+    FLOAT8_ROW: ("wan-t2v", "qwen-image", "hunyuan-video", "flux", "flux2", "qwen-image-2.1", "lumina2"),
+    INT8_ROW: ("wan-t2v", "qwen-image", "sd3.5-medium", "z-image-small", "ltx2"),
+    FLOAT8_TENSOR: ("wan-t2v",),
+    FLOAT8_ROW_BFL: ("flux", "flux2"),
+}
+
+
+@pytest.mark.parametrize(("law", "name"), [(law, name) for law, names in COMPILED.items() for name in names], ids=str)
+def test_compiled_blocks_have_no_more_graphs(name: str, law: Law) -> None:
+    """And no break: the path of the weights' own library is traced."""
+    model = quantised.quantise_bfl(tiny.load(name, DTYPE), in_blocks) if law is FLOAT8_ROW_BFL else model_of(name, law)
     graphs: list[Any] = []
 
     def backend(graph: Any, _: Any) -> Any:

@@ -83,7 +83,9 @@ def cells(order: str) -> list[Any]:
     ``QUICK``.
     """
     found = []
-    for feature in (feature for features in matrix.GROUPS.values() for feature in features):
+    for feature in (
+        feature for group, features in matrix.GROUPS.items() if group != "Quantised weights with other features" for feature in features
+    ):
         possible = [matrix.Cell("", feature, f, "patch before") for f in FAMILIES if f in feature.families]
         possible = [cell for cell in possible if matrix.upstream_failure(cell) is None]
         number = QUICK.index(feature.name) if feature.name in QUICK else None

@@ -114,20 +114,14 @@ def product(x: Quantized, operand: Any, bias: Tensor | None) -> Tensor:
     """The matrix product as torchao calls it: [..., D] quantised by the law of ``operand`` [N, D]
     -> [..., N].
     """
-    dtype = x.dtype
-    if x.law is INT8_ROW:
-        y = dequantize_product(int8_product(x.values, operand), x.scale, operand.scale, bias, dtype)
+    values, scale, shape, dtype, law = x
+    if law is INT8_ROW:
+        y = dequantize_product(int8_product(values, operand), scale, operand.scale, bias, dtype)
     else:
-        y = scaled_mm(
-            x.values,
-            operand.values,
-            scale_a=x.scale,
-            scale_b=operand.scale,
-            bias=bias,
-            out_dtype=dtype,
-            use_fast_accum=operand.fast,
-        )
-    shape = x.shape
+        y = scaled_mm(values, operand.values, scale, operand.scale, bias, out_dtype=dtype, use_fast_accum=operand.fast)
+    if len(shape) == 3:  # as streams are, and in two thirds of the time of the general case
+        batch, rows, _ = shape
+        return y.view(batch, rows, -1)
     return y if len(shape) == 2 else y.view(*shape[:-1], -1)
 
 

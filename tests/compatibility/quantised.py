@@ -199,7 +199,7 @@ def _bitsandbytes(**how: Any) -> Callable[[], Any]:
     return lambda: diffusers.BitsAndBytesConfig(**how)
 
 
-NAN = "torchao makes NaN of the zero tokens to which Z-Image and Lumina 2 pad a batch"
+NAN = "torchao makes NaN of the zero tokens of Z-Image and Lumina 2"
 FAMILIES_OF = dict.fromkeys(quantised.LAWS, tuple(FAMILIES)) | {FLOAT8_ROW: without("Z-Image", "Lumina2")}
 
 FEATURES = (
