@@ -10,7 +10,7 @@ from pipelines import loading
 from pipelines.generation import generate
 from safetensors.torch import load_file
 
-from ditnorm.patching.units import upstream_of
+from ditnorm.fused.module import upstream_of
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..ops import checks
 from ..ops.autograd import GRADIENTS, Recompute, kernel_of
-from ..ops.options import HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
+from ..ops.options import FLOATS, HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.table import OPS
 from ..swapping.torch_private import any_autocast_enabled, compiler, forward_ad
 
@@ -80,7 +80,7 @@ def unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, .
     need not ask it.
     """
     first: Any = tensors[0]
-    uniform = first.dtype in checks.FLOATS
+    uniform = first.dtype in FLOATS
     for t in tensors:
         if t is not None and (t.dtype is not first.dtype or (t.dim() > 1 and t.shape[0] != first.shape[0])):
             uniform = False

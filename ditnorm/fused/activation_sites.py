@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..functional import gelu, swiglu
-from ..ops.checks import FLOATS, same_bits
-from ..ops.options import ROUNDINGS
+from ..ops.checks import same_bits
+from ..ops.options import FLOATS, ROUNDINGS
 
 WATCHED = "watched by a hook, which is shown upstream's own values"
 

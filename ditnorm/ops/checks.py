@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
+from . import expect
 from .calls import NormScaleShift, QKCall, SandwichCall, ScaleResidual, SiteCall, modulations
 from .calls_backward import (
     NormScaleResidualBackward,
@@ -21,12 +22,10 @@ from .calls_backward import (
     ScaleResidualBackward,
     ScaleResidualNormScaleShiftBackward,
 )
-from .options import NORMS, ROUNDINGS
+from .expect import shape_of
+from .options import FLOATS_AND_DOUBLE, NORMS, ROUNDINGS
 from .reference import upcast
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-"""What the kernels take."""
-_FLOATS = (*FLOATS, torch.float64)
 DOUBLES = (torch.float64, torch.complex128)
 INDICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -40,17 +39,15 @@ def check(call: SiteCall) -> None:
     the message names the argument.
     """
     if not isinstance(call, ScaleResidual):
-        _option("norm", call.norm, NORMS)
-        if not isinstance(call.eps, (int, float)):
-            raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
-    _option("rounding", call.rounding, ROUNDINGS)
+        expect.option("norm", call.norm, NORMS)
+        expect.eps(call.eps)
+    expect.option("rounding", call.rounding, ROUNDINGS)
     tensors = {name: t for name, t in zip(call._fields, call, strict=True) if name not in ("norm", "eps", "rounding")}
     for name, t in tensors.items():
         if t is not None or name in ("x", "residual"):
-            _tensor(name, t, INDICES if name == "index" else _FLOATS)
+            expect.tensor(name, t, INDICES if name == "index" else FLOATS_AND_DOUBLE)
     x = call.x
-    if x.dim() not in (2, 3) or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(x)}")
+    expect.rows(x)
     if not isinstance(call, NormScaleShift):
         _residual(call.residual, x)
     if not isinstance(call, ScaleResidual):
@@ -69,13 +66,13 @@ def check(call: SiteCall) -> None:
             rows = _rows(name, m, x, batch, rows)
     if call.index is not None and rows is None:
         raise ValueError("index: given without a modulation to select rows of")
-    _devices(tensors, x, "x")
+    expect.devices(tensors, x, "x")
 
 
 def check_backward(call: NormScaleShiftBackward | ScaleResidualNormScaleShiftBackward | ScaleResidualBackward) -> None:
     """As :func:`check`, of an op that makes gradients."""
     check(call.site)
-    gradients_like(call.site.x, {"dy": getattr(call, "dy", None), "dr": call.dr})
+    expect.gradients({"dy": getattr(call, "dy", None), "dr": call.dr}, call.site.x)
     if not isinstance(call, NormScaleShiftBackward) and call.gate is None:
         raise ValueError("gate: missing; without one no other gradient is made")
 
@@ -83,24 +80,13 @@ def check_backward(call: NormScaleShiftBackward | ScaleResidualNormScaleShiftBac
 def check_backward_parts(call: NormScaleShiftBackwardParts) -> None:
     """As :func:`check`, of an op that makes gradients."""
     check(call.site)
-    gradients_like(call.x, {"dy": call.dy})
+    expect.gradients({"dy": call.dy}, call.x)
 
 
 def check_sandwich_backward(call: NormScaleResidualBackward) -> None:
     """As :func:`check`, of an op that makes gradients."""
     check_sandwich(call.forward)
-    gradients_like(call.x, {"dr": call.dr})
-
-
-def gradients_like(rows: Tensor, gradients: Mapping[str, Any]) -> None:
-    """Checks that gradients have the shape, the dtype and the device of what they are of."""
-    for name, gradient in gradients.items():
-        if gradient is None:
-            continue
-        _tensor(name, gradient, (rows.dtype,))
-        if gradient.shape != rows.shape:
-            raise ValueError(f"{name}: expected shape {_shape(rows)}, got {_shape(gradient)}")
-    _devices(gradients, rows, "its tensor")
+    expect.gradients({"dr": call.dr}, call.x)
 
 
 def unfused(call: SiteCall) -> str | None:
@@ -145,11 +131,10 @@ def check_sandwich(call: SandwichCall) -> None:
     """As :func:`check`."""
     check(call.site)
     if call.x_weight is not None:
-        _tensor("x_weight", call.x_weight, _FLOATS)
+        expect.tensor("x_weight", call.x_weight, FLOATS_AND_DOUBLE)
     _vector("x_weight", call.x_weight, call.x)
-    _devices({"x_weight": call.x_weight}, call.x, "x")
-    if not isinstance(call.eps, (int, float)):
-        raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
+    expect.devices({"x_weight": call.x_weight}, call.x, "x")
+    expect.eps(call.eps)
 
 
 def unfused_sandwich(call: SandwichCall) -> str | None:
@@ -222,21 +207,9 @@ def same_bits(got: Any, expected: Any) -> bool:
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
-def _option(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {value.dtype}")
-
-
 def _vector(name: str, value: Tensor | None, x: Tensor) -> None:
     if value is not None and value.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: expected shape [{x.shape[-1]}] (the last dim of x), got {_shape(value)}")
+        raise ValueError(f"{name}: expected shape [{x.shape[-1]}] (the last dim of x), got {shape_of(value)}")
 
 
 def _modulation(name: str, m: Tensor, x: Tensor, batch: int) -> None:
@@ -255,7 +228,7 @@ def _modulation(name: str, m: Tensor, x: Tensor, batch: int) -> None:
             fits = False
     if not fits:
         raise ValueError(
-            f"{name}: got {_shape(m)} for x {_shape(x)}; expected [{width}], [{per}, {width}] or [{per}, 1, {width}] (per sample), "
+            f"{name}: got {shape_of(m)} for x {shape_of(x)}; expected [{width}], [{per}, {width}] or [{per}, 1, {width}] (per sample), "
             f"[{per}, {tokens}, {width}] (per token) or [{per}, F, 1, {width}] (per frame, F dividing {tokens})"
         )
 
@@ -271,14 +244,14 @@ def _index(index: Tensor | None, x: Tensor, batch: int) -> None:
     tokens = x.shape[-2]
     if index.dim() not in (1, 2) or index.shape[-1] != tokens or (index.dim() == 2 and not _one_or(batch, index.shape[0])):
         per = "1" if batch == 1 else f"{batch} or 1"
-        raise ValueError(f"index: expected shape [{tokens}] or [{per}, {tokens}] for x {_shape(x)}, got {_shape(index)}")
+        raise ValueError(f"index: expected shape [{tokens}] or [{per}, {tokens}] for x {shape_of(x)}, got {shape_of(index)}")
 
 
 def _rows(name: str, m: Tensor, x: Tensor, batch: int, rows: int | None) -> int:
     """Checks a modulation that ``index`` selects from and returns its number of rows, M."""
     width = x.shape[-1]
     if m.dim() not in (2, 3) or m.shape[-1] != width or m.shape[-2] < 1 or (m.dim() == 3 and not _one_or(batch, m.shape[0])):
-        raise ValueError(f"{name}: with index expected rows [M, {width}] or [{batch} or 1, M, {width}], got {_shape(m)}")
+        raise ValueError(f"{name}: with index expected rows [M, {width}] or [{batch} or 1, M, {width}], got {shape_of(m)}")
     if rows is not None and m.shape[-2] != rows:
         raise ValueError(f"{name}: with index every modulation has the same number of rows; got {m.shape[-2]} after {rows}")
     return m.shape[-2]
@@ -287,16 +260,6 @@ def _rows(name: str, m: Tensor, x: Tensor, batch: int, rows: int | None) -> int:
 def _residual(residual: Tensor, x: Tensor) -> None:
     broadcasts = residual.dim() == 3 and x.dim() == 3 and 1 in (residual.shape[0], x.shape[0])
     if residual.shape != x.shape and not (broadcasts and residual.shape[1:] == x.shape[1:]):
-        raise ValueError(f"residual: expected the shape of x, {_shape(x)}, or another batch where one of them is 1, got {_shape(residual)}")
-
-
-def _devices(tensors: Mapping[str, Any], first: Tensor, of: str) -> None:
-    # Without this, one meta tensor sends a CPU call to the fake kernel.
-    # What that returns is uninitialised memory.
-    for name, t in tensors.items():
-        if isinstance(t, Tensor) and t.device != first.device:
-            raise ValueError(f"{name}: expected the device of {of}, {first.device}, got {t.device}")
-
-
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
+        raise ValueError(
+            f"residual: expected the shape of x, {shape_of(x)}, or another batch where one of them is 1, got {shape_of(residual)}"
+        )

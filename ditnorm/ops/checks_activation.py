@@ -6,39 +6,39 @@ from typing import Any
 
 from torch import Tensor
 
+from . import expect
 from .calls import ActivationCall
 from .calls_backward import SwiGLUBackward
-from .checks import _FLOATS, FLOATS, _devices, _option, _shape, _tensor, gradients_like
-from .options import ROUNDINGS
+from .expect import shape_of
+from .options import FLOATS, FLOATS_AND_DOUBLE, ROUNDINGS
 
 
 def check(call: ActivationCall) -> None:
     """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices); the message
     names the argument.
     """
-    _option("rounding", call.rounding, ROUNDINGS)
+    expect.option("rounding", call.rounding, ROUNDINGS)
     tensors: dict[str, Any] = {name: t for name, t in zip(call._fields, call, strict=True) if name != "rounding"}
     for name, t in tensors.items():
         if t is not None or name != "beside":
-            _tensor(name, t, _FLOATS)
+            expect.tensor(name, t, FLOATS_AND_DOUBLE)
     x = call.x
-    if x.dim() not in (2, 3) or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(x)}")
+    expect.rows(x)
     for name, t in tensors.items():
         if t is None or t is x:
             continue
         if name == "value" and t.shape != x.shape:
-            raise ValueError(f"value: expected the shape of x, {_shape(x)}, got {_shape(t)}")
+            raise ValueError(f"value: expected the shape of x, {shape_of(x)}, got {shape_of(t)}")
         if t.dim() != x.dim() or t.shape[:-1] != x.shape[:-1]:
-            raise ValueError(f"{name}: expected the shape of x, {_shape(x)}, but for the last dim, got {_shape(t)}")
-    _devices(tensors, x, "x")
+            raise ValueError(f"{name}: expected the shape of x, {shape_of(x)}, but for the last dim, got {shape_of(t)}")
+    expect.devices(tensors, x, "x")
 
 
 def check_backward(call: SwiGLUBackward) -> None:
     """As :func:`check`, of the op that makes gradients."""
     check(call.forward)
-    _tensor("value", call.value, (call.x.dtype,))
-    gradients_like(call.x, {"dy": call.dy})
+    expect.tensor("value", call.value, (call.x.dtype,))
+    expect.gradients({"dy": call.dy}, call.x)
 
 
 def unfused(call: ActivationCall) -> str | None:

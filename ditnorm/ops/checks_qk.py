@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import expect
 from .calls import JointQKNormRope, QKCall, QKNormRope
 from .calls_backward import JointQKNormRopeBackward, QKNormRopeBackward
-from .checks import _FLOATS, _devices, _option, _shape, _tensor, in_double
-from .options import PAIRS, QK_NORMS, ROUNDINGS
+from .checks import in_double
+from .expect import shape_of
+from .options import FLOATS_AND_DOUBLE, PAIRS, QK_NORMS, ROUNDINGS
 from .reference_qk import token_count
 
 
@@ -27,7 +29,7 @@ def check(call: QKCall) -> None:
     if isinstance(call, QKNormRope):
         _key_rotary(call)
     named = {name.replace("cos", "rotary").replace("sin", "rotary"): t for name, t in zip(call._fields, call, strict=True) if t is not None}
-    _devices(named, call.query, "query")
+    expect.devices(named, call.query, "query")
 
 
 def check_backward(call: QKNormRopeBackward | JointQKNormRopeBackward) -> None:
@@ -36,16 +38,16 @@ def check_backward(call: QKNormRopeBackward | JointQKNormRopeBackward) -> None:
     for name, x in {"query": call.query, "key": call.key}.items():
         tokens = x.shape[1] + (call.encoder_query.shape[1] if isinstance(call, JointQKNormRopeBackward) else 0)
         gradient = getattr(call, f"d_{name}")
-        _tensor(f"d_{name}", gradient, (x.dtype,))
+        expect.tensor(f"d_{name}", gradient, (x.dtype,))
         shape = [x.shape[0], tokens, x.shape[-1] // call.head_dim, call.head_dim]
         if list(gradient.shape) != shape:
-            raise ValueError(f"d_{name}: expected shape {shape}, got {_shape(gradient)}")
-    _devices({"d_query": call.d_query, "d_key": call.d_key}, call.query, "query")
+            raise ValueError(f"d_{name}: expected shape {shape}, got {shape_of(gradient)}")
+    expect.devices({"d_query": call.d_query, "d_key": call.d_key}, call.query, "query")
 
 
 def _key_rotary(call: QKNormRope) -> None:
     """Checks the key's own tables, and how tables of either go with ``pairs``."""
-    _option("pairs", call.pairs, PAIRS)
+    expect.option("pairs", call.pairs, PAIRS)
     if call.key_cos is not None:
         if call.cos is None:
             raise ValueError("key_rotary: given without rotary")
@@ -54,7 +56,7 @@ def _key_rotary(call: QKNormRope) -> None:
         return
     for name, cos in {"rotary": call.cos, "key_rotary": call.key_cos}.items():
         if cos is not None and (cos.is_complex() or cos.shape[-1] != call.head_dim // 2):
-            raise ValueError(f'{name}: with pairs="halves" expected (cos, sin) of width {call.head_dim // 2}, got {_shape(cos)}')
+            raise ValueError(f'{name}: with pairs="halves" expected (cos, sin) of width {call.head_dim // 2}, got {shape_of(cos)}')
 
 
 def unfused(call: QKCall) -> str | None:
@@ -96,7 +98,8 @@ def _joined(call: JointQKNormRope, prefix: str, streams: dict[str, Tensor]) -> N
         width = call.query.shape[-1] if prefix == "" else getattr(call, name).shape[-1]
         if x.shape[1] != streams["query"].shape[1] or x.shape[-1] != width:
             raise ValueError(
-                f"{prefix}{name}: expected the tokens of {prefix}query {_shape(streams['query'])} and one width for all, got {_shape(x)}"
+                f"{prefix}{name}: expected the tokens of {prefix}query {shape_of(streams['query'])} and one width for all, "
+                f"got {shape_of(x)}"
             )
 
 
@@ -110,12 +113,11 @@ def tables(rotary: Any, name: str = "rotary") -> tuple[Tensor, Tensor]:
 
 def _options(call: QKCall) -> None:
     head_dim = call.head_dim
-    _option("norm", call.norm, QK_NORMS)
-    _option("rounding", call.rounding, ROUNDINGS)
+    expect.option("norm", call.norm, QK_NORMS)
+    expect.option("rounding", call.rounding, ROUNDINGS)
     if isinstance(head_dim, bool) or not isinstance(head_dim, (int, torch.SymInt)):
         raise TypeError(f"head_dim: expected an int, got {type(head_dim).__name__}")
-    if not isinstance(call.eps, (int, float)):
-        raise TypeError(f"eps: expected a float, got {type(call.eps).__name__}")
+    expect.eps(call.eps)
     if head_dim < 1:
         raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
 
@@ -124,18 +126,18 @@ def _stream(call: QKCall, prefix: str, streams: dict[str, Tensor]) -> None:
     """Checks one stream's tensors against ``query``, the op's first argument."""
     query, head_dim = call.query, call.head_dim
     for name, x in streams.items():
-        _tensor(f"{prefix}{name}", x, _FLOATS)
+        expect.tensor(f"{prefix}{name}", x, FLOATS_AND_DOUBLE)
         if x.dim() != 3 or x.shape[-1] < 1 or x.shape[-1] % head_dim != 0:
-            raise ValueError(f"{prefix}{name}: expected shape [B, S, H * {head_dim}] (head_dim {head_dim}), got {_shape(x)}")
+            raise ValueError(f"{prefix}{name}: expected shape [B, S, H * {head_dim}] (head_dim {head_dim}), got {shape_of(x)}")
         if x.shape[0] != query.shape[0]:
-            raise ValueError(f"{prefix}{name}: expected the batch of query, {query.shape[0]}, got {_shape(x)}")
+            raise ValueError(f"{prefix}{name}: expected the batch of query, {query.shape[0]}, got {shape_of(x)}")
         weight = getattr(call, f"{prefix}{name}_weight", None)  # a value has none
         if weight is None:
             continue
-        _tensor(f"{prefix}{name}_weight", weight, _FLOATS)
+        expect.tensor(f"{prefix}{name}_weight", weight, FLOATS_AND_DOUBLE)
         if tuple(weight.shape) not in ((head_dim,), (x.shape[-1],)):
             raise ValueError(
-                f"{prefix}{name}_weight: expected shape [{head_dim}] (per head) or [{x.shape[-1]}] (across heads), got {_shape(weight)}"
+                f"{prefix}{name}_weight: expected shape [{head_dim}] (per head) or [{x.shape[-1]}] (across heads), got {shape_of(weight)}"
             )
     cos, sin = getattr(call, f"{prefix}cos"), getattr(call, f"{prefix}sin")
     if cos is not None:
@@ -148,19 +150,19 @@ def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Te
     """``tokens``, ``width``: of the rows that are rotated, None where they are of several."""
     if head_dim % 2 != 0:
         raise ValueError(f"head_dim: expected an even number with {name}, got {head_dim}")
-    _tensor(name, cos, (torch.complex64, torch.complex128) if sin is None and cos.is_complex() else _FLOATS)
+    expect.tensor(name, cos, (torch.complex64, torch.complex128) if sin is None and cos.is_complex() else FLOATS_AND_DOUBLE)
     if sin is None and not cos.is_complex():
         raise TypeError(f"{name}: expected a complex Tensor or a pair (cos, sin), got a Tensor of {cos.dtype}")
     if sin is not None:
-        _tensor(name, sin, _FLOATS)
+        expect.tensor(name, sin, FLOATS_AND_DOUBLE)
         if sin.shape != cos.shape or sin.dtype is not cos.dtype:
-            raise ValueError(f"{name}: expected cos and sin alike, got {_shape(cos)} of {cos.dtype} and {_shape(sin)} of {sin.dtype}")
+            raise ValueError(f"{name}: expected cos and sin alike, got {shape_of(cos)} of {cos.dtype} and {shape_of(sin)} of {sin.dtype}")
     widths = (head_dim // 2,) if sin is None else (head_dim // 2, head_dim)
     heads = "1" if width is None else f"1 or {width // head_dim}"
     of_heads = cos.dim() != 4 or cos.shape[2] == 1 or (width is not None and cos.shape[2] == width // head_dim)
     batch = cos.dim() == 2 or (cos.dim() in (3, 4) and cos.shape[0] in (1, query.shape[0]))
     if not (of_heads and batch and cos.shape[-1] in widths and token_count(cos) <= tokens):
         raise ValueError(
-            f"{name}: got {_shape(cos)}; expected [S, n], [{query.shape[0]} or 1, S, n] or [{query.shape[0]} or 1, S, {heads}, n] with "
+            f"{name}: got {shape_of(cos)}; expected [S, n], [{query.shape[0]} or 1, S, n] or [{query.shape[0]} or 1, S, {heads}, n] with "
             f"S at most {tokens} and n {' or '.join(map(str, widths))}"
         )

@@ -5,10 +5,10 @@
 import torch
 from torch import Tensor
 
-from . import checks, checks_activation
+from . import checks, checks_activation, expect
 from .calls_quantize import DequantizeProduct, Quantize, QuantizedActivationCall, QuantizedSiteCall
-from .checks import FLOATS, _devices, _shape, _tensor
-from .options import HALVES
+from .expect import shape_of
+from .options import FLOATS, HALVES
 from .quantization import LAWS, Law
 
 _FLOAT8_CAPABILITY = (8, 9)
@@ -18,9 +18,8 @@ def check(call: Quantize) -> None:
     """Raises ``TypeError`` (kinds and dtypes) or ``ValueError`` (shapes, devices); the message
     names the argument.
     """
-    _tensor("x", call.x, FLOATS)
-    if call.x.dim() not in (2, 3) or call.x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape [B, S, D] or [S, D] with D >= 1, got {_shape(call.x)}")
+    expect.tensor("x", call.x, FLOATS)
+    expect.rows(call.x)
     check_law(call.law, call.x)
 
 
@@ -56,7 +55,7 @@ def check_law(law: Law, x: Tensor) -> None:
     if law not in LAWS:
         raise ValueError(f"law: expected one of {', '.join(map(str, LAWS))}, got {law!r}")
     if not law.per_row and x.numel() == 0:
-        raise ValueError(f"x: {law} needs the largest value of all, got {_shape(x)}")
+        raise ValueError(f"x: {law} needs the largest value of all, got {shape_of(x)}")
     if law.dtype is torch.float8_e4m3fn and x.is_cuda:
         capability = torch.cuda.get_device_capability(x.device)
         if capability < _FLOAT8_CAPABILITY:
@@ -65,9 +64,9 @@ def check_law(law: Law, x: Tensor) -> None:
 
 def check_product(call: DequantizeProduct) -> None:
     """As :func:`check`."""
-    _tensor("product", call.product, (torch.int32,))
+    expect.tensor("product", call.product, (torch.int32,))
     if call.product.dim() != 2 or call.product.shape[1] % 4:
-        raise ValueError(f"product: expected shape [rows, N], N a multiple of 4, got {_shape(call.product)}")
+        raise ValueError(f"product: expected shape [rows, N], N a multiple of 4, got {shape_of(call.product)}")
     rows, width = call.product.shape
     if call.dtype not in HALVES:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, HALVES))}, got {call.dtype}")
@@ -77,13 +76,13 @@ def check_product(call: DequantizeProduct) -> None:
         ("bias", call.bias, width, call.dtype),
     ):
         if t is not None:
-            _tensor(name, t, (dtype,))
+            expect.tensor(name, t, (dtype,))
             if t.numel() != count:
-                raise ValueError(f"{name}: expected {count} values, got {_shape(t)}")
+                raise ValueError(f"{name}: expected {count} values, got {shape_of(t)}")
     for name, t in (("product", call.product), ("scale", call.scale), ("weight_scale", call.weight_scale), ("bias", call.bias)):
         if t is not None and not t.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous Tensor")
-    _devices(dict(zip(call._fields, call, strict=True)), call.product, "product")
+            raise ValueError(f"{name}: expected a contiguous Tensor, got strides {list(t.stride())}")
+    expect.devices(dict(zip(call._fields, call, strict=True)), call.product, "product")
 
 
 def like_quantized(x: Tensor, law: Law) -> tuple[Tensor, Tensor]:

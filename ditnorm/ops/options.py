@@ -25,6 +25,11 @@ machine code of 2.10 and 2.11 for compute capability 9.0).
 ROUNDINGS = ("single", "eager")
 HALVES = (torch.float16, torch.bfloat16)
 
+FLOATS = (torch.float32, *HALVES)
+"""The dtypes that the kernels take."""
+FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
+"""The dtypes that the ops take."""
+
 Norm = Annotated[str, NORMS]
 QKNorm = Annotated[str, QK_NORMS]
 Pairs = Annotated[str, PAIRS]

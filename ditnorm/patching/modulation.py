@@ -15,6 +15,7 @@ from ..fused.modulation.embedding import RowEmbedding
 from ..fused.modulation.modulating import ModulationSequential, Precomputed
 from ..fused.modulation.streaming import GROUP_OFFLOADED, send_home, spread
 from ..fused.modulation.table import ModulationTable
+from ..fused.module import upstream_of
 from ..models import MODULATED, NOTHING_TO_GAIN
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
@@ -23,7 +24,7 @@ from . import verification
 from .patch import patch_model
 from .restoring import restore
 from .targets import modules_of, targets
-from .units import Unit, _untouchable, upstream_of
+from .units import Unit, untouchable
 
 T = TypeVar("T")
 
@@ -78,7 +79,8 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
         >>> transformer = ditnorm.unpatch_model(transformer)
     """
     if timesteps is not None and not (isinstance(timesteps, Tensor) and timesteps.ndim == 1):
-        raise TypeError("timesteps: expected a 1-D tensor, as the model is given them one at a time")
+        got = f"shape {list(timesteps.shape)}" if isinstance(timesteps, Tensor) else type(timesteps).__name__
+        raise TypeError(f"timesteps: expected a 1-D Tensor, as the model is given them one at a time, got {got}")
     models = modules_of(target)
     found = targets(models)
     plans = [plan for name, (model, units) in found.items() for plan in _plans(name, model, units)]
@@ -152,7 +154,7 @@ def _obstacle(plan: Plan) -> str | None:
             return f"{name} can't be fused: {unit.refusal}"
     if plan.facts.changed_by is not None and hasattr(plan.model, plan.facts.changed_by):
         return f"it adds what its {plan.facts.changed_by} makes to the embedding of the timestep"
-    reason = _untouchable(plan.embedding)
+    reason = untouchable(plan.embedding)
     if reason is not None:
         return f"{plan.facts.embedding}: {reason}"
     if plan.embedding._forward_hooks:

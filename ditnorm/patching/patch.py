@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from .. import kernels
+from ..fused.module import upstream_of
 from ..ops.options import ROUNDINGS
 from ..swapping import generated
 from ..swapping.hook_chains import Untraceable, captured, set_class
 from . import verification
 from .restoring import restore
 from .targets import Targets, components, listed, single, targets
-from .units import Unit, generated_by_others, upstream_of
+from .units import Unit, generated_by_others
 
 P = TypeVar("P")
 M = TypeVar("M", bound=nn.Module)

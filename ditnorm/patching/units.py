@@ -12,8 +12,7 @@ from torch import nn
 
 from ..fused.activation_sites import Activation
 from ..fused.block import FusedBlock, FusedUnit
-from ..fused.module import FusedModule
-from ..fused.module import upstream_of as upstream_of
+from ..fused.module import FusedModule, upstream_of
 from ..fused.sites import FusedCall
 from ..models import body_for, near_miss
 from ..swapping import generated
@@ -209,7 +208,7 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
     where it is optional.
     """
     upstream = upstream_of(type(module))
-    reason = _untouchable(module)
+    reason = untouchable(module)
     if reason is None and issubclass(body, FusedModule):
         reason = body.unsupported(module) if body.knows(upstream) else body.unknown(upstream)
         inlined = next((name for name in body.fingerprints if name in vars(module) and name != "forward"), None)
@@ -222,7 +221,7 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
     for part in body.parts(module) if issubclass(body, FusedModule) else ():
         inside = _join(path, part.path)
         if part.body is None:
-            raise _Refused(inside, _untouchable(part.module) or str(part.reason))
+            raise _Refused(inside, untouchable(part.module) or str(part.reason))
         if not (issubclass(part.body, FusedModule) and part.body.optional):
             yield from _swaps(unit, inside, part.module, part.body)
             continue
@@ -234,7 +233,7 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
                 unit.unfused.append(Unfused(_join(unit.name, inside), *how))
 
 
-def _untouchable(module: nn.Module) -> str | None:
+def untouchable(module: nn.Module) -> str | None:
     """Why the class of ``module`` can't be changed, whatever it is."""
     try:
         captured(module)

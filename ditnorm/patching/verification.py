@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import kernels
 from ..fused.sites import FusedCall
-from ..ops import checks
+from ..ops.options import FLOATS
 from ..swapping.hook_chains import group_offloading
 from .targets import modules_of, targets
 from .units import Unit
@@ -129,7 +129,7 @@ def stream_dtype(model: nn.Module) -> torch.dtype | None:
     quantised or cast layer by layer.
     """
     dtype = getattr(model, "dtype", None) or next((p.dtype for p in model.parameters()), None)
-    return dtype if dtype in checks.FLOATS else None
+    return dtype if dtype in FLOATS else None
 
 
 def _compare_counted(site: FusedCall, device: torch.device) -> bool:
