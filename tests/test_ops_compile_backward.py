@@ -13,12 +13,27 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from ditnorm.functional import joint_qk_norm_rope, qk_norm_rope
+from ditnorm.functional import (
+    gelu,
+    joint_qk_norm_rope,
+    norm_scale_residual,
+    norm_scale_residual_norm_scale_shift,
+    norm_scale_shift,
+    qk_norm_rope,
+    swiglu,
+)
 from ditnorm.ops.autograd import GRADIENTS
 
 pytestmark = compiled_only
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {**OPS, "qk_norm_rope": qk_norm_rope, "joint_qk_norm_rope": joint_qk_norm_rope}
+SANDWICHES = {function.__name__: function for function in (norm_scale_residual, norm_scale_residual_norm_scale_shift)}
+ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu}
+HEADS = {"qk_norm_rope": qk_norm_rope, "joint_qk_norm_rope": joint_qk_norm_rope}
+FUNCTIONS: dict[str, Callable[..., Any]] = {**OPS, **HEADS, **SANDWICHES, **ACTIVATIONS}
+BACKWARD = {op: f"ditnorm.{op}_backward.default" for op in FUNCTIONS} | {
+    "norm_scale_residual_norm_scale_shift": "ditnorm.norm_scale_residual_backward.default",
+    "gelu": "aten.gelu_backward.default",
+}
 WIDTH, HEAD = 64, 32
 
 
@@ -29,6 +44,11 @@ def arguments(op: str, tokens: int = 6) -> dict[str, Any]:
     if op in OPS:
         call: dict[str, Any] = {name: rows() for name in ("residual", "x")[op == "norm_scale_shift" :]}
         return call | {name: modulation("chunk", Shape(2, tokens, WIDTH), torch.bfloat16) for name in MODULATIONS[op]}
+    if op in ACTIVATIONS:
+        return {name: rows() for name in ("x", "value", "beside") if name != "value" or op == "swiglu"}
+    if op in SANDWICHES:
+        gate = modulation("chunk", Shape(2, tokens, WIDTH), torch.bfloat16)
+        return {"residual": rows(), "x": rows(), "x_weight": torch.randn(WIDTH, device=DEVICE).bfloat16(), "gate": gate}
     weight, names = torch.randn(HEAD, device=DEVICE).bfloat16(), ("query", "key", "value")[: 2 if op == "qk_norm_rope" else 3]
     call = {name: rows() for name in names} | {"query_weight": weight, "key_weight": weight, "head_dim": HEAD, "eps": EPS}
     call |= {"norm": "diffusers_rms", "rotary": torch.randn(tokens, HEAD // 2, dtype=torch.complex64, device=DEVICE)}
@@ -70,8 +90,22 @@ def test_the_ops_of_eager_training_are_compiled_with_its_bits(op: str, rounding:
     assert bits_equal(outputs_and_gradients(compiled, call), outputs_and_gradients(FUNCTIONS[op], call))
     forward, backward = graphs
     assert f"ditnorm.{op}.default" in forward
-    assert f"ditnorm.{op}_backward.default" in backward
+    assert BACKWARD[op] in backward
     assert not [node for node in (*forward, *backward) if "norm" in node and not node.startswith("ditnorm.")]
+
+
+def test_a_stream_that_goes_on_is_compiled_with_the_sum_of_eager_training() -> None:
+    """Of diffusers' ``RMSNorm``, two of whose gradients are added one after the other."""
+
+    def site(x: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_scale_shift(x, norm="diffusers_rms", eps=EPS, rounding="eager"), x * 2
+
+    torch._dynamo.reset()
+    graphs: list[list[str]] = []
+    call = {"x": arguments("gelu")["x"]}
+    got = outputs_and_gradients(torch.compile(site, backend=seen_by(graphs), fullgraph=True), call)
+    assert bits_equal(got, outputs_and_gradients(site, call))
+    assert "ditnorm.norm_scale_shift_backward_parts.default" in graphs[1]
 
 
 @pytest.mark.parametrize("op", GRADIENTS)
