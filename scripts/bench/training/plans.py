@@ -15,6 +15,8 @@ MODELS: Mapping[str, Mapping[str, int]] = {
     "wan2.1-1.3b": {"num_layers": 6},
     "hunyuan-video-480p": {"num_layers": 2, "num_single_layers": 4},
     "flux.1-dev": {"num_layers": 4, "num_single_layers": 8},
+    "flux.2-klein-4b": {"num_layers": 3, "num_single_layers": 9},
+    "z-image-turbo": {"n_layers": 8, "n_refiner_layers": 1},
 }
 """Names of the catalogue, and so many layers that training all weights fits an 80 GB GPU."""
 
