@@ -16,13 +16,14 @@ namespace ditnorm {
 __device__ __forceinline__ const Modulation& factor_of(const Problem& p) { return p.norms_x ? p.gate : p.scale; }
 __device__ __forceinline__ const Vector& weight_of(const Problem& p) { return p.norms_x ? p.x_weight : p.weight; }
 
+// Of each column v and dn side by side, for a thread to load both at once.
 struct GradientExchange {
-  Pack<T, N> row[kTiles * kMeanThreads], dn[kTiles * kMeanThreads];
+  Pack<T, 2 * N> row[kTiles * kMeanThreads];
   Pack<float, kPlaces> squares[32], dots[32];
 };
 
 template <bool ROUND>
-__global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backward_kernel(const SiteBackward b) {
+__global__ void __launch_bounds__(kMeanThreads, ROUND ? 6 : 4) mean_norm_backward_kernel(const SiteBackward b) {
   __shared__ GradientExchange exchange;
   const Problem& p = b.site;
   const Place place(p);
@@ -40,7 +41,6 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backwar
   ask_rows(d, b.dy);
   place.ask(factor, factor_of(p), at, p.index, p.norms_x ? kNoGate : kNoScale);
   place.ask(weight, weight_of(p), kNoWeight);
-  if (carried) ask_rows(dr, b.dr);
 
   // dn of one access: rounded, in the place of d; or not, whenever it is needed.
   const auto dn_of = [&](auto& dn, auto i) {
@@ -53,32 +53,31 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 5 : 4) mean_norm_backwar
   };
   float dot = 0.0f;
   place.each([&](auto i) {
-    if (!place.inside(i)) {
-      exchange.row[thread + i * kMeanThreads] = exchange.dn[thread + i * kMeanThreads] = filled<T, N>(0.0f);
-      return;
-    }
+    Pack<T, 2 * N> both;
+    const bool inside = place.inside(i);
     if constexpr (ROUND) {
       d[i] = multiply_rounded(multiply_rounded(d[i], p.norms_x ? factor[i] : one_plus(factor[i])), weight[i]);
-      exchange.dn[thread + i * kMeanThreads] = d[i];
-    } else {
+    } else if (inside) {
       float dn[N], values[N];
       dn_of(dn, i);
       to_floats(values, v[i]);
 #pragma unroll
       for (int j = 0; j < N; ++j) dot = __fmaf_rn(dn[j], values[j], dot);
     }
-    exchange.row[thread + i * kMeanThreads] = v[i];
+#pragma unroll
+    for (int j = 0; j < N; ++j) both.v[2 * j] = v[i].v[j], both.v[2 * j + 1] = d[i].v[j];
+    exchange.row[thread + i * kMeanThreads] = inside ? both : filled<T, 2 * N>(0.0f);
   });
+  if (carried) ask_rows(dr, b.dr);
   __syncthreads();
-  const T *const row = exchange.row->v + thread, *const dn_row = exchange.dn->v + thread;
+  const Pair<T>* const own = reinterpret_cast<const Pair<T>*>(exchange.row) + thread;
   float square = 0.0f;
   place.each([&](auto i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {  // the products of half-precision numbers are exact
-      const int offset = i * kStep + j * kMeanThreads;
-      const float value = to_float(row[offset]);
-      square = __fmaf_rn(value, value, square);
-      if constexpr (ROUND) dot = __fmaf_rn(to_float(dn_row[offset]), value, dot);
+      const float2 both = __bfloat1622float2(own[i * kStep + j * kMeanThreads]);
+      square = __fmaf_rn(both.x, both.x, square);
+      if constexpr (ROUND) dot = __fmaf_rn(both.y, both.x, dot);
     }
   });
   exchange.squares[thread / kPlaces].v[thread % kPlaces] = square;
