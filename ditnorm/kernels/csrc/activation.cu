@@ -88,17 +88,33 @@ __global__ void __launch_bounds__(kMostRowThreads) swiglu_backward_kernel(const 
   const auto packed = load_row<Cache::normal, T, N>(row_of<T>(p.x, batch, token) + column);
   const auto packed_value = load_row<Cache::normal, T, N>(row_of<T>(p.value, batch, token) + column);
   const auto packed_d = load_row<Cache::normal, T, N>(row_of<T>(p.dy, batch, token) + column);
-  float x[N], value[N], d[N];
+  float x[N], results[N], d[N];
   to_floats(x, packed);
-  to_floats(value, packed_value);
-  to_floats(d, packed_d);
+  auto d_value = packed_d;
+  if (p.round_each) {
+    to_floats(d, multiply_rounded(packed_d, packed_value));
+  } else {
+    float value[N];
+    to_floats(d, packed_d);
+    to_floats(value, packed_value);
+#pragma unroll
+    for (int j = 0; j < N; ++j) d[j] = __fmul_rn(d[j], value[j]);
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const SwigluGradient gradient = swiglu_gradient<T>(d[j], x[j], value[j], p.round_each);
-    x[j] = gradient.of_x, value[j] = gradient.of_value;
+    const Silu silu(x[j]);
+    x[j] = silu.gradient(d[j]), results[j] = silu.result;
+  }
+  if (p.round_each) {
+    d_value = multiply_rounded(packed_d, from_floats<T, N>(results));
+  } else {
+    to_floats(d, packed_d);
+#pragma unroll
+    for (int j = 0; j < N; ++j) results[j] = __fmul_rn(d[j], results[j]);
+    d_value = from_floats<T, N>(results);
   }
   store_row<Cache::normal>(static_cast<T*>(p.y) + out, from_floats<T, N>(x));
-  store_row<Cache::normal>(static_cast<T*>(p.d_value) + out, from_floats<T, N>(value));
+  store_row<Cache::normal>(static_cast<T*>(p.d_value) + out, d_value);
 }
 
 // As any_activation_kernel.
@@ -110,9 +126,11 @@ __global__ void __launch_bounds__(kActivationThreads, 4) any_swiglu_backward_ker
 #pragma unroll 1
     for (int64_t column = threadIdx.x; column < p.width; column += kActivationThreads) {
       const auto at = [&](const Rows& rows) { return to_float(row_of<T>(rows, batch, token)[column]); };
-      const SwigluGradient gradient = swiglu_gradient<T>(at(p.dy), at(p.x), at(p.value), p.round_each);
-      static_cast<T*>(p.y)[row * p.width + column] = from_float<T>(gradient.of_x);
-      static_cast<T*>(p.d_value)[row * p.width + column] = from_float<T>(gradient.of_value);
+      const auto rounded = [&](float v) { return p.round_each ? round_to<T>(v) : v; };
+      const Silu silu(at(p.x));
+      const float d = at(p.dy);
+      static_cast<T*>(p.y)[row * p.width + column] = from_float<T>(silu.gradient(rounded(__fmul_rn(d, at(p.value)))));
+      static_cast<T*>(p.d_value)[row * p.width + column] = from_float<T>(__fmul_rn(d, rounded(silu.result)));
     }
   }
 }

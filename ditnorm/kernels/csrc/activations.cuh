@@ -15,7 +15,22 @@ __device__ __forceinline__ float gelu(float x) {
   return __fmul_rn(__fmul_rn(0.5f, x), __fadd_rn(1.0f, tanhf(inner)));
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0f, expf(-x))); }
+// silu(x), and what its gradient takes, as ATen computes both.
+struct Silu {
+  float x, sigmoid, result;
+  __device__ __forceinline__ explicit Silu(float x) : x(x) {
+    const float divisor = __fadd_rn(1.0f, expf(-x));
+    sigmoid = __frcp_rn(divisor);
+    result = __fdiv_rn(x, divisor);
+  }
+
+  // d: that of the result.
+  __device__ __forceinline__ float gradient(float d) const {
+    return __fmul_rn(__fmul_rn(d, sigmoid), __fmaf_rn(x, __fsub_rn(1.0f, sigmoid), 1.0f));
+  }
+};
+
+__device__ __forceinline__ float silu(float x) { return Silu(x).result; }
 
 // What __fdiv_rn computes where neither d nor the quotient is out of the common, without the branch
 // behind which it looks for that. d > 0. (x is subtracted so that -0 stays what it is.)
@@ -52,19 +67,6 @@ template <class T>
 __device__ __forceinline__ float swiglu(float x, float value, bool rounded) {
   const float gate = silu(x);
   return __fmul_rn(rounded ? round_to<T>(gate) : gate, value);
-}
-
-// The gradients of swiglu, given d, that of its result.
-struct SwigluGradient {
-  float of_x, of_value;
-};
-
-template <class T>
-__device__ __forceinline__ SwigluGradient swiglu_gradient(float d, float x, float value, bool rounded) {
-  const float divisor = __fadd_rn(1.0f, expf(-x)), sigmoid = __frcp_rn(divisor), gate = __fdiv_rn(x, divisor);
-  const float d_gate = __fmul_rn(d, value);
-  const float slope = __fmaf_rn(x, __fsub_rn(1.0f, sigmoid), 1.0f);
-  return {__fmul_rn(__fmul_rn(rounded ? round_to<T>(d_gate) : d_gate, sigmoid), slope), __fmul_rn(d, rounded ? round_to<T>(gate) : gate)};
 }
 
 }  // namespace ditnorm
