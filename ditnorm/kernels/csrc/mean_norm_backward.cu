@@ -23,7 +23,7 @@ struct GradientExchange {
 };
 
 template <bool ROUND>
-__global__ void __launch_bounds__(kMeanThreads, ROUND ? 6 : 4) mean_norm_backward_kernel(const SiteBackward b) {
+__global__ void __launch_bounds__(kMeanThreads, 8) mean_norm_backward_kernel(const SiteBackward b) {
   __shared__ GradientExchange exchange;
   const Problem& p = b.site;
   const Place place(p);
@@ -36,46 +36,52 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 6 : 4) mean_norm_backwar
     place.ask(columns, rows.data != nullptr, 0.0f, [&](int offset) { return load_row<Cache::normal, T, N>(source + offset); });
   };
   const bool carried = b.dr.data != nullptr, branched = b.d_branch != nullptr;
-  Columns v, d, dr, factor, weight;
+  Columns v, d, dr;
   ask_rows(v, p.x);
   ask_rows(d, b.dy);
-  place.ask(factor, factor_of(p), at, p.index, p.norms_x ? kNoGate : kNoScale);
-  place.ask(weight, weight_of(p), kNoWeight);
+  const Modulation& m = factor_of(p);
+  const ModulationRow<T, N> factor(m, at, p.index, place.first), gate(p.gate, at, p.index, place.first);
+  const Vector& w = weight_of(p);
+  const T* const weight = advance<T>(w.data, place.first);
+  const auto factor_at = [&](int i) { return m.data == nullptr ? filled<T, N>(p.norms_x ? kNoGate : kNoScale) : factor.load(i * kStep); };
+  const auto weight_at = [&](int i) { return w.data == nullptr ? filled<T, N>(kNoWeight) : load_pack<T, N>(weight + i * kStep); };
 
-  // dn of one access: rounded, in the place of d; or not, whenever it is needed.
-  const auto dn_of = [&](auto& dn, auto i) {
+  // dn of one access, not rounded.
+  const auto dn_of = [&](auto& dn, const Pack<T, N>& dy, int i) {
     float factors[N], weights[N];
-    to_floats(dn, d[i]);
-    to_floats(factors, factor[i]);
-    to_floats(weights, weight[i]);
+    to_floats(dn, dy);
+    to_floats(factors, factor_at(i));
+    to_floats(weights, weight_at(i));
 #pragma unroll
     for (int j = 0; j < N; ++j) dn[j] = __fmul_rn(__fmul_rn(dn[j], p.norms_x ? factors[j] : __fadd_rn(1.0f, factors[j])), weights[j]);
   };
   float dot = 0.0f;
   place.each([&](auto i) {
-    Pack<T, 2 * N> both;
-    const bool inside = place.inside(i);
-    if constexpr (ROUND) {
-      d[i] = multiply_rounded(multiply_rounded(d[i], p.norms_x ? factor[i] : one_plus(factor[i])), weight[i]);
-    } else if (inside) {
-      float dn[N], values[N];
-      dn_of(dn, i);
-      to_floats(values, v[i]);
+    auto both = filled<T, 2 * N>(0.0f);
+    if (place.inside(i)) {
+      if constexpr (ROUND) {
+        const auto factors = factor_at(i);
+        d[i] = multiply_rounded(multiply_rounded(d[i], p.norms_x ? factors : one_plus(factors)), weight_at(i));
+      } else {
+        float dn[N], values[N];
+        dn_of(dn, d[i], i);
+        to_floats(values, v[i]);
 #pragma unroll
-      for (int j = 0; j < N; ++j) dot = __fmaf_rn(dn[j], values[j], dot);
+        for (int j = 0; j < N; ++j) dot = __fmaf_rn(dn[j], values[j], dot);
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j) both.v[2 * j] = v[i].v[j], both.v[2 * j + 1] = d[i].v[j];
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j) both.v[2 * j] = v[i].v[j], both.v[2 * j + 1] = d[i].v[j];
-    exchange.row[thread + i * kMeanThreads] = inside ? both : filled<T, 2 * N>(0.0f);
+    exchange.row[thread + i * kMeanThreads] = both;
   });
   if (carried) ask_rows(dr, b.dr);
   __syncthreads();
-  const Pair<T>* const own = reinterpret_cast<const Pair<T>*>(exchange.row) + thread;
+  const Pair<T>* const column = reinterpret_cast<const Pair<T>*>(exchange.row) + thread;
   float square = 0.0f;
   place.each([&](auto i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {  // the products of half-precision numbers are exact
-      const float2 both = __bfloat1622float2(own[i * kStep + j * kMeanThreads]);
+      const float2 both = __bfloat1622float2(column[i * kStep + j * kMeanThreads]);
       square = __fmaf_rn(both.x, both.x, square);
       if constexpr (ROUND) dot = __fmaf_rn(both.y, both.x, dot);
     }
@@ -88,16 +94,19 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 6 : 4) mean_norm_backwar
 
   T* const d_row = static_cast<T*>(b.d_row) + target;
   T* const d_branch = static_cast<T*>(b.d_branch) + (branched ? target : 0);
-  const ModulationRow<T, N> gate(p.gate, at, p.index, place.first);
   place.each([&](auto i) {
     if (!place.inside(i)) return;
+    const auto both = exchange.row[thread + i * kMeanThreads];  // which costs fewer registers than to keep the two
+    Pack<T, N> values, gradients;
+#pragma unroll
+    for (int j = 0; j < N; ++j) values.v[j] = both.v[2 * j], gradients.v[j] = both.v[2 * j + 1];
     float direct[N], squared[N];
     if constexpr (ROUND) {
-      to_floats(direct, d[i]);
+      to_floats(direct, gradients);
     } else {
-      dn_of(direct, i);
+      dn_of(direct, gradients, i);
     }
-    to_floats(squared, v[i]);
+    to_floats(squared, values);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       direct[j] = of_row.direct<T, false>(direct[j]);
@@ -105,18 +114,18 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 6 : 4) mean_norm_backwar
     }
     if constexpr (ROUND) {
       const auto rounded = from_floats<T, N>(direct), other = from_floats<T, N>(squared);
-      d[i] = b.parted ? rounded : add(carried ? add(dr[i], rounded) : rounded, other);
+      values = b.parted ? rounded : add(carried ? add(dr[i], rounded) : rounded, other);
       if (b.parted) {
         store_row<Cache::normal>(d_branch + i * kStep, other);
       } else if (branched) {
-        store_row<Cache::normal>(d_branch + i * kStep, multiply_rounded(d[i], gate.load(i * kStep)));
+        store_row<Cache::normal>(d_branch + i * kStep, multiply_rounded(values, gate.load(i * kStep)));
       }
     } else {
       float factors[N];
       if (carried) to_floats(factors, dr[i]);
 #pragma unroll
       for (int j = 0; j < N; ++j) direct[j] = __fadd_rn(carried ? __fadd_rn(factors[j], direct[j]) : direct[j], squared[j]);
-      d[i] = from_floats<T, N>(direct);
+      values = from_floats<T, N>(direct);
       if (branched) {
         to_floats(factors, gate.load(i * kStep));
 #pragma unroll
@@ -124,7 +133,7 @@ __global__ void __launch_bounds__(kMeanThreads, ROUND ? 6 : 4) mean_norm_backwar
         store_row<Cache::normal>(d_branch + i * kStep, from_floats<T, N>(direct));
       }
     }
-    store_row<Cache::normal>(d_row + i * kStep, d[i]);
+    store_row<Cache::normal>(d_row + i * kStep, values);
   });
 }
 
