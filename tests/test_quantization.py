@@ -96,6 +96,23 @@ def test_the_op_follows_the_law(law: Law, dtype: torch.dtype, device: str) -> No
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_many_narrow_rows_follow_it_too(law: Law, dtype: torch.dtype, device: str) -> None:
+    """Several of them share a block."""
+    expected = quantization.quantize if kernels.path == "cuda" else as_on_a_gpu
+    for shape in ((2, 1029, 1536), (2050, 64), (3, 683, 2048), (2049, 1000)):
+        x = rows(shape, dtype)
+        x[..., 7, :] = 0
+        if law.per_row:
+            x[..., 9, 3], x[..., -1, 5], x[..., 11, :] = float("nan"), float("inf"), rows(shape[-1:], dtype, "any bits")
+        x = x.to(device)
+        assert equal(functional.quantize(x, law)[:2], expected(x, law)), shape
+    strided = rows((2053, 192), dtype).to(device)[:, 64:128]
+    assert equal(functional.quantize(strided, law)[:2], expected(strided, law))
+
+
+@pytest.mark.sanitize
 def test_every_quotient_is_rounded_once() -> None:
     """All bfloat16 numbers by many scales: the refined reciprocal gives what a division gives."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

@@ -17,32 +17,39 @@ __device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
   return bits;
 }
 
-// One block a row, which stays in registers. Left alone, ptxas spills one of the widest rows' for
-// an occupancy that it likes.
-template <class T, bool GELU, int ITEMS>
-__global__ void __launch_bounds__(kMaxQuantizeThreads, ITEMS == 8 ? 1 : 0) quantize_kernel(const QuantizeProblem p) {
+// A row stays in registers: those of a block, or where a block has several ROWS of a warp, which
+// waits for nobody. Left alone, ptxas spills one of the widest rows' for an occupancy that it likes.
+template <class T, bool GELU, int ITEMS, int ROWS = 1>
+__global__ void __launch_bounds__(ROWS > 1 ? ROWS * 32 : kMaxQuantizeThreads, ROWS == 1 && ITEMS == 8 ? 1 : 0)
+    quantize_kernel(const QuantizeProblem p) {
   constexpr int N = 16 / sizeof(T);
   __shared__ uint32_t exchange[kMaxWarps];
   constexpr auto kEach = std::make_integer_sequence<int, ITEMS>{};
-  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
+  constexpr bool kWarps = ROWS > 1;
+  const unsigned threads = kWarps ? 32 : blockDim.x, thread = kWarps ? threadIdx.x % 32 : threadIdx.x;
+  const int width = static_cast<int>(p.width), first = static_cast<int>(thread) * N, step = static_cast<int>(threads) * N;
   const auto inside = [&](int i) { return first + i * step < width; };
   wait_for_previous_kernel();
-  const int64_t token = blockIdx.x, batch = blockIdx.y, row = batch * p.tokens + token;
+  const int64_t token = kWarps ? static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / 32 : blockIdx.x;
+  if (kWarps && token >= p.tokens) return;
+  const int64_t batch = blockIdx.y, row = batch * p.tokens + token;
   const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + token * p.x.token_stride + first;
   Pack<T, N> v[ITEMS];
   each(kEach, [&](auto i) {
     if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * step);
   });
-  uint32_t bits = p.partials == nullptr ? 0 : amax_of_all(p);
+  const bool known = !kWarps && p.partials != nullptr;
+  uint32_t bits = known ? amax_of_all(p) : 0;
   Amax<T> amax;
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
     v[i] = activated<GELU>(v[i]);
     amax.take(v[i]);
   });
-  if (p.partials == nullptr) bits = amax.bits();
-  const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(bits, exchange)), p.out.law), p.out.law);
-  if (threadIdx.x == 0 && (p.partials == nullptr || row == 0)) p.out.scale[row] = by.scale;
+  if (!known) bits = amax.bits();
+  const uint32_t largest = reduce_max<kWarps ? 32 : 0>(bits, exchange);
+  const Divisor by = divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law);
+  if (thread == 0 && (!known || row == 0)) p.out.scale[row] = by.scale;
   store_quantized(v, by, p.out.values + row * p.width + first, step, inside, [](auto) {});
 }
 
@@ -187,8 +194,14 @@ int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
     const int error = launch(kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
     if (error != 0) return error;
   }
-  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
   const int64_t accesses = p.width / N;
+  if constexpr (!GELU) {
+    if (p.partials == nullptr && accesses <= kNarrowItems * 32 && p.batch * p.tokens > kManyNarrowRows) {
+      const dim3 grid(static_cast<unsigned>((p.tokens + kNarrowRows - 1) / kNarrowRows), static_cast<unsigned>(p.batch));
+      return launch(&quantize_kernel<T, GELU, kNarrowItems, kNarrowRows>, grid, kNarrowRows * 32, stream, p);
+    }
+  }
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
   const auto go = [&](auto items) {
     const auto threads = static_cast<unsigned>((accesses + items * 32 - 1) / (items * 32) * 32);
     return launch(&quantize_kernel<T, GELU, items>, grid, threads, stream, p);
