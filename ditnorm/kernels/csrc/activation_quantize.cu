@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMaxQuantizeThreads, 1) activation_quantize_ke
   const Law law = p.quantized.law;
   const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange)), law), law);
   if (threadIdx.x == 0) p.quantized.scale[row] = by.scale;
-  store_quantized(v, by, p.quantized.values + row * width + first, step, inside, [](auto) {});
+  store_quantized(v, by, p.quantized.values + row * width + first, step, inside);
 }
 
 int activate_quantized(const ActivationProblem& p, void* stream) {

@@ -44,10 +44,23 @@ bool waits_for_previous_kernel(Kernel kernel) {
 }
 #endif
 
-// How many blocks of `threads` threads run at the same time, for kernels that go from row to row.
+// Shared memory of a size that the launch says: more than the 48 KB that a kernel may declare.
+template <class Contents>
+__device__ __forceinline__ Contents& launched_with() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return *reinterpret_cast<Contents*>(bytes);
+#else
+  static Contents contents;
+  return contents;
+#endif
+}
+
+// How many blocks of `threads` threads and `bytes` of shared memory run at the same time, for
+// kernels that go from row to row. Lets the kernel have as many bytes.
 #ifdef __CUDACC__
 template <auto KERNEL>
-int resident_blocks(unsigned threads) {
+int resident_blocks(unsigned threads, int bytes = 0) {
   constexpr int kDevices = 64, kWarps = 33;
   static std::atomic<int> known[kDevices][kWarps];  // 0: not asked yet
   int device, processors = 0, each = 0;
@@ -55,20 +68,22 @@ int resident_blocks(unsigned threads) {
   std::atomic<int>& answer = known[device][threads / 32];
   if (answer.load(std::memory_order_relaxed) == 0) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, KERNEL, static_cast<int>(threads), 0);
+    if (bytes > 0) cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, KERNEL, static_cast<int>(threads), bytes);
     answer.store(std::max(1, processors * each), std::memory_order_relaxed);
   }
   return answer.load(std::memory_order_relaxed);
 }
 #else
 template <auto>
-int resident_blocks(unsigned) {
+int resident_blocks(unsigned, int = 0) {
   return 3;
 }
 #endif
 
+// `bytes`: of shared memory, for launched_with.
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
+int launch_with(int bytes, void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
 #ifdef __CUDACC__
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -76,6 +91,7 @@ int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream,
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &early;
   config.numAttrs = waits_for_previous_kernel(kernel) ? 1 : 0;
@@ -83,9 +99,14 @@ int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream,
   if (error != cudaSuccess) cudaGetLastError();  // clear it: PyTorch's next check would report it as its own
   return error;
 #else
-  (void)stream;
+  (void)stream, (void)bytes;
   return sim_launch(kernel, grid, dim3(threads), args...);
 #endif
+}
+
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
+  return launch_with(0, kernel, grid, threads, stream, args...);
 }
 
 }  // namespace ditnorm

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(ROWS > 1 ? ROWS * 32 : kMaxQuantizeThreads, RO
   const uint32_t largest = reduce_max<kWarps ? 32 : 0>(bits, exchange);
   const Divisor by = divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law);
   if (thread == 0 && (!known || row == 0)) p.out.scale[row] = by.scale;
-  store_quantized(v, by, p.out.values + row * p.width + first, step, inside, [](auto) {});
+  store_quantized(v, by, p.out.values + row * p.width + first, step, inside);
 }
 
 // Many rows of GELU, which takes more instructions than all the rest: each block has a table of its
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
     load(row + gridDim.x < rows ? row + gridDim.x : row);
     const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
     if (threadIdx.x == 0) p.out.scale[row] = by.scale;
-    store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; }, [](auto) {});
+    store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; });
   }
 }
 

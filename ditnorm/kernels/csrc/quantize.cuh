@@ -318,10 +318,10 @@ __device__ __forceinline__ void store_bytes(uint8_t* target, const Bytes<N>& byt
 
 // Writes the values of a row that the block's threads hold. `inside(i)`: whether access i of this
 // thread lies in the row; it begins at element i * step of `target`, which is the thread's own
-// first. `done(i)` is called when the access is stored, and may overwrite it.
-template <class T, int N, int ACCESSES, class INSIDE, class DONE>
+// first.
+template <class T, int N, int ACCESSES, class INSIDE>
 __device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES], const Divisor& by, uint8_t* target, int step,
-                                                INSIDE inside, DONE done) {
+                                                INSIDE inside) {
   constexpr auto kEach = std::make_integer_sequence<int, ACCESSES>{};
   const auto store = [&](auto convert) {
     each(kEach, [&](auto i) {
@@ -329,7 +329,6 @@ __device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES
       float values[N];
       to_floats(values, row[i]);
       store_bytes<N>(target + i * step, convert(values));
-      done(i);
     });
   };
   switch (by.conversion) {

@@ -150,14 +150,13 @@ class Row {
       ask(m, i + kAhead);
       return modulated<kAny>(v[i], statistics, m, weights, biases, i);
     };
-    quantize(v, make, [](auto) {}, target, exchange);
+    quantize(v, make, target, exchange);
   }
 
   // The row is y then, whose accesses `make` makes, and stays in registers until its largest element
-  // is known. `done`: called for each access when that is stored. Where somebody else reads y too it
-  // is written beside its values.
-  template <class MAKE, class DONE>
-  __device__ __forceinline__ void quantize(Elements& v, MAKE make, DONE done, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
+  // is known. Where somebody else reads y too it is written beside its values.
+  template <class MAKE>
+  __device__ __forceinline__ void quantize(Elements& v, MAKE make, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
     Amax<T> amax;
     place_.each([&](auto i) {
       v[i] = make(i);
@@ -171,12 +170,11 @@ class Row {
     }
     if (p_.quantized.maxima != nullptr) {
       if (place_.first == 0) p_.quantized.maxima[row] = largest;
-      place_.each(done);
       return;
     }
     const Divisor by = divide_by(scale_of<T>(float_of(largest), law), law);
     if (place_.first == 0) p_.quantized.scale[row] = by.scale;
-    ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); }, done);
+    ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); });
   }
 
  private:

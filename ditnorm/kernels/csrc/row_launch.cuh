@@ -61,7 +61,8 @@ class RowLaunch {
     using Threads = Shape<kSite.lanes, kSite.ahead, kSite.rows>;
     if (!Row::serves(p_.width)) return false;
     if constexpr (kSite.rows > 1) {
-      result_ = walk<&walking_kernel<T, M, kSite.extras, ROUND, Row, Threads>, Threads>();
+      using Memory = WalkingMemory<T, M, kSite.extras == Extras::tables, Columns<T, Row, Threads>, Threads>;
+      result_ = walk<&walking_kernel<T, M, kSite.extras, ROUND, Row, Threads>, Threads>(sizeof(Memory));
     } else {
       const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
       result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
@@ -69,14 +70,13 @@ class RowLaunch {
     return true;
   }
 
-  // As many blocks as run at the same time, or fewer with as many rows each.
+  // As many blocks as run at the same time.
   template <auto KERNEL, class THREADS>
-  int walk() {
+  int walk(int bytes) {
     const int64_t groups = (p_.tokens + THREADS::kRows - 1) / THREADS::kRows;
-    const int64_t resident = std::max<int64_t>(1, resident_blocks<KERNEL>(THREADS::kThreads) / p_.batch);
-    const int64_t turns = (groups + resident - 1) / resident;
-    const dim3 grid(static_cast<unsigned>((groups + turns - 1) / turns), static_cast<unsigned>(p_.batch));
-    return launch(KERNEL, grid, THREADS::kThreads, stream_, p_);
+    const int64_t resident = std::max<int64_t>(1, resident_blocks<KERNEL>(THREADS::kThreads, bytes) / p_.batch);
+    const dim3 grid(static_cast<unsigned>(std::min(groups, resident)), static_cast<unsigned>(p_.batch));
+    return launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_);
   }
 
   const Problem& p_;

@@ -1,6 +1,6 @@
 // Rows that share their modulations, quantised. A warp has a row and goes on to another, so nothing
-// waits for another warp, and what all rows share is made once, in shared memory. Of the next row
-// each access is asked for as soon as the registers of this one's are free.
+// waits for another warp, and what all rows share is made once, in shared memory. The next row is on
+// its way to shared memory while this one, in registers, is worked on.
 #pragma once
 #include "row_kernel.cuh"
 
@@ -88,13 +88,35 @@ __device__ __forceinline__ void keep_packed(Pack<T, N> (&row)[ACCESSES]) {
 #endif
 }
 
+// What a block has in shared memory.
+template <class T, class M, bool TABLES, class PLACE, class SHAPE>
+struct WalkingMemory {
+  SharedModulations<T, M, TABLES, PLACE, SHAPE::kThreads> modulations;
+  alignas(16) T next[SHAPE::kRows][PLACE::kAccesses * PLACE::kStep];  // the row that each warp goes on to
+};
+
+// 16 bytes into shared memory, past the registers. Who asked for them may read them after the wait.
+__device__ __forceinline__ void copy_ahead(void* target, const void* source) {
+#ifdef __CUDA_ARCH__
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(source) : "memory");
+#else
+  __builtin_memcpy(target, source, 16);
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 template <class T, class M, Extras EXTRAS, bool ROUND, class TILES, class SHAPE>
 __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p) {
   using R = Row<T, M, EXTRAS, false, ROUND, TILES, SHAPE>;
   using Place = typename R::Place;
   constexpr bool kTables = EXTRAS == Extras::tables;
   static_assert(SHAPE::kThreadsPerRow == 32 && SHAPE::kAhead == 0 && ROUND != kTables);
-  __shared__ SharedModulations<T, M, kTables, Place, SHAPE::kThreads> modulations;
+  auto& memory = launched_with<WalkingMemory<T, M, kTables, Place, SHAPE>>();
   __shared__ Exchange exchange;  // of rows that several warps have: unused, as the next
   __shared__ uint32_t maxima[kMaxWarps];
   const Place place(p);
@@ -104,15 +126,20 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
   // the same way, and the compiler knows it.
   const auto own = [&](unsigned first) { return first + warp < tokens ? first + warp : tokens - 1; };
   const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + place.first;
-  typename R::Elements v;
+  T* const next = &memory.next[warp][place.first];
+  const auto fetch = [&](unsigned token) {
+    const T* const source = x + token * p.x.token_stride;
+    place.each([&](auto i) { copy_ahead(next + i * Place::kStep, source + i * Place::kStep); });
+  };
   wait_for_previous_kernel();
   unsigned first = blockIdx.x * SHAPE::kRows;
-  const T* source = x + own(first) * p.x.token_stride;
-  const auto load = [&](auto i) { v[i] = load_row<Cache::streaming, T, R::N>(source + i * Place::kStep); };
-  place.each(load);
-  modulations.fill(p, batch);
+  fetch(own(first));
+  memory.modulations.fill(p, batch);
   __syncthreads();
   while (first < tokens) {
+    typename R::Elements v;
+    wait_for_copies();
+    place.each([&](auto i) { v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep); });
     const Token at(batch, own(first));
     const R row(p, place, at);
     typename R::Gate::Slots gate;
@@ -125,13 +152,9 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
     const Statistics statistics = row.statistics(v, none, exchange);
     keep_packed(v);
     first += gridDim.x * SHAPE::kRows;
-    const bool more = first < tokens;
-    source = x + own(first) * p.x.token_stride;
-    const auto make = [&](auto i) { return modulations.modulate(v[i], statistics, place, i); };
-    const auto done = [&](auto i) {
-      if (more) load(i);
-    };
-    row.quantize(v, make, done, row.target(), maxima);
+    if (first < tokens) fetch(own(first));  // the statistics have read all of this row
+    const auto make = [&](auto i) { return memory.modulations.modulate(v[i], statistics, place, i); };
+    row.quantize(v, make, row.target(), maxima);
   }
 }
 
