@@ -33,15 +33,19 @@ struct Shape {
 constexpr int kWithRow = 1 << 20, kAfterRow = kWithRow + 1;
 
 // The rows that a kernel serves: those of at most TILES tiles, of which the first FULL are full for
-// certain. BLOCKS: how many blocks a multiprocessor shall hold at least (__launch_bounds__); 0
-// leaves that to ptxas.
+// certain. Where all of them are, nothing of a row is conditional. BLOCKS: how many blocks a multiprocessor shall hold at least
+// (__launch_bounds__); 0 leaves that to ptxas.
 template <int TILES, int FULL, int BLOCKS = 0>
 struct Tiles {
   static constexpr int kCount = TILES;
   static constexpr int kFull = FULL;
   static constexpr int kBlocks = BLOCKS;
+  static constexpr bool kExact = FULL == TILES;
 
-  static bool serves(int64_t width) { return width > FULL * kTile && width <= TILES * kTile; }
+  static bool serves(int64_t width) {
+    constexpr int64_t kMost = TILES * kTile;
+    return kExact ? width == kMost : width > FULL * kTile && width <= kMost;
+  }
 };
 
 }  // namespace ditnorm

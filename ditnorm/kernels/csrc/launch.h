@@ -48,8 +48,8 @@ bool waits_for_previous_kernel(Kernel kernel) {
 template <class Contents>
 __device__ __forceinline__ Contents& launched_with() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(16) unsigned char bytes[];
-  return *reinterpret_cast<Contents*>(bytes);
+  extern __shared__ __align__(16) unsigned char launch_memory[];
+  return *reinterpret_cast<Contents*>(launch_memory);
 #else
   static Contents contents;
   return contents;
@@ -57,22 +57,23 @@ __device__ __forceinline__ Contents& launched_with() {
 }
 
 // How many blocks of `threads` threads and `bytes` of shared memory run at the same time, for
-// kernels that go from row to row. Lets the kernel have as many bytes.
+// kernels that go from row to row; 0 on a GPU that hasn't as many bytes. Lets the kernel have them.
 #ifdef __CUDACC__
 template <auto KERNEL>
 int resident_blocks(unsigned threads, int bytes = 0) {
   constexpr int kDevices = 64, kWarps = 33;
-  static std::atomic<int> known[kDevices][kWarps];  // 0: not asked yet
+  static std::atomic<int> known[kDevices][kWarps];  // one more; 0: not asked yet
   int device, processors = 0, each = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return bytes == 0 ? 1 : 0;
   std::atomic<int>& answer = known[device][threads / 32];
   if (answer.load(std::memory_order_relaxed) == 0) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (bytes > 0) cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, KERNEL, static_cast<int>(threads), bytes);
-    answer.store(std::max(1, processors * each), std::memory_order_relaxed);
+    const bool fits = bytes == 0 || cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
+    if (!fits) cudaGetLastError();
+    if (fits) cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, KERNEL, static_cast<int>(threads), static_cast<size_t>(bytes));
+    answer.store(1 + processors * each, std::memory_order_relaxed);
   }
-  return answer.load(std::memory_order_relaxed);
+  return answer.load(std::memory_order_relaxed) - 1;
 }
 #else
 template <auto>

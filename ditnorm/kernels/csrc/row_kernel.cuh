@@ -120,9 +120,9 @@ class Row {
     } else {
       add_up<Norm::layer>(v, lanes);
       if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
-      if (unlikely(place_.width % (32 * kGroup) != 0)) {
+      if (!TILES::kExact && unlikely(place_.width % (32 * kGroup) != 0)) {
         row = reduce<Norm::layer, Counts::any>(lanes, exchange);
-      } else if (unlikely(place_.width % kTile != 0)) {
+      } else if (!TILES::kExact && unlikely(place_.width % kTile != 0)) {
         row = reduce<Norm::layer, Counts::equal_in_warps>(lanes, exchange);
       } else {
         row = reduce<Norm::layer, Counts::equal>(lanes, exchange);

@@ -62,7 +62,7 @@ class RowLaunch {
     if (!Row::serves(p_.width)) return false;
     if constexpr (kSite.rows > 1) {
       using Memory = WalkingMemory<T, M, kSite.extras == Extras::tables, Columns<T, Row, Threads>, Threads>;
-      result_ = walk<&walking_kernel<T, M, kSite.extras, ROUND, Row, Threads>, Threads>(sizeof(Memory));
+      return walk<&walking_kernel<T, M, kSite.extras, ROUND, Row, Threads>, Threads>(sizeof(Memory));
     } else {
       const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
       result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
@@ -70,13 +70,16 @@ class RowLaunch {
     return true;
   }
 
-  // As many blocks as run at the same time.
+  // As many blocks as run at the same time. False on a GPU with too little shared memory.
   template <auto KERNEL, class THREADS>
-  int walk(int bytes) {
+  bool walk(int bytes) {
+    const int64_t resident = resident_blocks<KERNEL>(THREADS::kThreads, bytes);
+    if (resident == 0) return false;
     const int64_t groups = (p_.tokens + THREADS::kRows - 1) / THREADS::kRows;
-    const int64_t resident = std::max<int64_t>(1, resident_blocks<KERNEL>(THREADS::kThreads, bytes) / p_.batch);
-    const dim3 grid(static_cast<unsigned>(std::min(groups, resident)), static_cast<unsigned>(p_.batch));
-    return launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_);
+    const int64_t most = std::max<int64_t>(1, resident / p_.batch);
+    const dim3 grid(static_cast<unsigned>(std::min(groups, most)), static_cast<unsigned>(p_.batch));
+    result_ = launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_);
+    return true;
   }
 
   const Problem& p_;

@@ -26,6 +26,8 @@ struct Width {
   constexpr Width(int tiles = 0, int blocks = 0) : tiles(tiles), blocks(blocks) {}
 };
 
+constexpr int kExactly = -1;  // in place of Widths::above: a row goes to the kernel whose tiles it fills
+
 // A kernel for each width, narrowest first. A row of more than `above` tiles goes to the first that
 // it fits into.
 struct Widths {
@@ -38,7 +40,7 @@ struct Widths {
     return count;
   }
   // The tiles that are full in every row that goes to a width.
-  constexpr int full(int width) const { return width == 0 ? above : list[width - 1].tiles; }
+  constexpr int full(int width) const { return above == kExactly ? list[width].tiles : width == 0 ? above : list[width - 1].tiles; }
 };
 
 struct NormSite {
@@ -138,22 +140,24 @@ constexpr NormSite kNormSites[] = {
 // With y quantised: what models with quantised weights run in. What no row serves is quantised by a
 // kernel of its own. With a byte an element to write, and more to compute, these wait for
 // instructions, not for memory. A warp for each row has fewest: what is done once for a row is done
-// by one. Several of them make a block that goes from row to row (walking_kernel.cuh).
+// by one. Several of them make a block that goes from row to row (walking_kernel.cuh). Where the
+// width is known there are no branches, over which instructions don't move.
 constexpr NormSite kQuantizedNormSites[] = {
   // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks} rows
+  {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 0,         kExactly, {{3, 3}, {6, 2}}, 8},
   {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 0,         0, {4, {6, 5}},    4},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kNorm,         bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
-  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         0, {{3, 6}, 6},      4},
-  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         6, {10},           4},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         kExactly, {{3, 4}, {6, 2}}, 8},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         kExactly, {10},             12},
   {kNorm,         bf16, of_x,      exact,        any,    all,    2, 0,         0, {{3, 16}}},
   {kNorm,         bf16, of_x,      exact,        any,    all,    1, 1,         3, {{6, 8}, 10}},
 
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
-  {kResidualNorm, bf16, of_x,      exact,        tables, all,    4, 1,         0, {3}},
-  {kResidualNorm, bf16, of_x,      exact,        tables, all,    2, 1,         3, {6}},
-  {kResidualNorm, bf16, of_x,      exact,        tables, all,    1, 5,         6, {10}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    4, 1,         kExactly, {3}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    2, 1,         kExactly, {6}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, all,    1, 5,         kExactly, {10}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    2, kWithRow,  0, {3}},
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    1, kWithRow,  3, {6, 10}},
 };
