@@ -60,6 +60,27 @@ def hooked(model: Any, family: str) -> None:
     linear(model, family).register_forward_hook(lambda module, args, output: output * 2)
 
 
+def activation(model: nn.Module, family: str) -> tuple[nn.Module, str]:
+    """What stands before the linear layer: the module that holds it, and its name there."""
+    holder = LINEAR[family].rpartition(".")[0]
+    return model.get_submodule(holder), "0" if family == "Qwen-Image" else "silu"
+
+
+def another_activation(model: Any, family: str) -> None:
+    holder, name = activation(model, family)
+    holder._modules[name] = nn.Tanh()
+
+
+def hooked_activation(model: Any, family: str) -> None:
+    holder, name = activation(model, family)
+    holder.get_submodule(name).register_forward_hook(lambda module, args, output: output * 2)
+
+
+def activation_of_another_forward(model: Any, family: str) -> None:
+    holder, name = activation(model, family)
+    holder.get_submodule(name).forward = torch.tanh
+
+
 def loaded_anew(model: Any, family: str) -> None:
     model.load_state_dict({key: t * 1.5 if "mod.1" in key or "linear" in key else t for key, t in model.state_dict().items()})
 
@@ -75,6 +96,9 @@ CHANGES = [
     another_linear,
     there_and_back,
     hooked,
+    another_activation,
+    hooked_activation,
+    activation_of_another_forward,
     loaded_anew,
     assigned,
 ]

@@ -222,3 +222,11 @@ def test_kernels_that_cannot_be_used_are_warned_of_where_cuda_is_live(model: nn.
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.warns(RuntimeWarning, match="the slower PyTorch path: no compiler was found"):
         patch_model(model)
+
+
+def test_a_copy_that_failed_halfway_does_not_hinder_unpatching(model: nn.Module) -> None:
+    patch_model(model, strict=True)
+    half = nn.Module.__new__(type(model.blocks[0]))  # what a failed deepcopy leaves, as long as its traceback lives
+    unpatch_model(model)
+    assert not is_patched(model)
+    del half

@@ -275,7 +275,8 @@ def _held_by_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]
     """A module doesn't know what holds it, so this looks at all modules of the process."""
     if not ours:
         return {}
-    others = [o for o in generated.instances() if o not in ours]
+    # A copy that failed halfway has modules without a state, which its traceback keeps alive.
+    others = [o for o in generated.instances() if o not in ours and "_modules" in vars(o)]
     return {part: other for other in others for part in other.modules() if part in ours}
 
 

@@ -13,8 +13,8 @@ class Modulating:
     it is given row numbers, int64 [B].
     """
 
-    modulation_parts: ClassVar[tuple[str, ...]] = ("linear",)
-    """The sub-modules whose weights the table stands in for."""
+    modulation_parts: ClassVar[tuple[str, ...]] = ("silu", "linear")
+    """The sub-modules that the table stands in for, that with ``out_features`` last."""
     modulation_table: Tensor | None = None
     """[rows + 1, out_features]; the last row is NaN. None where nothing is precomputed, without
     rows where none was made yet.
