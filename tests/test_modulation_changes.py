@@ -81,6 +81,21 @@ def activation_of_another_forward(model: Any, family: str) -> None:
     holder.get_submodule(name).forward = torch.tanh
 
 
+def hooked_inside_an_adapter(model: Any, family: str) -> None:
+    lora.add(model)
+    forward(model, family)
+    for module in linear(model, family).lora_B.values():
+        module.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def of_another_class(model: Any, family: str) -> None:
+    class Negative(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    linear(model, family).__class__ = Negative
+
+
 def loaded_anew(model: Any, family: str) -> None:
     model.load_state_dict({key: t * 1.5 if "mod.1" in key or "linear" in key else t for key, t in model.state_dict().items()})
 
@@ -96,6 +111,8 @@ CHANGES = [
     another_linear,
     there_and_back,
     hooked,
+    hooked_inside_an_adapter,
+    of_another_class,
     another_activation,
     hooked_activation,
     activation_of_another_forward,
@@ -137,6 +154,20 @@ def test_scales_of_adapters_are_part_of_the_weights(family: str) -> None:
     for scale in (0.5, 2.0):
         given = arguments | {"attention_kwargs": {"scale": scale}}
         assert torch.equal(tiny.run(model, dict(given)), tiny.run(unpatched, dict(given)))
+
+
+def test_a_table_that_is_given_up_between_two_embeddings_is_restored_once() -> None:
+    name = "hunyuan-video-token-replace"  # it makes two in one call
+    unpatched, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 1, torch.bfloat16)
+    model = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
+    tiny.run(model, arguments)
+    for m in (unpatched, model):
+        blocks: Any = m.transformer_blocks
+        blocks[0], blocks[1] = blocks[1], blocks[0]
+    with pytest.warns(UserWarning, match="aren't precomputed any more"):
+        output = tiny.run(model, arguments)
+    assert torch.equal(output, tiny.run(unpatched, arguments))
+    assert not tables(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,20 +25,17 @@ class Watch:
         self.changes = [module.modulation_changes for module in self.modules]
         places = [(m, key, part) for m in self.modules for key, part in zip(m.modulation_parts, m.modulation_modules(), strict=True)]
         self.parts = Links([(module._modules, key, part) for module, key, part in places])
-        self.forwards = Links([(part.__dict__, "forward", part.__dict__.get("forward")) for part in self.parts.values])
-        hooks = [hooks for part in self.parts.values for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.inside = [module for part in self.parts.values for module in part.modules()]
+        self.types = [*map(type, self.inside)]
+        self.methods = [(cls, cls.forward) for cls in dict.fromkeys(self.types)]
+        self.forwards = Links([(module.__dict__, "forward", module.__dict__.get("forward")) for module in self.inside])
+        hooks = [hooks for module in self.inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.hooks = [(hooks, list(hooks)) for hooks in hooks if hooks]
         self.without_hooks = [hooks for hooks in hooks if not hooks]
         self.states = [(part, state) for part in self.parts.values if (state := _state(part)) or part._modules]
         stateful = {id(part) for part, _ in self.states}
         self.without_children = [part._modules for part in self.parts.values if id(part) not in stateful]
-        named = [
-            (module._parameters, name, p)
-            for part in self.parts.values
-            for module in part.modules()
-            for name, p in module._parameters.items()
-            if p is not None
-        ]
+        named = [(module._parameters, name, p) for module in self.inside for name, p in module._parameters.items() if p is not None]
         self.weights = Links(named)
         self.seen = [*map(_seen, self.weights.values)]
         self.addresses = [*map(Tensor.data_ptr, self.weights.values)]
@@ -49,6 +46,8 @@ class Watch:
         return (
             [*map(_changes, self.modules)] == self.changes
             and self.parts.unchanged()
+            and [*map(type, self.inside)] == self.types
+            and all(cls.forward is forward for cls, forward in self.methods)
             and self.forwards.unchanged()
             and not any(self.without_hooks)
             and all(list(hooks) == before for hooks, before in self.hooks)

@@ -27,9 +27,11 @@ class RowEmbedding:
         if torch.compiler.is_compiling():
             rows = [None if t is None else torch.ops.ditnorm.modulation_rows(t, inputs, i, table.handle) for i, t in enumerate(tensors)]
         else:
-            rows = [None if t is None else table.rows(t, inputs, i) for i, t in enumerate(tensors)]
-            if rows[0] is None:  # given up: the weights are back
-                return embedded
+            rows = []
+            for i, t in enumerate(tensors):
+                rows.append(None if t is None else table.rows(t, inputs, i))
+                if rows[i] is None and t is not None:  # given up: the weights are back
+                    return embedded
         return tuple(rows) if isinstance(embedded, tuple) else rows[0]
 
     def _is_read_by_others(self, device: str) -> bool:
