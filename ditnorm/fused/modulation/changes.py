@@ -26,7 +26,7 @@ class Watch:
         places = [(m, key, part) for m in self.modules for key, part in zip(m.modulation_parts, m.modulation_modules(), strict=True)]
         self.parts = Links([(module._modules, key, part) for module, key, part in places])
         self.inside = [module for part in self.parts.values for module in part.modules()]
-        self.types = [*map(type, self.inside)]
+        self.types: list[Any] = [*map(type, self.inside)]
         self.methods = [(cls, cls.forward) for cls in dict.fromkeys(self.types)]
         self.forwards = Links([(module.__dict__, "forward", module.__dict__.get("forward")) for module in self.inside])
         hooks = [hooks for module in self.inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]

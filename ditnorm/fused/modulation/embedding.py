@@ -29,9 +29,10 @@ class RowEmbedding:
         else:
             rows = []
             for i, t in enumerate(tensors):
-                rows.append(None if t is None else table.rows(t, inputs, i))
-                if rows[i] is None and t is not None:  # given up: the weights are back
+                of_one = None if t is None else table.rows(t, inputs, i)
+                if of_one is None and t is not None:  # given up: the weights are back
                     return embedded
+                rows.append(of_one)
         return tuple(rows) if isinstance(embedded, tuple) else rows[0]
 
     def _is_read_by_others(self, device: str) -> bool:
