@@ -37,13 +37,13 @@ counted as ``"reference"``.
 Errors: ``TypeError`` (kind or dtype), ``ValueError`` (shape, device, combination), naming the
 argument. An index out of range is an ``IndexError`` on the CPU and a row of NaN elsewhere.
 
-All are differentiable. Where the kernels run the forward pass is fused under grad, too, and so are
-the gradients of ``x``, ``residual``, query, key and value; where no others are wanted, as in LoRA
-training, the rows of the inputs (``r`` in place of what it is the sum of) are all that is saved,
-and ``torch.compile`` meets the same ops, forward and backward. Gradients of modulations, tables and
-weights, which are sums over rows, are those of PyTorch's operations. Under ``"eager"`` those of
-rows have the bits of eager autograd. Where no kernel runs, and of the ops and norms that have none
-for their gradients, these are those of the expression: ``"single"`` saves its inputs only and
+All but the quantising ones are differentiable. Where the kernels run the forward pass is fused
+under grad, too, and so are the gradients of ``x``, ``residual``, query, key and value, and of what
+an activation takes; where no others are wanted, as in LoRA training, the rows of the inputs (``r``
+in place of what it is the sum of) are all that is saved, and ``torch.compile`` meets the same ops,
+forward and backward. Gradients of modulations, tables and weights, which are sums over rows, are
+those of PyTorch's operations. Under ``"eager"`` those of rows have the bits of eager autograd.
+Where no kernel runs gradients are those of the expression: ``"single"`` saves its inputs only and
 recomputes, ``"eager"`` runs unfused; so do both under forward-mode differentiation.
 """
 

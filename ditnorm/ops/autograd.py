@@ -75,39 +75,36 @@ class Gradients:
         """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make
         its gradients.
         """
-        rows, rest = self.parts(tensors, codes)
-        if not _of_one_dtype(rows):
-            return None
+        inputs, rest = self.parts(tensors, codes)
+        apply, dtype = _apply, inputs[0].dtype
+        for row in inputs:
+            if row is not None:
+                if row.dtype is not dtype:
+                    return None
+                if outlived_transform(row):
+                    apply = Fused.apply
         for t in rest:
             if t is not None and t.requires_grad:
-                return Fused.apply(self, kernel, codes, tensors, *rows, *rest)
-        for row in rows:
-            if row is not None and outlived_transform(row):
-                return Fused.apply(self, kernel, codes, tensors, *rows)
-        return _apply(self, kernel, codes, tensors, *rows)
+                inputs, apply = (*inputs, *rest), Fused.apply
+                break
+        return apply((self, kernel, tensors, codes), *inputs)
 
     def are_of_rows(self, tensors: Tensors, codes: Tensors) -> bool:
         """Whether nothing but rows wants one, and kernels make them."""
         rows, rest = self.parts(tensors, codes)
-        return _of_one_dtype(rows) and not any(t is not None and t.requires_grad for t in rest)
-
-
-def _of_one_dtype(rows: Tensors) -> bool:
-    """Whether kernels make gradients of rows."""
-    dtype = rows[0].dtype
-    for row in rows:  # noqa: SIM110  a generator costs a call more
-        if row is not None and row.dtype is not dtype:
-            return False
-    return True
+        dtypes = {row.dtype for row in rows if row is not None}
+        return len(dtypes) == 1 and not any(t is not None and t.requires_grad for t in rest)
 
 
 class Fused(torch.autograd.Function):
-    """``kernel(*tensors, *codes)`` with the gradients of ``gradients``. ``inputs``: its rows, and
-    where something else wants a gradient, the rest. All that isn't among them costs nothing.
+    """``kernel(*tensors, *codes)`` with the gradients of ``gradients``: the four are ``call``.
+    ``inputs``: its rows, and where something else wants a gradient, the rest. All that isn't among
+    them costs nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradients: Gradients, kernel: Callable[..., Any], codes: Tensors, tensors: Tensors, *inputs: Any) -> Any:
+    def forward(ctx: Any, call: Tensors, *inputs: Any) -> Any:
+        gradients, kernel, tensors, codes = call
         outputs = kernel(*tensors, *codes)
         ctx.gradients, ctx.codes = gradients, codes
         ctx.set_materialize_grads(False)
@@ -116,19 +113,19 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        gradients, codes, saved, needed = ctx.gradients, ctx.codes, ctx.saved_tensors, ctx.needs_input_grad[4:]
+        gradients, codes, saved, needed = ctx.gradients, ctx.codes, ctx.saved_tensors, ctx.needs_input_grad[1:]
         rows = gradients.of_rows(grads, saved, codes, needed)
         if len(needed) == len(rows):
-            return None, None, None, None, *rows
-        return None, None, None, None, *rows, *gradients.of_rest(grads, rows, saved, codes, needed[len(rows) :])
+            return None, *rows
+        return None, *rows, *gradients.of_rest(grads, rows, saved, codes, needed[len(rows) :])
 
 
 _apply = without_transforms(Fused)
 
 
-def _run(name: str, *arguments: Any) -> Any:
+def _maker(name: str) -> Callable[..., Any]:
     """An op that makes gradients; where these are to be differentiated, its reference."""
-    return (_expression if torch.is_grad_enabled() else kernel_of)(name)(*arguments)
+    return _expression(name) if torch.is_grad_enabled() else kernel_of(name)
 
 
 def kernel_of(name: str) -> Callable[..., Any]:
@@ -198,9 +195,9 @@ def _norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[
     x, scale, shift, weight, _, *rest = saved
     if twice:
         index = None if scale is None else rest[-1]
-        parts: Tensors = _run("norm_scale_shift_backward_parts", grads[0], x, scale, weight, index, codes[1])
+        parts: Tensors = _maker("norm_scale_shift_backward_parts")(grads[0], x, scale, weight, index, codes[1])
         return parts
-    return (_run("norm_scale_shift_backward", grads[0], None, x, scale, shift, weight, *rest, *codes),)
+    return (_maker("norm_scale_shift_backward")(grads[0], None, x, scale, shift, weight, *rest, *codes),)
 
 
 def _norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -214,9 +211,9 @@ def _residual_norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: 
     if dy is None:  # nobody used y
         return _residual_rows((dr,), (None, gate, gate_table, rest[-1]), codes[-1:], needed)
     if gate is None:
-        total = _run("norm_scale_shift_backward", dy, dr, r, scale, shift, weight, *rest, *codes)
+        total = _maker("norm_scale_shift_backward")(dy, dr, r, scale, shift, weight, *rest, *codes)
         return total, total
-    rows: Tensors = _run("scale_residual_norm_scale_shift_backward", dy, dr, r, gate, scale, shift, weight, gate_table, *rest, *codes)
+    rows: Tensors = _maker("scale_residual_norm_scale_shift_backward")(dy, dr, r, gate, scale, shift, weight, gate_table, *rest, *codes)
     return rows
 
 
@@ -239,7 +236,7 @@ def _residual_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
     _, gate, gate_table, index = saved
     if gate is None or not needed[1]:
         return dr, dr
-    return dr, _run("scale_residual_backward", dr, gate, gate_table, index, *codes)
+    return dr, _maker("scale_residual_backward")(dr, gate, gate_table, index, *codes)
 
 
 def _residual_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -249,7 +246,7 @@ def _residual_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors
 
 def _branch_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     (dr,) = grads
-    return dr, _run("norm_scale_residual_backward", dr, *saved, *codes) if needed[1] else None
+    return dr, _maker("norm_scale_residual_backward")(dr, *saved, *codes) if needed[1] else None
 
 
 def _branch_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -271,9 +268,9 @@ def _branch_norm_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Se
     r, x, x_weight, gate, scale, shift, weight, index = saved
     if dy is not None:
         selecting = None if scale is None and shift is None else index
-        dr = _run("norm_scale_shift_backward", dy, dr, r, scale, shift, weight, None, None, selecting, _DIFFUSERS_RMS, *codes)
+        dr = _maker("norm_scale_shift_backward")(dy, dr, r, scale, shift, weight, None, None, selecting, _DIFFUSERS_RMS, *codes)
     selecting = None if gate is None else index
-    return dr, _run("norm_scale_residual_backward", dr, x, x_weight, gate, selecting, *codes) if needed[1] else None
+    return dr, _maker("norm_scale_residual_backward")(dr, x, x_weight, gate, selecting, *codes) if needed[1] else None
 
 
 def _branch_norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -298,7 +295,7 @@ def _gelu_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[
 
 def _swiglu_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     d_beside, dy = _parted(grads[0], saved[0])
-    return *(_run("swiglu_backward", dy, *saved, *codes) if needed[0] or needed[1] else (None, None)), d_beside
+    return *(_maker("swiglu_backward")(dy, *saved, *codes) if needed[0] or needed[1] else (None, None)), d_beside
 
 
 def _parted(d: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -318,7 +315,7 @@ def _qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bo
         return None, None
     query, key = saved[:2]
     d_query, d_key = _or_zeros(grads[0], query, query.shape[1], codes[0]), _or_zeros(grads[1], key, key.shape[1], codes[0])
-    rows: Tensors = _run("qk_norm_rope_backward", d_query, d_key, *saved, *codes)
+    rows: Tensors = _maker("qk_norm_rope_backward")(d_query, d_key, *saved, *codes)
     return rows
 
 
@@ -371,7 +368,7 @@ def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
     if needed[0] or needed[1] or needed[3] or needed[4]:
         joint = tokens + encoder_tokens
         d_query, d_key = _or_zeros(d_query, query, joint, codes[0]), _or_zeros(d_key, query, joint, codes[0])
-        own = _run("joint_qk_norm_rope_backward", d_query, d_key, *saved, *codes)
+        own = _maker("joint_qk_norm_rope_backward")(d_query, d_key, *saved, *codes)
     if d_value is not None:
         joined = d_value.flatten(2)
         start, encoder_start = (encoder_tokens, 0) if codes[3] else (0, tokens)
