@@ -20,6 +20,7 @@ import torch
 
 from . import __version__, kernels
 from .functional import norm_scale_shift
+from .kernels import compiled
 from .patching.coverage import coverage
 from .patching.report import wrapped
 
@@ -102,9 +103,9 @@ def _library() -> str:
     file = kernels._PATH
     if not file.exists():
         return "none"
-    if (problem := kernels._problem(file)) is not None:
+    if (problem := compiled.problem(file)) is not None:
         return problem
-    archs = kernels.architectures()
+    archs = compiled.architectures(file)
     code = f"{', '.join(f'sm_{arch}' for arch in archs)} and PTX of compute_{archs[0]}" if archs else "a build for the host"
     return f"{file.name}, {file.stat().st_size / 1e6:.1f} MB: {code}"
 

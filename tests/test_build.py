@@ -17,6 +17,7 @@ import torch
 
 import ditnorm
 from ditnorm import kernels
+from ditnorm.kernels import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "ditnorm/kernels/csrc"
@@ -119,7 +120,7 @@ def test_every_architecture_has_every_kernel(stack_and_local: dict[tuple[str, st
 
 def test_library_tells_its_architectures(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_PATH", library)
-    assert kernels.architectures() == list(build_kernels.ALL_ARCHS)
+    assert compiled.architectures(kernels._PATH) == list(build_kernels.ALL_ARCHS)
 
 
 def test_newer_gpus_can_compile_the_ptx_of_the_lowest_architecture(library: Path) -> None:
@@ -208,10 +209,10 @@ def test_library_loads_into_this_pytorch_and_registers_when_told(library: Path) 
 
 
 def test_both_sides_know_the_same_ops_and_codes_of_options(library: Path) -> None:
-    compiled = kernels._open(library)
-    assert kernels._differs(compiled) is None
-    assert compiled.ditnorm_calls(b"no_such_op") == -1
-    assert compiled.ditnorm_code(b"norm", b"no such norm") == compiled.ditnorm_code(b"no such option", b"layer") == -1
+    opened = compiled.opened(library)
+    assert compiled.differs(opened) is None
+    assert opened.ditnorm_calls(b"no_such_op") == -1
+    assert opened.ditnorm_code(b"norm", b"no such norm") == opened.ditnorm_code(b"no such option", b"layer") == -1
 
 
 def test_library_of_other_sources_is_refused(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from support import tiny
 from support.cases import DEVICE
 
 from ditnorm import kernels
+from ditnorm.kernels import compiled
 from ditnorm.models.wan import WanTransformerBlock
 from ditnorm.patching.coverage import Coverage, coverage
 from ditnorm.patching.units import find_units
@@ -109,9 +110,9 @@ def test_a_library_that_was_copied_in_part_is_not_loaded(tmp_path: Path) -> None
     """Loading it would end the process."""
     whole, part = tmp_path / "whole.so", tmp_path / "part.so"
     subprocess.run(["g++", "-shared", "-x", "c++", os.devnull, "-o", whole], check=True)
-    assert kernels._problem(whole) == "whole.so is of another version of ditnorm: build it again"
+    assert compiled.problem(whole) == "whole.so is of another version of ditnorm: build it again"
     part.write_bytes(whole.read_bytes()[:-1])
-    assert str(kernels._problem(part)).endswith("part.so was written or copied only in part")
+    assert str(compiled.problem(part)).endswith("part.so was written or copied only in part")
 
 
 @pytest.mark.gpu

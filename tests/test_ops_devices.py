@@ -60,6 +60,7 @@ def test_a_device_that_the_kernels_do_not_run_on_gets_pytorchs_operations() -> N
     code = """
         import torch
         from ditnorm import kernels
+        from ditnorm.kernels.compiled import opened
         from ditnorm.functional import joint_qk_norm_rope, norm_scale_shift, qk_norm_rope, scale_residual, scale_residual_norm_scale_shift
 
         def calls():
@@ -79,11 +80,11 @@ def test_a_device_that_the_kernels_do_not_run_on_gets_pytorchs_operations() -> N
 
         expected = calls()
         before = kernels.counts()
-        compiled = kernels._open(kernels._PATH)
-        assert compiled.ditnorm_unusable(-1) == b"no such GPU"
-        assert compiled.ditnorm_register() == 0
+        library = opened(kernels._PATH)
+        assert library.ditnorm_unusable(-1) == b"no such GPU"
+        assert library.ditnorm_register() == 0
         assert all(torch.equal(a, b) for a, b in zip(calls(), expected, strict=True))
-        assert all(compiled.ditnorm_calls(op.encode()) == 0 for op in kernels.OPS)
+        assert all(library.ditnorm_calls(op.encode()) == 0 for op in kernels.OPS)
         assert {op: n - before[op, path] for (op, path), n in kernels.counts().items() if n != before[op, path]} == {
             "norm_scale_shift": 2,
             "scale_residual_norm_scale_shift": 1,

@@ -1,17 +1,14 @@
-"""The ops as PyTorch operators (``torch.ops.ditnorm``): schemas, fakes, the Python body, and the
-compiled library over it.
+"""The ops as PyTorch operators (``torch.ops.ditnorm``): schemas, fakes, the Python body, and which
+calls the compiled library takes over.
 
 One Python body serves every device; ``_C.so`` takes CUDA over at the first CUDA call. Not earlier:
 asking the driver for its version at import would break CUDA in forked children.
 """
 
-import ctypes
 import os
-import struct
 import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,9 @@ from torch import Tensor
 
 from ..ops.autograd import GRADIENTS, kernel_of
 from ..ops.checks import UnfusedError, index_range
-from ..ops.options import HALVES, NORMS, PAIRS, QK_NORMS, ROUNDINGS
-from ..ops.quantization import LAWS
 from ..ops.table import OPS as _TABLE
 from ..ops.table import Op
+from . import compiled
 
 OPS = tuple(_TABLE)
 ops = torch.ops.ditnorm
@@ -49,8 +45,8 @@ def counts() -> dict[tuple[str, str], int]:
     """Calls of each op in this process: ``(op, "reference" or kernels.path) -> n``. Replays of CUDA
     graphs aren't counted.
     """
-    compiled = None if library is None else _open(library)
-    calls = {(op, path): 0 if compiled is None else compiled.ditnorm_calls(op.encode()) for op in OPS}
+    loaded = None if library is None else compiled.opened(library)
+    calls = {(op, path): 0 if loaded is None else loaded.ditnorm_calls(op.encode()) for op in OPS}
     return calls | {(op, "reference"): n for op, n in _reference_calls.items()}
 
 
@@ -85,7 +81,7 @@ def _elsewhere(op: Op) -> Callable[..., Any]:
     def body(*arguments: Any) -> Any:
         device = arguments[0].device.index
         if library is not None and device is not None and device not in _refused:
-            _refuse(device, f"{library.name} {_unusable(library, device)}")
+            _refuse(device, f"{library.name} {compiled.unusable(library, device)}")
         return in_pytorch(op, _checked(op, arguments))
 
     return body
@@ -183,93 +179,24 @@ def _refuse(device: int, reason: str) -> None:
 def _register(file: Path, as_path: str, device: int) -> str | None:
     """Puts the compiled ops over the Python body; returns why that can't be done."""
     global library, path
-    if (problem := _problem(file)) is not None:
+    if (problem := compiled.problem(file)) is not None:
         return problem
-    reason = _unusable(file, device)
+    reason = compiled.unusable(file, device)
     if reason is not None:
         return f"{file.name} {reason}"
-    if _open(file).ditnorm_register() != 0:
+    if compiled.opened(file).ditnorm_register() != 0:
         return f"{file.name} could not register its operators"
     library, path = file, as_path
     return None
-
-
-def _problem(file: Path) -> str | None:
-    """Why a file is not this version's compiled library, or None."""
-    try:
-        reason = _differs(_open(file))
-    except OSError as error:
-        return f"cannot load {file.name}: {error}"
-    except AttributeError:
-        reason = _OTHER_VERSION
-    return None if reason is None else f"{file.name} {reason}"
-
-
-@cache
-def _open(file: Path) -> ctypes.CDLL:
-    if _is_cut_short(file):
-        raise OSError(f"{file} was written or copied only in part")
-    compiled = ctypes.CDLL(str(file))
-    compiled.ditnorm_dispatch_key.restype = compiled.ditnorm_unusable.restype = ctypes.c_char_p
-    compiled.ditnorm_calls.restype = compiled.ditnorm_code.restype = ctypes.c_int64
-    return compiled
-
-
-def _is_cut_short(file: Path) -> bool:
-    """Whether an ELF file ends before its table of sections, which is the last thing in it. Loading
-    one that does ends the process.
-    """
-    with file.open("rb") as opened:
-        header = opened.read(64)
-    if len(header) < 64:
-        return True
-    table, size, number = *struct.unpack_from("<Q", header, 40), *struct.unpack_from("<HH", header, 58)
-    return header.startswith(b"\x7fELF") and file.stat().st_size < table + size * number
-
-
-def _differs(compiled: ctypes.CDLL) -> str | None:
-    """Whether the library lacks an op, or stands for a name of an option by another number than
-    Python.
-    """
-    halves = [str(half).removeprefix("torch.") for half in HALVES]
-    options = {"norm": NORMS, "qk_norm": QK_NORMS, "pairs": PAIRS, "rounding": ROUNDINGS, "half": halves}
-    options["law"] = [str(law) for law in LAWS]
-    codes = [(option, name, code) for option, names in options.items() for code, name in enumerate(names)]
-    has_ops = all(compiled.ditnorm_calls(op.encode()) >= 0 for op in OPS)
-    if has_ops and all(compiled.ditnorm_code(option.encode(), name.encode()) == code for option, name, code in codes):
-        return None
-    return _OTHER_VERSION
-
-
-def architectures() -> list[str]:
-    """The compute capabilities that the compiled library has machine code for, lowest first: ["90"]
-    for 9.0. Empty for a build for the host, and without a library that can be loaded.
-    """
-    try:
-        compiled = _open(_PATH)
-        compiled.ditnorm_architectures.restype = ctypes.c_char_p
-        found: str = compiled.ditnorm_architectures().decode()
-    except (OSError, AttributeError):
-        return []
-    return found.split(",") if found else []
-
-
-def _unusable(file: Path, device: int) -> str | None:
-    reason: bytes | None = _open(file).ditnorm_unusable(device)
-    return None if reason is None else f"does not run on this GPU and driver: {reason.decode()}"
-
-
-def _is_host_build(file: Path) -> bool:
-    return bool(_open(file).ditnorm_dispatch_key() == b"CPU")
 
 
 def _unavailable() -> str | None:
     if os.environ.get("DITNORM_KERNELS") == "0":
         return "DITNORM_KERNELS=0"
     if "DITNORM_LIBRARY" in os.environ:
-        if (problem := _problem(_PATH)) is not None:
+        if (problem := compiled.problem(_PATH)) is not None:
             return problem
-        if _is_host_build(_PATH):
+        if compiled.is_host_build(_PATH):
             return _register(_PATH, "cpu_sim", -1) or "DITNORM_LIBRARY names a build for the host"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
@@ -281,6 +208,5 @@ def _unavailable() -> str | None:
 
 _PATH = Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
 _NOT_BUILT = Path(__file__).with_name("_not_built.txt")  # scripts/hatch_build.py leaves it in place of the library
-_OTHER_VERSION = "is of another version of ditnorm: build it again"
 _refused: dict[int, str] = {}
 unavailable = _unavailable()
