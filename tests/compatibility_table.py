@@ -165,8 +165,10 @@ def _remarks(feature: Feature) -> Iterator[str]:
         yield f"needs {', '.join(feature.needs)}"
     if feature.gpus:
         yield "needs a GPU" if feature.gpus == 1 else f"needs {feature.gpus} GPUs"
-    if feature.slow or feature.in_turn:
-        yield "*one*" if feature.in_turn else "*all*"
+    if feature.slow:
+        yield "*all*"
+    if feature.in_turn:
+        yield "*one*"
 
 
 def main() -> int:

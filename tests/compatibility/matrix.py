@@ -178,21 +178,24 @@ class _Reference:
 
 
 @functools.cache
-def _plain(load: Callable[[str], Any], run: Run, observe: Observe, family: str) -> tuple[Tensor, Any, int]:
+def _plain(load: Callable[[str], Any], run: Run, observe: Observe, family: str, compares: bool) -> tuple[Tensor, Any, int]:
     """What a model without any feature makes, what is observed then, and the fused calls when it is
-    patched: the same for many features.
+    patched: the same for many features. ``compares``: the first run of a process compares kernels
+    with PyTorch's operations, and calls them for it.
     """
     target = load(family)
     plain, observed = observe(target, lambda: run(target, family))
     patch(target)
-    run(target, family)  # the first of a process also compares activations
+    if compares:
+        run(target, family)
     fused, _ = fused_calls(lambda: run(target, family))
     return plain, observed, fused
 
 
 @functools.lru_cache(maxsize=2)
 def _reference(feature: Feature, family: str) -> _Reference:
-    plain, plainly_observed, fused = _plain(feature.load, feature.run, feature.observe, family)
+    compares = feature.law is not None or DEVICE == "cuda"
+    plain, plainly_observed, fused = _plain(feature.load, feature.run, feature.observe, family, compares)
     target = feature.load(family)
     with tempfile.TemporaryDirectory() as folder:
         with_feature = feature.apply(target, Path(folder))

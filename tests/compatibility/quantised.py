@@ -136,12 +136,17 @@ def _bfl(model: nn.Module, folder: Path) -> nn.Module:
 
 def _torchao_by_hand(law: Law) -> Callable[[nn.Module, Path], nn.Module]:
     """Weights and activations of the blocks, before or after patching; patched again, so that the
-    linear layers are fused too.
+    linear layers are fused too. With torchao's ``quantize_``, which asks for a GPU for float8.
     """
 
     def apply(model: nn.Module, folder: Path) -> nn.Module:
         inside = inside_blocks(model)
-        quantised.quantise(model, law, lambda name: name in inside)
+        if law is INT8_ROW or DEVICE == "cuda":
+            import torchao.quantization
+
+            torchao.quantization.quantize_(model, quantised.config(law), lambda m, name: name in inside and quantised.suits(m, law))
+        else:
+            quantised.quantise(model, law, lambda name: name in inside)
         return patch_model(model) if any(generated.origin_of(type(m)) for m in model.modules()) else model
 
     return apply

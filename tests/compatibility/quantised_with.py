@@ -10,7 +10,7 @@ from support import quantised
 from ditnorm.ops.quantization import FLOAT8_ROW, INT8_ROW, Law
 
 from . import caches, compiled, copies, lora, modes, offload, training, user_hooks
-from .feature import Feature, Upstream, calls_of
+from .feature import ORDERS, Feature, Upstream, calls_of
 from .offload import group_offload, inside_blocks
 from .quantised import FAMILIES_OF, NAN, load
 
@@ -36,6 +36,8 @@ _NAMES = (
     "`add_adapter`",
     "load an adapter from a file",
     "two adapters with weights",
+    "hot-swap an adapter",
+    "`fuse_lora`",
     "a forward hook on every norm, looking",
     "`torch.inference_mode`",
     "threads that generate at once",
@@ -61,13 +63,15 @@ _FLOAT8 = {
     "`pickle`": Upstream("has no attribute 'dtype'", "PyTorch pickles float8 weights with `torch.save` only"),
     "LoRA training steps": Upstream("derivative for aten::_scaled_mm", "PyTorch has no gradients of float8 products"),
 }
-"""Feature -> how upstream fails with float8 weights, in every family."""
+_BOTH = {"`fuse_lora`": Upstream("get_apply_tensor_subclass", "diffusers doesn't tell PEFT how to quantise what was merged")}
+_FAILURES = {INT8_ROW: _BOTH, FLOAT8_ROW: _BOTH | _FLOAT8}
+"""Law -> feature -> how upstream fails, in every family."""
 
 
 def _with(feature: Feature, law: Law) -> Feature:
     families = tuple(family for family in feature.families if family in FAMILIES_OF[law])
     notes = (feature.note, NAN if law is FLOAT8_ROW else "")
-    failure = _FLOAT8.get(feature.name) if law is FLOAT8_ROW else None
+    failure = _FAILURES[law].get(feature.name)
     return dataclasses.replace(
         feature,
         name=f"{feature.name}, {law}",
@@ -77,7 +81,8 @@ def _with(feature: Feature, law: Law) -> Feature:
         upstream=dict.fromkeys(families, failure) if failure is not None else feature.upstream,
         needs=(*feature.needs, "torchao"),
         law=law,
-        in_turn=True,
+        slow=frozenset(ORDERS) if feature.compiles else frozenset(),  # make test compiles blocks in the tests of the models
+        in_turn=not feature.compiles,
         note="; ".join(filter(None, notes)),
     )
 

@@ -57,13 +57,18 @@ def quantise(model: nn.Module, law: Law, which: Callable[[str], bool] = lambda n
     """Every linear layer of which the name passes ``which`` and the shape suits the matrix
     products. A weight of 128 x 128 with one scale torchao takes for one of blocks, and fails.
     """
-    multiple = 16 if next(model.parameters()).is_cuda else 8
     for name, linear in model.named_modules():
-        if not isinstance(linear, nn.Linear) or (law is FLOAT8_TENSOR and tuple(linear.weight.shape) == (128, 128)):
-            continue
-        if which(name) and not (linear.in_features % multiple or linear.out_features % multiple):
-            linear.weight = nn.Parameter(weight(linear.weight, law), requires_grad=False)
+        if suits(linear, law) and which(name):
+            linear.weight = nn.Parameter(weight(linear.weight, law), requires_grad=False)  # type: ignore[arg-type]
     return model
+
+
+def suits(module: nn.Module, law: Law) -> bool:
+    """Whether ``module`` is a linear layer of such a shape."""
+    if not isinstance(module, nn.Linear) or (law is FLOAT8_TENSOR and tuple(module.weight.shape) == (128, 128)):
+        return False
+    multiple = 16 if module.weight.is_cuda else 8
+    return not (module.in_features % multiple or module.out_features % multiple)
 
 
 def bfl_linear(linear: nn.Linear) -> Any:
