@@ -41,6 +41,24 @@ class Cell(Protocol):
         """Random arguments of one call."""
 
 
+class StreamingCell:
+    """What cells share whose calls move their streams and nothing else worth counting."""
+
+    compiled = True
+    autotune = False
+
+    @property
+    def streams(self) -> tuple[int, int, int]:
+        """As of :class:`Cell`."""
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        """As of :class:`Cell`."""
+        reads, writes, size = self.streams
+        return (reads + writes) * size
+
+
 C = TypeVar("C", bound=Cell)
 
 

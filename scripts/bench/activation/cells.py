@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from ..cell import DTYPES
+from ..cell import DTYPES, StreamingCell
 
 
 @dataclass(frozen=True)
-class ActivationCell:
+class ActivationCell(StreamingCell):
     """One call, B = 1. All that it reads is a view of one projection, but for what attention
     returned.
     """
+
+    autotune = True
 
     name: str
     op: str
@@ -27,14 +29,6 @@ class ActivationCell:
     dtype: str = "bf16"
 
     @property
-    def compiled(self) -> bool:
-        return True
-
-    @property
-    def autotune(self) -> bool:
-        return True
-
-    @property
     def streams(self) -> tuple[int, int, int]:
         """Reads, writes and bytes of a stream, which is the common divisor of the widths."""
         stream = reduce(gcd, (self.width, self.beside), 0)
@@ -42,12 +36,6 @@ class ActivationCell:
         if reads == writes:  # a plain copy, as wide as it comes
             stream = writes
         return reads // stream, writes // stream, self.tokens * stream * DTYPES[self.dtype].itemsize // 16 * 16
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that a call has to move."""
-        reads, writes, size = self.streams
-        return (reads + writes) * size
 
     def inputs(self, device: str = "cuda") -> dict[str, Any]:
         """Random arguments of the op."""

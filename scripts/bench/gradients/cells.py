@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..cell import DTYPES
+from ..cell import DTYPES, StreamingCell
 
 NSS, SRNSS, SR = (f"{op}_backward" for op in ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual"))
 QK = "qk_norm_rope_backward"
@@ -18,7 +18,7 @@ HEAD = 128
 
 
 @dataclass(frozen=True)
-class GradientCell:
+class GradientCell(StreamingCell):
     """One call, B = 1."""
 
     op: str
@@ -42,23 +42,9 @@ class GradientCell:
         return "/".join([short, f"{self.rows}x{self.width}", self.dtype, *flags])
 
     @property
-    def compiled(self) -> bool:
-        return True
-
-    @property
-    def autotune(self) -> bool:
-        return False
-
-    @property
     def streams(self) -> tuple[int, int, int]:
         """Reads, writes and bytes of a stream: rows, without the tables of a token's angles."""
         return *_STREAMS[self.op], self.rows * self.width * DTYPES[self.dtype].itemsize // 16 * 16
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that a call has to move."""
-        reads, writes, size = self.streams
-        return (reads + writes) * size
 
     def inputs(self, device: str = "cuda") -> dict[str, Any]:
         """Random tensors of the op, by the names of its call."""

@@ -9,7 +9,7 @@ import torch
 
 from ditnorm.ops.quantization import LAWS, Law
 
-from ..cell import DTYPES
+from ..cell import DTYPES, StreamingCell
 
 OPS = ("quantize", "gelu_quantize", "norm_scale_shift_quantize", "scale_residual_norm_scale_shift_quantize")
 QUANTIZE, GELU, NSS, SRNSS = OPS
@@ -18,7 +18,7 @@ _WRITES = {QUANTIZE: 0, GELU: 0, NSS: 0, SRNSS: 1}  # of rows in the dtype of x
 
 
 @dataclass(frozen=True)
-class QuantizedCell:
+class QuantizedCell(StreamingCell):
     """One call, B = 1."""
 
     op: str
@@ -45,14 +45,6 @@ class QuantizedCell:
         return next(law for law in LAWS if str(law) == self.law)
 
     @property
-    def compiled(self) -> bool:
-        return True
-
-    @property
-    def autotune(self) -> bool:
-        return False
-
-    @property
     def streams(self) -> tuple[int, int, int]:
         """Reads, writes and bytes of a stream: one of the quantised rows, two of the others. A law
         with one scale reads twice.
@@ -60,12 +52,6 @@ class QuantizedCell:
         width = DTYPES[self.dtype].itemsize
         passes = 1 if self.quantiser.per_row else 2
         return passes * width * _READS[self.op], 1 + width * _WRITES[self.op], self.rows * self.width // 16 * 16
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that a call has to move."""
-        reads, writes, size = self.streams
-        return (reads + writes) * size
 
     def inputs(self, device: str = "cuda") -> dict[str, Any]:
         """Random arguments of the op."""

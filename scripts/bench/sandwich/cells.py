@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..cell import DTYPES
+from ..cell import DTYPES, StreamingCell
 
 OPS = ("norm_scale_shift", "scale_residual_norm_scale_shift", "norm_scale_residual", "norm_scale_residual_norm_scale_shift")
 NSS, SRNSS, NSR, NSRNSS = OPS
@@ -20,8 +20,10 @@ _VECTORS = {
 
 
 @dataclass(frozen=True)
-class SandwichCell:
+class SandwichCell(StreamingCell):
     """One call, B = 1, modulated per sample by views of one tensor."""
+
+    autotune = True
 
     model: str
     op: str
@@ -35,24 +37,10 @@ class SandwichCell:
         return f"{self.model}, {self.op}/{self.rows}x{self.width}/{self.dtype}"
 
     @property
-    def compiled(self) -> bool:
-        return True
-
-    @property
-    def autotune(self) -> bool:
-        return True
-
-    @property
     def streams(self) -> tuple[int, int, int]:
         """Reads, writes and bytes of a stream: the rows."""
         reads, writes = {NSS: (1, 1), SRNSS: (2, 2), NSR: (2, 1), NSRNSS: (2, 2)}[self.op]
         return reads, writes, self.rows * self.width * DTYPES[self.dtype].itemsize
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that a call has to move: the rows."""
-        reads, writes, size = self.streams
-        return (reads + writes) * size
 
     def inputs(self, device: str = "cuda") -> dict[str, Any]:
         """Random arguments of the op."""
