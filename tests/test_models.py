@@ -51,3 +51,23 @@ def test_a_float32_model_under_autocast_rounds_as_unpatched(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = tiny.run(model, arguments)
         assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ("flux", "chroma-masked", "flux2", "qwen-image-2.1-edit") if name in tiny.MODELS])
+def test_blocks_compile_to_no_more_graphs_and_fewer_calls_than_unpatched(name: str) -> None:
+    model, arguments = tiny.load(name, torch.bfloat16), tiny.inputs(name, 1, torch.bfloat16)
+    expected = tiny.run(model, arguments)
+    graphs, calls = [], []
+    for _ in range(2):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert torch.equal(tiny.run(model, arguments), expected)
+        stats = torch._dynamo.utils.counters["stats"]
+        graphs.append(stats["unique_graphs"])
+        calls.append(stats["calls_captured"])
+        for module in model.modules():
+            module._compiled_call_impl = None
+        patch_model(model, strict=True)
+    assert graphs[1] <= graphs[0]  # FLUX.1's last single-stream block is given views
+    assert calls[1] < calls[0]
