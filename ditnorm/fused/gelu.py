@@ -197,7 +197,7 @@ def called_as_module(module: nn.Module) -> bool:
     call = type(module).__call__
     return (
         (call is module_call or only_traced(call))
-        and "forward" not in module.__dict__
+        and ("forward" not in module.__dict__ or not wrapped(module))
         and module._compiled_call_impl is None
         and not (module._forward_hooks or module._forward_pre_hooks or any(hooks_for_all_modules))
     )
