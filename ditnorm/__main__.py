@@ -86,7 +86,7 @@ def _refusal(index: int) -> str | None:
 def _remedy(reason: str) -> str:
     if sys.platform != "linux":
         return "they are made for Linux"
-    if reason == "DITNORM_KERNELS=0" or "DITNORM_LIBRARY" in os.environ:
+    if reason == "DITNORM_KERNELS=0" or os.environ.get("DITNORM_LIBRARY"):
         return f"unset {'DITNORM_KERNELS' if reason == 'DITNORM_KERNELS=0' else 'DITNORM_LIBRARY'}"
     if torch.version.cuda is None:
         return "where there is an NVIDIA GPU, install a CUDA build of PyTorch"

@@ -106,6 +106,17 @@ def test_a_library_that_is_none_does_no_harm(tmp_path: Path) -> None:
     assert "Qwen-Image QwenImage21Transformer2DModel" in text
 
 
+def test_a_variable_that_names_no_library_is_as_none() -> None:
+    code = "from ditnorm import kernels; print(kernels._PATH.name, kernels.unavailable)"
+    kept = {key: value for key, value in os.environ.items() if key != "DITNORM_LIBRARY"}
+    environments = (kept, kept | {"DITNORM_LIBRARY": ""})
+    found = [
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout for env in environments
+    ]
+    assert found[0] == found[1]
+    assert found[0].startswith("_C.so")
+
+
 def test_a_library_that_was_copied_in_part_is_not_loaded(tmp_path: Path) -> None:
     """Loading it would end the process."""
     whole, part = tmp_path / "whole.so", tmp_path / "part.so"

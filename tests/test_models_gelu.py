@@ -292,6 +292,32 @@ def test_no_gradient_takes_a_place_that_is_needed_again() -> None:
     assert torch.equal(inner, values)
 
 
+def test_a_batch_of_gradients_is_made_at_once_as_upstreams() -> None:
+    x, inner, linear, y = inner_and_gelu()
+    values, cotangents = inner.detach().clone(), torch.randn(3, *y.shape)
+    (gradients,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True)
+    upstream = nn.functional.gelu(linear(x), approximate="tanh")
+    assert torch.equal(gradients, torch.autograd.grad(upstream, x, cotangents, is_grads_batched=True)[0])
+    assert torch.equal(inner, values)
+
+
+def test_a_mode_keeps_what_it_has_seen_of_a_backward_pass() -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kept.extend((t, t.clone()) for t in args if isinstance(t, Tensor))
+            return func(*args, **(kwargs or {}))
+
+    x, _, linear, y = inner_and_gelu()
+    loss = y.square().sum()
+    with Keeping():
+        (gradient,) = torch.autograd.grad(loss, x)
+    assert torch.equal(gradient, upstreams_gradient(x, linear))
+    assert kept
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
 @pytest.mark.parametrize("name", ["wan-t2v", "hunyuan-video"])
 def test_a_hook_on_the_linear_keeps_the_values_that_it_sees_while_training(name: str) -> None:
     model, kept = patch_model(tiny.load(name, DTYPE)), []

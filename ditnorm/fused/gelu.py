@@ -18,6 +18,7 @@ from ..swapping.torch_private import (
     addmm_activation,
     graph_is_kept,
     hooks_for_all_modules,
+    in_a_batch,
     module_call,
     only_traced,
     saves_through_hooks,
@@ -170,7 +171,7 @@ class _GradientInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if graph_is_kept() or torch.is_grad_enabled():
+        if graph_is_kept() or torch.is_grad_enabled() or transformed() or in_a_batch(dy) or seen_by_a_mode():
             return torch.ops.aten.gelu_backward(dy, x, approximate=ctx.approximate), None
         x = x.detach()
         return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate=ctx.approximate, grad_input=x), None

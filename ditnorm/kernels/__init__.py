@@ -193,7 +193,7 @@ def _register(file: Path, as_path: str, device: int) -> str | None:
 def _unavailable() -> str | None:
     if os.environ.get("DITNORM_KERNELS") == "0":
         return "DITNORM_KERNELS=0"
-    if "DITNORM_LIBRARY" in os.environ:
+    if os.environ.get("DITNORM_LIBRARY"):
         if (problem := compiled.problem(_PATH)) is not None:
             return problem
         if compiled.is_host_build(_PATH):
@@ -206,7 +206,7 @@ def _unavailable() -> str | None:
     return None
 
 
-_PATH = Path(os.environ.get("DITNORM_LIBRARY", Path(__file__).with_name("_C.so")))
+_PATH = Path(os.environ.get("DITNORM_LIBRARY") or Path(__file__).with_name("_C.so"))  # an empty one names none
 _NOT_BUILT = Path(__file__).with_name("_not_built.txt")  # scripts/hatch_build.py leaves it in place of the library
 _refused: dict[int, str] = {}
 unavailable = _unavailable()

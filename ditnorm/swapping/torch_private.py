@@ -105,6 +105,10 @@ outlived_transform: Callable[[torch.Tensor], bool] = getattr(getattr(torch._C, "
 """Whether a tensor is one that a function under a transform left behind, with the tensor that it
 stands for in it. Where that can't be seen: yes.
 """
+in_a_batch: Callable[[torch.Tensor], bool] = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", _something)
+"""Whether a gradient is one of several that ``is_grads_batched`` computes at once. Where that can't
+be seen: yes.
+"""
 _transform_stack: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _something)
 _PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
 _dispatch_mode: Callable[[Any], Any] = _something if _PROXY is None else getattr(torch._C, "_get_dispatch_mode", _something)
