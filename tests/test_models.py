@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import model_checks, tiny
 from support.slow import slow_but
+from torch import Tensor, nn
 
 from ditnorm.patching import patch_model
 
@@ -71,3 +72,21 @@ def test_blocks_compile_to_no_more_graphs_and_fewer_calls_than_unpatched(name: s
         patch_model(model, strict=True)
     assert graphs[1] <= graphs[0]  # FLUX.1's last single-stream block is given views
     assert calls[1] < calls[0]
+
+
+@pytest.mark.parametrize(("name", "last"), [("flux", ("ff_context.net.2", "proj_out")), ("qwen-image", ("img_mlp.net.2", "txt_mlp.net.2"))])
+def test_overflow_in_half_precision_is_clipped_as_upstream_does(name: str, last: tuple[str, ...]) -> None:
+    model, arguments = tiny.load(name, torch.float16), tiny.inputs(name, 1, torch.float16)
+    streams: list[Tensor] = []
+    for blocks in (module for module in model.children() if isinstance(module, nn.ModuleList)):
+        for block in blocks:
+            for linear in (module for path, module in block.named_modules() if path in last):
+                linear.weight.data.mul_(3e4)
+            block.register_forward_hook(lambda _module, _args, outputs: streams.extend(outputs))
+    tiny.run(model, arguments)
+    tiny.run(patch_model(model, strict=True), arguments)
+
+    expected, patched = streams[: len(streams) // 2], streams[len(streams) // 2 :]
+    assert any((stream.abs() == 65504).any() for stream in expected)
+    for ours, theirs in zip(patched, expected, strict=True):
+        assert torch.equal(ours.nan_to_num(nan=1.0), theirs.nan_to_num(nan=1.0))

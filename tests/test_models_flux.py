@@ -8,25 +8,6 @@ from ditnorm.fused import flux
 from ditnorm.patching import patch_model
 
 
-def test_overflow_in_half_precision_is_clipped_as_upstream_does():
-    name, dtype = "flux", torch.float16
-    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)
-    streams = []
-    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
-        with torch.no_grad():
-            last = block.proj_out if hasattr(block, "proj_out") else block.ff_context.net[-1]
-            last.weight.mul_(3e4)
-        block.register_forward_hook(lambda _module, _args, outputs: streams.append(outputs))
-    tiny.run(model, arguments)
-    tiny.run(patch_model(model, strict=True), arguments)
-
-    expected, patched = streams[: len(streams) // 2], streams[len(streams) // 2 :]
-    assert any((stream.abs() == 65504).any() for outputs in expected for stream in outputs)
-    for ours, theirs in zip(patched, expected, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a.nan_to_num(nan=1.0), b.nan_to_num(nan=1.0))
-
-
 @pytest.mark.parametrize("norms", [("norm_q", "norm_k"), ("norm_added_q", "norm_added_k"), ("norm_q", "norm_added_q")])
 def test_norms_of_query_and_key_in_another_dtype_round_as_unpatched(norms):
     name, dtype = "flux", torch.bfloat16

@@ -16,24 +16,6 @@ def test_modulation_by_index_differs_from_one_modulation():
     assert not torch.allclose(with_index, without, atol=0.1)
 
 
-def test_overflow_in_half_precision_is_clipped_as_upstream_does():
-    name, dtype = "qwen-image", torch.float16
-    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 1, dtype)
-    blocks = []
-    for block in model.transformer_blocks:
-        with torch.no_grad():
-            block.img_mlp.net[-1].weight.mul_(3e4)
-            block.txt_mlp.net[-1].weight.mul_(3e4)
-        block.register_forward_hook(lambda _module, _args, streams: blocks.append(streams))
-    tiny.run(model, arguments)
-    tiny.run(patch_model(model, strict=True), arguments)
-
-    expected, patched = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
-    assert any((stream.abs() == 65504).any() for streams in expected for stream in streams)
-    for ours, theirs in zip(patched, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 def test_a_changed_modulate_helper_is_not_recognised():
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
