@@ -116,12 +116,13 @@ FEATURES = (
         calls_of(torch.cuda.CUDAGraph, "replay"),
         run_with=_captured,
         fused="any",
-        upstream={
-            "Qwen-Image": Upstream(
+        upstream=dict.fromkeys(
+            ("Qwen-Image", "LTX-2"),
+            Upstream(
                 "Cannot copy between CPU and CUDA tensors during CUDA graph capture",
-                "its rotary embedding is copied from the CPU in every forward pass",
-            )
-        },
+                "parts of their rotary embeddings are copied from the CPU in every forward pass",
+            ),
+        ),
         gpus=1,
     ),
     Feature(
