@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from common.releases import ROOT, failed, outcome_of, record, releases, run
+from common.releases import ROOT, counts, failed, outcome_of, record, releases, run
 from packaging.version import Version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -51,7 +51,7 @@ def main() -> int:
         if not chosen.fingerprints:
             outcome = outcome_of(chosen.tests, sys.executable, environment(version))
             failures += failed(outcome)
-            entry["tests"] = outcome.rpartition(" in ")[0] if chosen.tests == [TESTS] else entry["tests"]
+            entry["tests"] = counts(outcome) if chosen.tests == [TESTS] else entry["tests"]
             tqdm.write(f"| {version} | {outcome} |")
         record(RECORD, {str(version): entry})
     return int(failures > 0)

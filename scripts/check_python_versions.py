@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from common.releases import ROOT, failed, installed, outcome_of, record, run, thrown_away_venv
+from common.releases import ROOT, counts, failed, installed, outcome_of, record, run, thrown_away_venv
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 RECORD = ROOT / "docs" / "python.json"
@@ -20,7 +20,9 @@ HOST_LIBRARY = ROOT / "build" / "cpu_sim.so"
 NAMES = ("docstrings", "every_model", "fingerprint", "generated", "main", "patching", "patching_hooks", "readme", "report", "torch_private")
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 OP_TESTS = [f"tests/test_{name}.py" for name in ("golden", "layers", "ops_compile", "ops_eager", "ops_errors", "quantization")]
-VERSIONS = "import json, platform, torch; print(json.dumps([platform.python_version(), torch.__version__]))"
+VERSIONS = (
+    "import diffusers, json, platform, torch; print(json.dumps([platform.python_version(), torch.__version__, diffusers.__version__]))"
+)
 
 
 def build_host_library() -> None:
@@ -31,14 +33,14 @@ def build_host_library() -> None:
 
 
 def check(interpreter: str) -> tuple[str, dict[str, str]]:
-    """The version of Python, and with which PyTorch it ran and what came of it."""
+    """The version of Python, what it ran with and what came of it."""
     with thrown_away_venv(interpreter) as python:
         env = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         if why := installed(python, f"{ROOT}[test]", env={"DITNORM_CUDA": "0"}):
-            return interpreter, {"torch": "", "tests": why, "kernels": ""}
-        version, torch = json.loads(run([python, "-c", VERSIONS], check=True, env=env).stdout)
+            return interpreter, {"torch": "", "diffusers": "", "tests": why, "kernels": ""}
+        version, torch, diffusers = json.loads(run([python, "-c", VERSIONS], check=True, env=env).stdout)
         kernels = outcome_of(OP_TESTS, python, env | {"DITNORM_LIBRARY": str(HOST_LIBRARY)})
-        return version, {"torch": torch, "tests": outcome_of(TESTS, python, env), "kernels": kernels}
+        return version, {"torch": torch, "diffusers": diffusers, "tests": outcome_of(TESTS, python, env), "kernels": kernels}
 
 
 def main() -> int:
@@ -47,15 +49,13 @@ def main() -> int:
     chosen = parser.parse_args()
     build_host_library()
     failures = 0
-    print("| Python | PyTorch | tests | through the kernels |\n|---|---|---|---|")
+    print("| Python | PyTorch | diffusers | tests | through the kernels |\n|---|---|---|---|---|")
     for interpreter in tqdm(chosen.interpreters, desc="Python", unit="release"):
         version, found = check(interpreter)
-        outcomes = (found["tests"], found["kernels"])
-        failures += any(map(failed, outcomes))
-        tqdm.write(f"| {version} | {found['torch']} | {' | '.join(outcomes)} |")
+        failures += failed(found["tests"]) or failed(found["kernels"])
+        tqdm.write(f"| {version} | {' | '.join(found.values())} |")
         if found["torch"]:
-            counts = {name: found[name].rpartition(" in ")[0] for name in ("tests", "kernels")}
-            record(RECORD, {version: {"torch": found["torch"], **counts}})
+            record(RECORD, {version: {name: counts(text) for name, text in found.items()}})
     return int(failures > 0)
 
 

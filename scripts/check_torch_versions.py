@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from common.releases import ROOT, failed, installed, outcome_of, record, releases, run, thrown_away_venv
+from common.releases import ROOT, counts, failed, installed, outcome_of, record, releases, run, thrown_away_venv
 from packaging.version import Version
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -26,8 +26,8 @@ def newest_patches() -> list[Version]:
 
 
 def check(version: Version, tests: list[str]) -> tuple[str, str]:
-    """The full version of what pip installs for this release, and the last line of pytest with
-    it.
+    """The full version of what pip installs for this release, and what came of the tests
+    with it.
     """
     with thrown_away_venv() as python:
         if why := installed(python, f"torch=={version}"):
@@ -51,8 +51,7 @@ def main() -> int:
         failures += failed(outcome)
         tqdm.write(f"| {version} | {build} | {outcome} |")
         if chosen.tests == TESTS and build:
-            counts = outcome.rpartition(" in ")[0]
-            record(RECORD, {str(version): {"build": build, "python": platform.python_version(), "tests": counts}})
+            record(RECORD, {str(version): {"build": build, "python": platform.python_version(), "tests": counts(outcome)}})
     return int(failures > 0)
 
 

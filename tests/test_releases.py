@@ -9,6 +9,7 @@ from subprocess import CompletedProcess
 
 import check_python_versions
 import check_torch_versions
+import diffusers
 import pytest
 from common import releases
 from packaging.version import Version
@@ -37,6 +38,24 @@ def test_each_minor_release_of_pytorch_is_checked_once_with_its_newest_patch(mon
 )
 def test_what_a_failure_is(outcome: str, failed: bool) -> None:
     assert releases.failed(outcome) is failed
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "outcome"),
+    [
+        ("...\n3 passed in 62.10s (0:01:02)\nnanobind: leaked 4 instances!", 0, "3 passed in 62.10s (0:01:02)"),
+        ("..F\n1 failed, 2 passed in 1.00s", 1, "1 failed, 2 passed in 1.00s"),
+        ("...\n3 passed in 1.00s\nSegmentation fault", -11, "error: pytest ended with status -11: Segmentation fault"),
+        ("", 4, "error: pytest ended with status 4: it printed nothing"),
+    ],
+)
+def test_the_outcome_is_what_pytest_sums_up_and_how_it_ended(
+    monkeypatch: pytest.MonkeyPatch, printed: str, status: int, outcome: str
+) -> None:
+    monkeypatch.setattr(releases, "run", lambda command, env: CompletedProcess(command, status, printed, ""))
+    assert releases.outcome_of([], "python3", {}) == outcome
+    assert releases.failed(outcome) is (status != 0)
+    assert releases.counts("3 passed in 62.10s (0:01:02)") == "3 passed"
 
 
 def test_a_record_keeps_what_another_run_wrote_meanwhile(tmp_path: Path) -> None:
@@ -68,6 +87,7 @@ def test_tests_through_the_kernels_count_as_the_others(other_python: Path, monke
     assert check_python_versions.main() == ("failed" in through_kernels)
     (found,) = json.loads(other_python.read_text()).values()
     assert (found["tests"], found["kernels"]) == ("4 passed, 1 skipped", through_kernels)
+    assert found["diffusers"] == diffusers.__version__
 
 
 def test_a_python_that_cannot_have_the_packages_fails_and_is_not_recorded(other_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:

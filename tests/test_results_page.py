@@ -194,11 +194,13 @@ def test_a_release_whose_tests_failed_is_not_among_those_that_passed(tmp_path):
         "3.10.1": {"tests": passed, "kernels": passed},
         "3.11.1": {"tests": one_failed, "kernels": passed},
         "3.12.1": {"tests": passed, "kernels": one_failed},
+        "3.13.1": {"tests": "error: pytest ended with status -11: Segmentation fault", "kernels": passed},
+        "3.14.1": {"tests": "", "kernels": ""},
     }
     (tmp_path / "python.json").write_text(json.dumps(found))
     (tmp_path / "torch.json").write_text(json.dumps({"2.10.0": {"tests": passed}}))
     rows = pages.versions.written(tmp_path)["versions"]
-    assert "| Python | 3.10.1; with failures 3.11.1, 3.12.1 |" in rows
+    assert "| Python | 3.10.1; with failures 3.11.1, 3.12.1, 3.13.1 |" in rows
     assert "| PyTorch | 2.10.0 |" in rows
 
 

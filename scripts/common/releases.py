@@ -23,6 +23,7 @@ else:  # pip has it inside
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
+SECONDS = re.compile(r" in [\d.]+s( \(.*\))?$")
 
 
 def supported(package: str) -> Requirement:
@@ -64,11 +65,19 @@ def installed(python: str, *wanted: str, env: dict[str, str] | None = None) -> s
 
 
 def outcome_of(tests: list[str], python: str, env: dict[str, str]) -> str:
-    """The last line of pytest."""
+    """The line in which pytest sums up, which libraries may write after as they are unloaded."""
     pytest = [python, "-m", "pytest", "--quiet", "--disable-warnings", "-p", "no:cacheprovider"]
     done = run([*pytest, *tests], env=env)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return lines[-1] if lines else f"pytest ended with status {done.returncode} and printed nothing"
+    lines = (done.stdout + done.stderr).strip().splitlines() or ["it printed nothing"]
+    summaries = [line for line in lines if SECONDS.search(line)]
+    if not summaries or (done.returncode != 0 and not failed(summaries[-1])):
+        return f"error: pytest ended with status {done.returncode}: {lines[-1]}"
+    return summaries[-1]
+
+
+def counts(outcome: str) -> str:
+    """What a record has of an outcome: all but how long it took."""
+    return SECONDS.sub("", outcome)
 
 
 def record(path: Path, found: dict[str, Any]) -> None:
@@ -81,5 +90,5 @@ def record(path: Path, found: dict[str, Any]) -> None:
 
 
 def failed(outcome: str) -> bool:
-    """Whether a last line of pytest tells of a failure."""
+    """Whether an outcome tells of a failure."""
     return "failed" in outcome or "error" in outcome or "passed" not in outcome

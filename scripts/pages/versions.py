@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.releases import failed
+
 from .blocks import table
 from .records import measured
 
@@ -28,7 +30,7 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _passed(record: dict[str, Any]) -> str:
     """The releases whose tests passed, and those of which some failed."""
-    outcomes = {release: found["tests"] + found.get("kernels", "") for release, found in record.items()}
-    failed = [release for release, said in outcomes.items() if "failed" in said or "error" in said]
-    passed = [release for release in record if release not in failed]
-    return ", ".join(passed) + (f"; with failures {', '.join(failed)}" if failed else "")
+    outcomes = {release: [found["tests"], found.get("kernels", found["tests"])] for release, found in record.items() if found["tests"]}
+    with_failures = [release for release, said in outcomes.items() if any(map(failed, said))]
+    passed = [release for release in outcomes if release not in with_failures]
+    return ", ".join(passed) + (f"; with failures {', '.join(with_failures)}" if with_failures else "")
