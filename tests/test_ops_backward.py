@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ditnorm import kernels
-from ditnorm.functional import qk_norm_rope
+from ditnorm.functional import qk_norm_rope, scale_residual
 from ditnorm.ops.calls import NormScaleShift, ScaleResidualNormScaleShift
 from ditnorm.ops.reference import modulation as laid_out
 from ditnorm.ops.reference import upcast
@@ -352,3 +352,14 @@ def test_opcheck(op: str) -> None:
     if op != "scale_residual":
         flat = (rows, rows.clone(), rows.clone(), *modulations, torch.randn(64, device=DEVICE), *tables, None, 0, 1e-6, 1)
     torch.library.opcheck(getattr(kernels.ops, f"{op}_backward").default, flat, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_several_gradients_at_once_are_those_of_one_at_a_time() -> None:
+    # Of the gate too, which is a sum over rows.
+    residual, x, gate = (torch.randn(2, rows, 32, device=DEVICE, requires_grad=True) for rows in (5, 5, 1))
+    r = scale_residual(residual, x, gate, rounding="eager")
+    cotangents, tensors = torch.randn(4, *r.shape, device=r.device), (residual, x, gate)
+    found = torch.autograd.grad(r, tensors, cotangents, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        one = torch.autograd.grad(r, tensors, cotangents[i], retain_graph=True)
+        assert all(torch.allclose(a[i], b, rtol=1e-5, atol=1e-5) for a, b in zip(found, one, strict=True))

@@ -188,3 +188,16 @@ def test_weights_and_rotary_tables_get_the_gradients_of_the_expression(rounding:
         got = torch.autograd.grad(outputs[:2], wanted, cotangents)
         for a, b in zip(got, torch.autograd.grad(expected[:2], wanted, cotangents), strict=True):
             assert torch.equal(a, b)
+
+
+def test_several_gradients_of_the_rows_at_once_are_those_of_one_at_a_time() -> None:
+    # For torch.autograd.functional.jacobian(vectorize=True), as upstream's attention serves it.
+    image, text = ([stream(2, n, 3, 16, torch.float32).requires_grad_() for _ in range(3)] for n in (5, 3))
+    weights = [normal(16) for _ in range(4)]
+    joint = joint_qk_norm_rope(*image, *weights[:2], None, *text, *weights[2:], None, head_dim=16, rounding="eager")
+    cotangents = [torch.randn(4, *result.shape, device=result.device) for result in joint]
+    rows = [*image, *text]
+    found = torch.autograd.grad(joint, rows, cotangents, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        one = torch.autograd.grad(joint, rows, [cotangent[i] for cotangent in cotangents], retain_graph=True)
+        assert all(torch.equal(a[i], b) for a, b in zip(found, one, strict=True))

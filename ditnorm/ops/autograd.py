@@ -158,7 +158,7 @@ def _sums(paths: Callable[[Tensors], Paths], tensors: Tensors, places: Sequence[
     # Kept tensors have their history, which a second differentiation goes through.
     twice = torch.is_grad_enabled()
     inputs: Tensors = tuple(
-        t if t is None else t.view_as(t) if twice else t.detach().requires_grad_(place in wanted)  # one tensor may stand at two places
+        t if t is None else t.view_as(t) if twice else _leaf(t, place in wanted)  # one tensor may stand at two places
         for place, t in enumerate(tensors)
     )
     with torch.enable_grad():
@@ -167,6 +167,13 @@ def _sums(paths: Callable[[Tensors], Paths], tensors: Tensors, places: Sequence[
     found = torch.autograd.grad(outputs, [inputs[place] for place in wanted], cotangents, create_graph=twice, allow_unused=True)
     of = dict(zip(wanted, found, strict=True))
     return tuple(None if place is None else of.get(place) for place in places)
+
+
+def _leaf(t: Tensor, wanted: bool) -> Tensor:
+    """``t`` without its history. What has none is left alone: no view is made of a gradient that is
+    one of a batch (``is_grads_batched``).
+    """
+    return t.detach().requires_grad_(wanted) if wanted or t.requires_grad else t
 
 
 def _through_norm(call: Any, dy: Tensor) -> Paths:
@@ -370,7 +377,7 @@ def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
         d_query, d_key = _or_zeros(d_query, query, joint, codes[0]), _or_zeros(d_key, query, joint, codes[0])
         own = _maker("joint_qk_norm_rope_backward")(d_query, d_key, *saved, *codes)
     if d_value is not None:
-        joined = d_value.flatten(2)
+        joined = d_value.reshape(*d_value.shape[:2], -1)
         start, encoder_start = (encoder_tokens, 0) if codes[3] else (0, tokens)
         values = joined.narrow(1, start, tokens), joined.narrow(1, encoder_start, encoder_tokens)
     return own[0], own[1], values[0], own[2], own[3], values[1]
