@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditnorm import kernels
-from ditnorm.ops.autograd import GRADIENTS
+from ditnorm.functional import path
+from ditnorm.ops.autograd import GRADIENTS, Gradients
+from ditnorm.ops.options import NORMS
 from ditnorm.patching import patch_model
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -75,6 +77,42 @@ def test_a_lora_gets_the_gradients_of_the_unpatched_model(name: str, dtype: torc
     if device == "cuda" and kernels.unavailable is None:
         assert not [op for op, path in calls if path == "reference" and op in GRADIENTS]
         assert any(op in BACKWARD for op, _ in calls)
+
+
+class OfDiffusersNorm:
+    """The gradients of a site, where its norm is diffusers' ``RMSNorm``."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self.gradients = gradients
+        self.calls = 0
+
+    def call(self, kernel: Any, tensors: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
+        if len(codes) == 3 and codes[0] != NORMS.index("diffusers_rms"):
+            return None
+        self.calls += 1
+        return self.gradients.call(kernel, tensors, codes)
+
+
+@pytest.mark.parametrize("trained", ["LoRA", "all weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["z-image", "lumina2", "ltx2"])
+def test_gradients_of_a_stream_are_added_in_upstreams_order(
+    name: str, dtype: torch.dtype, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown without kernels, by the ops' references: these have the bits of autograd, but for
+    torch's norms.
+    """
+    model: Any = with_lora(name, dtype, "cpu", False) if trained == "LoRA" else tiny.load(name, dtype).train()
+    arguments = tiny.inputs(name, 2, dtype)
+    expected = gradients(model, arguments)
+    names = ("norm_scale_shift", "scale_residual_norm_scale_shift", "scale_residual", "norm_scale_residual")
+    served = {op: OfDiffusersNorm(GRADIENTS[op]) for op in (*names, "norm_scale_residual_norm_scale_shift")}
+    monkeypatch.setattr(path, "GRADIENTS", served)
+    monkeypatch.setattr(kernels, "serves", lambda x: True)
+    got = gradients(patch_model(model, strict=True), arguments)
+    assert sum(of_norm.calls for of_norm in served.values()) > 2
+    assert expected.keys() == got.keys()
+    assert [key for key in expected if not torch.equal(got[key], expected[key])] == []
 
 
 @pytest.mark.gpu
