@@ -198,9 +198,9 @@ def test_a_release_whose_tests_failed_is_not_among_those_that_passed(tmp_path):
         "3.14.1": {"tests": "", "kernels": ""},
     }
     (tmp_path / "python.json").write_text(json.dumps(found))
-    (tmp_path / "torch.json").write_text(json.dumps({"2.10.0": {"tests": passed}}))
+    (tmp_path / "torch.json").write_text(json.dumps({"2.10.0": {"tests": passed, "python": "3.9.1"}}))
     rows = pages.versions.written(tmp_path)["versions"]
-    assert "| Python | 3.10.1; with failures 3.11.1, 3.12.1, 3.13.1 |" in rows
+    assert "| Python | 3.9.1, 3.10.1; with failures 3.11.1, 3.12.1, 3.13.1 |" in rows
     assert "| PyTorch | 2.10.0 |" in rows
 
 

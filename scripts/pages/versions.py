@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.releases import failed
+from packaging.version import Version
 
 from .blocks import table
 from .records import measured
@@ -16,11 +17,15 @@ def written(docs: Path) -> dict[str, str]:
     for m in (m for name in ("transformers", "quantised", "modulation", "training") for m in measured(docs, name)):
         for package in ("torch", "diffusers", "python"):
             on_cards.setdefault(package, {}).setdefault(m.run["environment"][package], {})[m.card] = None
+    records = {package: _record(docs / f"{package}.json") for package in ("torch", "diffusers", "python")}
+    # The releases of PyTorch were tested with a Python, too.
+    with_python = {found["python"]: found for found in records["torch"].values()} | records["python"]
+    records["python"] = dict(sorted(with_python.items(), key=lambda entry: Version(entry[0])))
     titles = {"torch": "PyTorch", "diffusers": "diffusers", "python": "Python"}
     rows = []
     for package, title in titles.items():
         measured_with = [f"{version} ({', '.join(cards)})" for version, cards in sorted(on_cards.get(package, {}).items())]
-        rows.append([title, _passed(_record(docs / f"{package}.json")), ", ".join(measured_with)])
+        rows.append([title, _passed(records[package]), ", ".join(measured_with)])
     return {"versions": table(["", "tested on a CPU", "measured on GPUs"], rows, 3)}
 
 
