@@ -24,7 +24,7 @@ inline DType fast_modulation_dtype(const Problem& p) {
   constexpr DType kNone = DType::u8;
   const DType t = p.x.dtype;
   constexpr int64_t kMost = 0x7fffffff;
-  if (p.norm == Norm::diffusers_rms) return kNone;                            // its rows are warps': mean_norm.cu
+  if (p.norm == Norm::diffusers_rms) return kNone;                            // mean_norm.cu has them
   if (p.tokens > kMost || p.width > kMost || p.batch > 0xffff) return kNone;  // rows are the grid, columns are 32 bits
   if (!aligned16(p.x.data, t, p.x.batch_stride, p.x.token_stride) || p.width * bytes(t) % 16 != 0) return kNone;
   if (p.residual.data != nullptr &&
