@@ -22,7 +22,7 @@ from ditnorm.functional import (
     qk_norm_rope,
     swiglu,
 )
-from ditnorm.ops.autograd import GRADIENTS
+from ditnorm.ops.gradients import GRADIENTS
 
 pytestmark = compiled_only
 

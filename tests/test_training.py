@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditnorm import kernels
 from ditnorm.functional import path
-from ditnorm.ops.autograd import GRADIENTS, Gradients
+from ditnorm.ops.autograd import Gradients
+from ditnorm.ops.gradients import GRADIENTS
 from ditnorm.ops.options import NORMS
 from ditnorm.patching import patch_model
 

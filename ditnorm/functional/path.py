@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..ops import checks
-from ..ops.autograd import GRADIENTS, Recompute, kernel_of
+from ..ops.autograd import Recompute, kernel_of
+from ..ops.gradients import GRADIENTS
 from ..ops.options import FLOATS, HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.table import OPS
 from ..swapping.torch_private import any_autocast_enabled, compiler, forward_ad

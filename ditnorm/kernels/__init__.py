@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.autograd import GRADIENTS, kernel_of
+from ..ops.autograd import kernel_of
 from ..ops.checks import UnfusedError, index_range
+from ..ops.gradients import GRADIENTS
 from ..ops.table import OPS as _TABLE
 from ..ops.table import Op
 from . import compiled

@@ -1,7 +1,7 @@
 """The table of ops: one row each, from which everything else about an op is made.
 
 A new op is a row, the structure of its call, a reference function, and a kernel. Its gradients are
-those of the reference, unless there is an op for them (:mod:`ditnorm.ops.autograd`).
+those of the reference, unless there is an op for them (:mod:`ditnorm.ops.gradients`).
 """
 
 from collections.abc import Callable, Mapping
