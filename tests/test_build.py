@@ -220,10 +220,10 @@ def test_library_of_other_sources_is_refused(library: Path, tmp_path: Path, monk
     older = tmp_path / "older.so"
     output_of("g++", "-shared", "-x", "c++", os.devnull, "-o", older)
     assert kernels._register(older, "cuda", 0) == f"{older.name} {refusal}"
-    monkeypatch.setattr(kernels, "NORMS", ("rms", "layer", "fp32_layer"))
+    monkeypatch.setattr(compiled, "NORMS", ("rms", "layer", "fp32_layer"))
     assert kernels._register(library, "cuda", 0) == f"{library.name} {refusal}"
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "OPS", (*kernels.OPS, "no_such_op"))
+    monkeypatch.setattr(compiled, "OPS", (*kernels.OPS, "no_such_op"))
     assert kernels._register(library, "cuda", 0) == f"{library.name} {refusal}"
 
 
