@@ -296,7 +296,6 @@ int sim_launch(void (*kernel)(Params...), dim3 grid, dim3 block, Args... args) {
 #define gridDim (cpu_sim::grid_dim)
 
 inline void __syncthreads() { cpu_sim::wait(cpu_sim::block_barrier); }
-inline void __syncwarp() { cpu_sim::wait(cpu_sim::warps[cpu_sim::current->warp].barrier); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
@@ -335,7 +334,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __frsqrt_rn(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float __int2float_rn(int a) { return static_cast<float>(a); }
 inline int __float2int_rn(float a) {
