@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kMeanThreads, 8) mean_norm_backward_kernel(con
   const Token at(p, blockIdx.y, blockIdx.x);
   const int64_t target = (at.batch * p.tokens + at.token) * p.width + place.first;
   const auto ask_rows = [&](Columns& columns, const Rows& rows) {
-    const T* const source = advance<T>(rows.data, at.offset(rows) + place.first);
-    place.ask(columns, rows.data != nullptr, 0.0f, [&](int offset) { return load_row<Cache::normal, T, N>(source + offset); });
+    const T* const source = static_cast<const T*>(rows.data) + at.offset(rows) + place.first;
+    place.ask(columns, true, 0.0f, [&](int offset) { return load_row<Cache::normal, T, N>(source + offset); });
   };
   const bool carried = b.dr.data != nullptr, branched = b.d_branch != nullptr;
   Columns v, d, dr;

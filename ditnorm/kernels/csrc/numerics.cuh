@@ -32,9 +32,17 @@ __device__ __forceinline__ T from_float(float v) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
 }
 
+// A bfloat16 is the upper half of a float32. To convert a pair is one instruction; that of a single
+// number goes through a unit a quarter as fast.
 template <class T, bool ROUND = true>
 __device__ __forceinline__ float round_to(float v) {
-  return ROUND ? to_float(from_float<T>(v)) : v;
+  if constexpr (ROUND && std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(0.0f, v);
+    __builtin_memcpy(&v, &pair, sizeof v);
+    return v;
+  } else {
+    return ROUND ? to_float(from_float<T>(v)) : v;
+  }
 }
 
 // Memory moves in accesses of 8 or 16 bytes.
