@@ -214,6 +214,16 @@ def test_a_hook_may_replace_the_norms_output() -> None:
     assert torch.equal(layer(x, shift=shift), shift[:, None].expand_as(x))
 
 
+@pytest.mark.parametrize("name", layers.__all__)
+def test_pickles_name_a_layer_by_where_users_import_it(name: str) -> None:
+    """So pickles, and lists of classes that ``torch.load`` may make, outlive changes of the files
+    inside.
+    """
+    layer = getattr(layers, name)
+    assert pickle.loads(f"cditnorm.layers\n{name}\n.".encode()) is layer
+    assert pickle.dumps(layer, 0).startswith(f"cditnorm.layers\n{name}\n".encode())
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_copies_and_pickles_compute_the_same(kind: str, again: Any) -> None:
