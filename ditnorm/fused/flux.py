@@ -168,14 +168,16 @@ def after_attention(
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
-    outputs: tuple[Tensor, ...],
+    outputs: list[Tensor],
     modulation: list[Tensor],
     c_modulation: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The residuals and feed-forward layers of a dual-stream block. ``outputs``: attention's for
-    both streams, and that of an IP-Adapter where there is one.
+    both streams, and that of an IP-Adapter where there is one. It is emptied: memory peaks in the
+    MLP, where nothing of attention's is to be alive.
     """
     x, c, *of_adapter = outputs
+    outputs.clear()
     gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
     c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = c_modulation
     rounding = block.rounding

@@ -108,13 +108,9 @@ class ChromaTransformerBlock(FusedBlock):
         x, *modulation = self.norm1(hidden_states, emb=temb[:, :6], **law_argument(self.norm1, law))
         c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb[:, 6:], **law_argument(self.norm1_context, c_law))
 
-        outputs = self.attn(
-            hidden_states=x,
-            encoder_hidden_states=c,
-            image_rotary_emb=image_rotary_emb,
-            attention_mask=_pairs(attention_mask),
-            **kwargs,
-        )
+        mask = _pairs(attention_mask)
+        outputs = [*self.attn(hidden_states=x, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb, attention_mask=mask, **kwargs)]
+        del x, c
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 
 

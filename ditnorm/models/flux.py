@@ -88,7 +88,8 @@ class FluxTransformerBlock(FusedBlock):
         x, *modulation = self.norm1(hidden_states, emb=temb, **law_argument(self.norm1, law))
         c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb, **law_argument(self.norm1_context, c_law))
 
-        outputs = self.attn(hidden_states=x, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb, **kwargs)
+        outputs = [*self.attn(hidden_states=x, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb, **kwargs)]
+        del x, c
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 
 

@@ -184,12 +184,14 @@ class Flux2TransformerBlock(FusedBlock):
         (c_shift_msa, c_scale_msa, c_gate_msa), (c_shift_mlp, c_scale_mlp, c_gate_mlp) = _split(self, temb_mod_txt, 2)
         law, c_law = laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
 
-        outputs = self.attn(
-            hidden_states=modulated(self.norm1, hidden_states, scale_msa, shift_msa, law=law),
-            encoder_hidden_states=modulated(self.norm1_context, encoder_hidden_states, c_scale_msa, c_shift_msa, law=c_law),
-            image_rotary_emb=image_rotary_emb,
-            **kwargs,
-        )
+        outputs = [
+            *self.attn(
+                hidden_states=modulated(self.norm1, hidden_states, scale_msa, shift_msa, law=law),
+                encoder_hidden_states=modulated(self.norm1_context, encoder_hidden_states, c_scale_msa, c_shift_msa, law=c_law),
+                image_rotary_emb=image_rotary_emb,
+                **kwargs,
+            )
+        ]
         modulation, c_modulation = [gate_msa, shift_mlp, scale_mlp, gate_mlp], [c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp]
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 

@@ -180,7 +180,8 @@ class QwenImageTransformerBlock(FusedBlock):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod_params.chunk(6, dim=-1)
 
         img_law, txt_law = _laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs)
-        img_attn_output, txt_attn_output = self.attn(
+        # One name for all stages of a stream: what was read is freed before the MLP, where memory peaks.
+        image, text = self.attn(
             hidden_states=modulated(self.img_norm1, hidden_states, img_scale1, img_shift1, modulate_index, img_law),
             encoder_hidden_states=modulated(self.txt_norm1, encoder_hidden_states, txt_scale1, txt_shift1, law=txt_law),
             encoder_hidden_states_mask=encoder_hidden_states_mask,
@@ -191,15 +192,15 @@ class QwenImageTransformerBlock(FusedBlock):
         hidden_states = promoted(hidden_states, img_gate1, self.rounding)
         encoder_hidden_states = promoted(encoder_hidden_states, txt_gate1, self.rounding)
         img_law, txt_law = law_in_feed_forward(self.img_mlp, hidden_states), law_in_feed_forward(self.txt_mlp, encoder_hidden_states)
-        img_modulated, hidden_states = self.img_norm2(
-            hidden_states, img_attn_output, gate=img_gate1, scale=img_scale2, shift=img_shift2, index=modulate_index, law=img_law
+        image, hidden_states = self.img_norm2(
+            hidden_states, image, gate=img_gate1, scale=img_scale2, shift=img_shift2, index=modulate_index, law=img_law
         )
-        hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), img_gate2, index=modulate_index, rounding=self.rounding)
+        hidden_states = scale_residual(hidden_states, self.img_mlp(image), img_gate2, index=modulate_index, rounding=self.rounding)
 
-        txt_modulated, encoder_hidden_states = self.txt_norm2(
-            encoder_hidden_states, txt_attn_output, gate=txt_gate1, scale=txt_scale2, shift=txt_shift2, law=txt_law
+        text, encoder_hidden_states = self.txt_norm2(
+            encoder_hidden_states, text, gate=txt_gate1, scale=txt_scale2, shift=txt_shift2, law=txt_law
         )
-        encoder_hidden_states = scale_residual(encoder_hidden_states, self.txt_mlp(txt_modulated), txt_gate2, rounding=self.rounding)
+        encoder_hidden_states = scale_residual(encoder_hidden_states, self.txt_mlp(text), txt_gate2, rounding=self.rounding)
 
         if encoder_hidden_states.dtype == torch.float16:
             encoder_hidden_states = encoder_hidden_states.clip(-65504, 65504)

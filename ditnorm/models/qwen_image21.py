@@ -170,7 +170,7 @@ class QwenImage21TransformerBlock(FusedBlock):
         scale1, gate1, scale2, gate2 = _rows(modulation, target_token_mask).chunk(4, dim=-1)
         gate1, gate2, shift = gate1.tanh(), gate2.tanh(), no_shift(scale1)
 
-        attn_output = self.attn(
+        x = self.attn(
             hidden_states=modulated(self.img_norm1, hidden_states, scale1, shift, target_token_mask),
             attention_mask=attention_mask,
             rotary_emb=rotary_emb,
@@ -182,10 +182,8 @@ class QwenImage21TransformerBlock(FusedBlock):
         )
         hidden_states = promoted(hidden_states, gate1, self.rounding)
         law = law_in_feed_forward(self.img_mlp, hidden_states)
-        img_modulated, hidden_states = self.img_norm2(
-            hidden_states, attn_output, gate=gate1, scale=scale2, shift=shift, index=target_token_mask, law=law
-        )
-        hidden_states = scale_residual(hidden_states, self.img_mlp(img_modulated), gate2, index=target_token_mask, rounding=self.rounding)
+        x, hidden_states = self.img_norm2(hidden_states, x, gate=gate1, scale=scale2, shift=shift, index=target_token_mask, law=law)
+        hidden_states = scale_residual(hidden_states, self.img_mlp(x), gate2, index=target_token_mask, rounding=self.rounding)
         return hidden_states.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else hidden_states
 
 

@@ -150,14 +150,14 @@ class ZImageTransformerBlock(SandwichBlock):
         ``index`` [B, S] selects from.
         """
         if modulation is None:
-            attn_out = self.attention(self.attention_norm1(x), attention_mask=attn_mask, freqs_cis=freqs_cis)
-            ffn_in, x = self.add_and_norm("attention_norm2", x, attn_out)
-            return self.add("ffn_norm2", x, self.feed_forward(ffn_in))
+            branch = self.attention(self.attention_norm1(x), attention_mask=attn_mask, freqs_cis=freqs_cis)
+            branch, x = self.add_and_norm("attention_norm2", x, branch)
+            return self.add("ffn_norm2", x, self.feed_forward(branch))
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=2)
         gate_msa, gate_mlp = gate_msa.tanh(), gate_mlp.tanh()
-        attn_out = self.attention(self.attention_norm1(x, scale=scale_msa, index=index), attention_mask=attn_mask, freqs_cis=freqs_cis)
-        ffn_in, x = self.add_and_norm("attention_norm2", x, attn_out, gate_msa, scale_mlp, index)
-        return self.add("ffn_norm2", x, self.feed_forward(ffn_in), gate_mlp, index)
+        branch = self.attention(self.attention_norm1(x, scale=scale_msa, index=index), attention_mask=attn_mask, freqs_cis=freqs_cis)
+        branch, x = self.add_and_norm("attention_norm2", x, branch, gate_msa, scale_mlp, index)
+        return self.add("ffn_norm2", x, self.feed_forward(branch), gate_mlp, index)
 
 
 class ZImageControlTransformerBlock(ZImageTransformerBlock):
