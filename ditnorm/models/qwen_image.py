@@ -180,7 +180,7 @@ class QwenImageTransformerBlock(FusedBlock):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod_params.chunk(6, dim=-1)
 
         img_law, txt_law = _laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, joint_attention_kwargs)
-        # One name for all stages of a stream: what was read is freed before the MLP, where memory peaks.
+        # One name for all stages of a stream: what was read is freed before the MLP, the peak.
         image, text = self.attn(
             hidden_states=modulated(self.img_norm1, hidden_states, img_scale1, img_shift1, modulate_index, img_law),
             encoder_hidden_states=modulated(self.txt_norm1, encoder_hidden_states, txt_scale1, txt_shift1, law=txt_law),
