@@ -85,13 +85,13 @@ def _joint_qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors
         paths: Paths = []
         for place, stream in ((own, tensors[:6]), (encoder, tensors[6:])):
             for d, x, weight in zip(grads, stream[:2], stream[2:4], strict=False):  # not those of the values
-                paths += _through_qk(None if d is None else d[:, place], x, weight, *stream[4:], *options)
+                paths += _through_qk(None if d is None else d.narrow(1, *place), x, weight, *stream[4:], *options)
         return paths
 
     options: Tensors = (codes[0], QK_NORMS[codes[1]], codes[2], ROUNDINGS[codes[4]])
     tokens, encoder_tokens = saved[0].shape[1], saved[6].shape[1]
     first, encoder_first = (encoder_tokens, 0) if codes[3] else (0, tokens)
-    own, encoder = slice(first, first + tokens), slice(encoder_first, encoder_first + encoder_tokens)
+    own, encoder = (first, tokens), (encoder_first, encoder_tokens)
     return sums_over_rows(through_qk, saved, (2, 3, 4, 5, 8, 9, 10, 11), needed)
 
 
