@@ -16,6 +16,21 @@ from ..contestants import EAGER, Call
 from ..host import LAYER_NORM, SIZE
 
 UNFUSED = "PyTorch"
+NO_KERNEL = "autograd.Function without a kernel"
+
+
+class _Nothing(torch.autograd.Function):
+    """What any ``autograd.Function`` costs: it keeps its input and allocates results."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
 
 
 def calls(device: str = "cuda") -> dict[str, Call]:
@@ -44,7 +59,10 @@ def calls(device: str = "cuda") -> dict[str, Call]:
 
         return call
 
-    timed = {LAYER_NORM: both(partial(F.layer_norm, x, SIZE[1:], None, None, EPS), x)}
+    timed = {
+        LAYER_NORM: both(partial(F.layer_norm, x, SIZE[1:], None, None, EPS), x),
+        NO_KERNEL: both(partial(_Nothing.apply, x), x),
+    }
     for op, arguments in given.items():
         wanted = [t for t in (arguments.get("residual"), x) if t is not None]
         every = dict.fromkeys(OPS[op].call._fields) | arguments | {"rounding": "eager"}  # type: ignore[attr-defined]
