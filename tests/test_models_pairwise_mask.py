@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditnorm import patch_model
 from ditnorm.fused import pairwise_mask as pairwise_mask_module
 from ditnorm.fused.pairwise_mask import BOOL, MaskForm, mask_form, pairwise_mask
-from ditnorm.models import hunyuan_video
+from ditnorm.models.hunyuan_video import attention
 
 TEXT = 5
 TEXT_MASKS = {
@@ -130,9 +130,9 @@ def test_the_model_gives_the_same_bits_with_padding_in_either_text(
         made.append(form[0])
         return pairwise_mask(text_mask, tokens, form)
 
-    monkeypatch.setattr(hunyuan_video, "pairwise_mask", build)
+    monkeypatch.setattr(attention, "pairwise_mask", build)
     if not additive:
-        monkeypatch.setattr(hunyuan_video, "mask_form", lambda *args: BOOL)
+        monkeypatch.setattr(attention, "mask_form", lambda *args: BOOL)
     torch.testing.assert_close(tiny.run(model, arguments), expected, rtol=0, atol=0, equal_nan=True)
     assert made == [dtype if additive else torch.bool] * 2
 

@@ -1,5 +1,5 @@
-"""The model families. Every module here that defines :class:`FusedUnit` subclasses takes part;
-nothing else needs to know of it.
+"""The model families. Every module or folder here that defines :class:`FusedUnit` subclasses takes
+part; nothing else needs to know of it.
 """
 
 import importlib
@@ -17,7 +17,7 @@ def _bodies() -> tuple[type[FusedUnit], ...]:
         body
         for module in _MODULES
         for body in vars(module).values()
-        if isinstance(body, type) and issubclass(body, FusedUnit) and body.__module__ == module.__name__
+        if isinstance(body, type) and issubclass(body, FusedUnit) and f"{body.__module__}.".startswith(f"{module.__name__}.")
     )
 
 
