@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditnorm import kernels
 from ditnorm.functional import gelu, swiglu
-from ditnorm.ops.checks import same_bits
+from ditnorm.ops.bits import same_bits
 
 HALVES = (torch.float16, torch.bfloat16)
 ROUNDINGS = ("single", "eager")

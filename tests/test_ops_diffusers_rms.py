@@ -33,7 +33,7 @@ from ditnorm.functional import (
     norm_scale_shift,
     scale_residual_norm_scale_shift,
 )
-from ditnorm.ops.checks import same_bits
+from ditnorm.ops.bits import same_bits
 
 HALVES = (torch.float16, torch.bfloat16)
 EPS = 1e-5

@@ -26,7 +26,7 @@ from support.cases import (
 from torch import Tensor
 
 from ditnorm import functional, kernels
-from ditnorm.ops.checks import same_bits
+from ditnorm.ops.bits import same_bits
 from ditnorm.ops.table import OPS
 
 pytestmark = compiled_only

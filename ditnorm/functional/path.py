@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..ops import checks
+from ..ops import context
 from ..ops.autograd import Recompute, kernel_of
 from ..ops.gradients import GRADIENTS
 from ..ops.options import FLOATS, HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
@@ -45,7 +45,7 @@ def in_pytorch(tensors: tuple[Tensor | None, ...], rounding: str = "single", nor
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
-    return rounding == "eager" and norm != "diffusers_rms" and any(t is not None and checks.autocasts(t) for t in tensors)
+    return rounding == "eager" and norm != "diffusers_rms" and any(t is not None and context.autocasts(t) for t in tensors)
 
 
 _WITHOUT_TORCHS_NORM = frozenset({"scale_residual", "norm_scale_residual", "norm_scale_residual_norm_scale_shift", "gelu", "swiglu"})
@@ -57,7 +57,12 @@ def _casts(name: str, options: tuple[Any, ...]) -> bool:
 
 
 def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
-    transformed, gradients = checks.transformed(), GRADIENTS.get(name)
+    """The results of a call that gradients, a tangent or autocast are wanted of.
+
+    ``options`` are those of its structure in :mod:`ditnorm.ops.calls`, ``codes`` the same as
+    numbers. Raises the named error of the op's checks where something is wrong with the call.
+    """
+    transformed, gradients = context.transformed(), GRADIENTS.get(name)
     if gradients is not None and not (any_autocast_enabled() and _casts(name, options)):
         if not transformed and kernels.serves(tensors[0]):
             outputs = gradients.call(kernel_of(name), tensors, codes)

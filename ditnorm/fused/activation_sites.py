@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..functional import gelu, swiglu
-from ..ops.checks import same_bits
+from ..ops.bits import same_bits
 from ..ops.options import FLOATS, ROUNDINGS
 
 WATCHED = "watched by a hook, which is shown upstream's own values"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
-from ..ops.checks import transformed
+from ..ops.context import transformed
 from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 from ..swapping.torch_private import seen_by_a_mode

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import autocasts, transformed
+from ..ops.context import autocasts, transformed
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.torch_private import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..ops import checks
+from ..ops.bits import same_bits
 from ..ops.table import OPS
 
 Tables = tuple[Tensor | None, Tensor | None]
@@ -73,12 +73,12 @@ class QKSite:
             tensors: tuple[Any, ...] = (*own, *weights(), *self._tables(random, _TOKENS), *encoder, *weights(), *encoder_tables)
             expected: Any = unfused(*tensors, **options, encoder_first=False)
             with_pairs: tuple[Any, ...] = (*tensors[:5], _rotary(*tensors[5:7]), *tensors[7:12], _rotary(*tensors[12:]))
-            return checks.same_bits(fused(*with_pairs, **options), expected)
+            return same_bits(fused(*with_pairs, **options), expected)
         rows: tuple[Any, ...] = (*streams(_TOKENS, 2), *weights())
         options["pairs"] = "halves" if self.rotary == "halves" else "neighbours"
         for tables, of_key in self._tables_of_calls(random):
             expected = unfused(*rows, *tables, *of_key, **options)
-            if not checks.same_bits(fused(*rows, _rotary(*tables), key_rotary=_rotary(*of_key), **options), expected):
+            if not same_bits(fused(*rows, _rotary(*tables), key_rotary=_rotary(*of_key), **options), expected):
                 return False
         return True
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..functional import dequantize_product, norm_scale_shift_and_quantize, norm_scale_shift_quantize, quantize
 from ..ops import quantization, reference
+from ..ops.bits import same_bits
 from ..ops.calls import NormScaleShift
-from ..ops.checks import same_bits
 from ..ops.quantization import BESIDE, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional

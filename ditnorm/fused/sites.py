@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..ops import checks
+from ..ops.bits import same_bits
 from ..ops.options import RMS_EPS
 from ..ops.table import OPS
 
 # A wrong order of reduction changes about 1 % of the rows of a bf16 LayerNorm, so 4096 rows miss it
 # with probability 0.99 ** 4096.
-_BATCH, _TOKENS = 4, 1024
+BATCH, TOKENS = 4, 1024
 
 
 class FusedCall(Protocol):
@@ -79,13 +79,13 @@ class Site:
             return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
         def rows() -> Tensor:
-            spread, mean = random(_BATCH, _TOKENS, 1).exp(), 4 * random(_BATCH, _TOKENS, 1)
-            return (random(_BATCH, _TOKENS, self.width) * spread + mean).to(self.dtype)
+            spread, mean = random(BATCH, TOKENS, 1).exp(), 4 * random(BATCH, TOKENS, 1)
+            return (random(BATCH, TOKENS, self.width) * spread + mean).to(self.dtype)
 
         def vector(dtype: torch.dtype | None) -> Tensor | None:
             return None if dtype is None else random(self.width, dtype=dtype)
 
-        scale, shift, gate = random(_BATCH, 1, 3 * self.width, dtype=self.dtype).chunk(3, dim=-1)
+        scale, shift, gate = random(BATCH, 1, 3 * self.width, dtype=self.dtype).chunk(3, dim=-1)
         arguments: dict[str, Any] = {"x": rows(), "index": None, "rounding": "eager"}
         if self.op != "scale_residual":
             eps = RMS_EPS if self.eps is None else self.eps
@@ -94,10 +94,12 @@ class Site:
             if self.modulated:
                 arguments |= {"scale": scale, "shift": shift, "scale_table": vector(self.table), "shift_table": vector(self.table)}
         if self.op == "norm_scale_shift":
-            return self._same(arguments)
+            return as_expression(self.op, arguments)
         arguments["residual"] = rows()
         gates = ({"gate": gate, "gate_table": vector(self.table)}, {"gate": None, "gate_table": None})
-        return all(self._same(arguments | gated) for gated in gates)
+        return all(as_expression(self.op, arguments | gated) for gated in gates)
 
-    def _same(self, arguments: dict[str, Any]) -> bool:
-        return checks.same_bits(getattr(functional, self.op)(**arguments), OPS[self.op].expression(**arguments))
+
+def as_expression(op: str, arguments: dict[str, Any]) -> bool:
+    """Whether an op of :mod:`ditnorm.functional` gives the bits of the unfused expression."""
+    return same_bits(getattr(functional, op)(**arguments), OPS[op].expression(**arguments))

@@ -12,7 +12,8 @@ from ..fused.feed_forward import law_in_feed_forward
 from ..fused.gelu import FusedGELU
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualIdentity, ScaleResidualNormScaleShift
-from ..ops.checks import transformed
+from ..ops.bits import bits
+from ..ops.context import transformed
 from ..ops.layout import laid_out_as
 from ..ops.quantization import Wanted
 from ..swapping.callers import caller_of
@@ -229,9 +230,6 @@ class WanTimeTextImageEmbedding(FusedUnit):
         return model is not None and all(isinstance(block, WanTransformerBlock) and untouched(block) for block in model.blocks)
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _have_values(rows: Tensor) -> bool:
     """Whether there are bits to compare now. Not for gradients: that of one row would be a sum over
     the tokens.
@@ -244,7 +242,7 @@ def _have_values(rows: Tensor) -> bool:
 def _rows_are_equal(rows: Tensor) -> bool:
     """Whether the rows [B, S, D] of each sample are the same bits."""
     # A part at a time: a comparison makes a byte of each value.
-    parts = rows.view(_BITS[rows.element_size()]).chunk(6, dim=-1)
+    parts = bits(rows).chunk(6, dim=-1)
     return bool(torch.stack([(part == part[:, :1]).all() for part in parts]).all())
 
 

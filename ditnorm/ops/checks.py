@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
 from . import expect
 from .calls import NormScaleShift, QKCall, SandwichCall, ScaleResidual, SiteCall, modulations
 from .calls_backward import (
@@ -22,6 +21,7 @@ from .calls_backward import (
     ScaleResidualBackward,
     ScaleResidualNormScaleShiftBackward,
 )
+from .context import transformed
 from .expect import shape_of
 from .options import FLOATS_AND_DOUBLE, NORMS, ROUNDINGS
 from .reference import upcast
@@ -179,32 +179,6 @@ def index_range(call: Any) -> None:
     first, last = (int(value) for value in index.aminmax()) if index.dtype is not torch.bool else (0, int(index.any()))
     if first < 0 or last >= rows:
         raise IndexError(f"index: values from {first} to {last}, but the modulation has {rows} rows")
-
-
-def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where ``tensor`` is. Of the meta device, which has none, PyTorch
-    mustn't be asked.
-    """
-    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
-
-
-def transformed() -> bool:
-    """Whether other code than eager PyTorch's stands behind a call: a compiler, a tracer, a
-    function transform, forward-mode gradients.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or function_transform()
-        or traced_to_graph()
-        or forward_ad._current_level >= 0
-    )
-
-
-def same_bits(got: Any, expected: Any) -> bool:
-    """Whether the results of two calls are equal bit for bit, NaN and signs of zero included."""
-    pairs = [(got, expected)] if isinstance(got, Tensor) else list(zip(got, expected, strict=True))
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def _vector(name: str, value: Tensor | None, x: Tensor) -> None:

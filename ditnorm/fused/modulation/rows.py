@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...ops.bits import bits
+
 Key = tuple[tuple[int, ...], torch.dtype, bytes]
 """Shape, dtype and bits of an embedding."""
 
@@ -18,11 +20,6 @@ _IN_USE = 4  # embeddings of one forward pass, and of the one before it in the s
 def key_of(embedding: Tensor) -> Key:
     """Reads the bits from the device."""
     return tuple(embedding.shape), embedding.dtype, embedding.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
-
-
-def bits(t: Tensor) -> Tensor:
-    """A view as integers of the same size, of the same shape."""
-    return t.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 @dataclass

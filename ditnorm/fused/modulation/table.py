@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.bits import bits
 from ...swapping.hook_chains import group_offloading, set_class
 from ..module import FusedModule, upstream_of
 from .changes import Watch
@@ -16,7 +17,7 @@ from .compiled import handle_of
 from .modulated_model import ModulatedModel
 from .modulating import Modulating, ModulationSequential, Precomputed
 from .route import Route
-from .rows import Entry, Key, RowNumbers, bits, key_of
+from .rows import Entry, Key, RowNumbers, key_of
 from .schedules import Inputs, Schedules
 from .streaming import GROUP_OFFLOADED, send_home, spread, streamed
 
