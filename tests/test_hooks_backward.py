@@ -58,6 +58,34 @@ def test_hooks_on_the_way_back_are_shown_what_upstream_shows(name: str, watch: W
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def without_weights(model: nn.Module) -> list[nn.Module]:
+    """Activations and dropouts."""
+    return [m for m in model.modules() if not (list(m.children()) or list(m.parameters()))]
+
+
+def backward_hooks_of_activations(model: nn.Module, show: Show) -> None:
+    for module in without_weights(model):
+        module.register_full_backward_hook(lambda module, grad_input, grad_output: show(module, (grad_input, grad_output)))
+
+
+def backward_pre_hooks_of_activations(model: nn.Module, show: Show) -> None:
+    for module in without_weights(model):
+        module.register_full_backward_pre_hook(show)
+
+
+@pytest.mark.parametrize("watch", [backward_hooks_of_activations, backward_pre_hooks_of_activations], ids=lambda watch: watch.__name__)
+@pytest.mark.parametrize("name", ["flux", "flux2", "z-image-small", "lumina2", "ltx2", "sd3.5-medium", "wan-t2v", "hunyuan-video"])
+def test_an_activation_with_a_hook_on_the_way_back_is_called_as_a_module(name: str, watch: Watch) -> None:
+    model, upstream = tiny.load(name, torch.float32), tiny.load(name, torch.float32)
+    patch_model(model)
+    grads: list[list[Tensor]] = []
+    expected = watched(upstream, watch, lambda: grads.append(gradients(upstream, name)))
+    assert expected
+    shown = watched(model, watch, lambda: grads.append(gradients(model, name)))
+    assert same(shown, expected)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def halved(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient * 0.5
 

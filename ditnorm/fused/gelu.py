@@ -201,6 +201,7 @@ def called_as_module(module: nn.Module) -> bool:
         and ("forward" not in module.__dict__ or not wrapped(module))
         and module._compiled_call_impl is None
         and not (module._forward_hooks or module._forward_pre_hooks or any(hooks_for_all_modules))
+        and not (torch.is_grad_enabled() and (module._backward_hooks or module._backward_pre_hooks))
     )
 
 
