@@ -35,6 +35,28 @@ def test_hooks_are_shown_what_upstream_shows(name: str, watch: Watch, order: str
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_modules_are_called_as_upstream_calls_them(name: str) -> None:
+    """All but the norms: a hook is given the same arguments, by position or by name."""
+
+    def calls(model: nn.Module) -> list[tuple[str, list[Any], dict[str, Any]]]:
+        found: list[tuple[str, list[Any], dict[str, Any]]] = []
+        left = set(norms(model))
+
+        def hook(path: str, args: Any, kwargs: Any) -> None:
+            found.append((path, [type(value) for value in args], {key: type(value) for key, value in kwargs.items()}))
+
+        for path, module in model.named_modules():
+            if module not in left:
+                module.register_forward_pre_hook(lambda _, args, kwargs, path=path: hook(path, args, kwargs), with_kwargs=True)
+        run(model, name)
+        return found
+
+    expected, got = calls(tiny.load(name, DTYPE)), calls(patch_model(tiny.load(name, DTYPE)))
+    assert [path for path, *_ in expected] == [path for path, *_ in got]
+    assert [(ours, upstreams) for ours, upstreams in zip(got, expected, strict=True) if ours != upstreams] == []
+
+
 @pytest.mark.parametrize("watch", OF_NORMS, ids=lambda watch: watch.__name__)
 @pytest.mark.parametrize("name", slow_but(TWO_FAMILIES, FAMILIES))
 def test_hooked_norms_are_reported(name: str, watch: Watch) -> None:

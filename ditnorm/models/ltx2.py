@@ -240,29 +240,58 @@ class LTX2VideoTransformerBlock(FusedBlock):
         )
 
         x = modulated(self.norm1, hidden_states, scale_msa, shift_msa)
-        x = self.attn1(x, None, self_attention_mask, video_rotary_emb, **perturbed)
+        x = self.attn1(
+            hidden_states=x,
+            encoder_hidden_states=None,
+            query_rotary_emb=video_rotary_emb,
+            attention_mask=self_attention_mask,
+            **perturbed,
+        )
         a = modulated(self.audio_norm1, audio_hidden_states, a_scale_msa, a_shift_msa)
-        a = self.audio_attn1(a, None, audio_self_attention_mask, audio_rotary_emb, **perturbed)
+        a = self.audio_attn1(
+            hidden_states=a,
+            encoder_hidden_states=None,
+            query_rotary_emb=audio_rotary_emb,
+            attention_mask=audio_self_attention_mask,
+            **perturbed,
+        )
 
         shift_text, scale_text, gate_text = of_text
         x, hidden_states = _add_and_norm(self.norm2, hidden_states, x, gate_msa, scale_text, shift_text)
         if self.cross_attn_adaln:
             encoder_hidden_states = _prompt(encoder_hidden_states, hidden_states, self.prompt_scale_shift_table, temb_prompt)
-        x = self.attn2(x, encoder_hidden_states, encoder_attention_mask)
+        x = self.attn2(x, encoder_hidden_states=encoder_hidden_states, query_rotary_emb=None, attention_mask=encoder_attention_mask)
         a_shift_text, a_scale_text, a_gate_text = of_a_text
         a, audio_hidden_states = _add_and_norm(self.audio_norm2, audio_hidden_states, a, a_gate_msa, a_scale_text, a_shift_text)
         if self.cross_attn_adaln:
             table = self.audio_prompt_scale_shift_table
             audio_encoder_hidden_states = _prompt(audio_encoder_hidden_states, audio_hidden_states, table, temb_prompt_audio)
-        a = self.audio_attn2(a, audio_encoder_hidden_states, audio_encoder_attention_mask)
+        a = self.audio_attn2(
+            a,
+            encoder_hidden_states=audio_encoder_hidden_states,
+            query_rotary_emb=None,
+            attention_mask=audio_encoder_attention_mask,
+        )
 
         if use_a2v_cross_attention:
             table, a_table = self.video_a2v_cross_attn_scale_shift_table, self.audio_a2v_cross_attn_scale_shift_table
             rows, a_rows = self.rows(table[:4], temb_ca_scale_shift), self.rows(a_table[:4], temb_ca_audio_scale_shift)
             x, x_v2a, hidden_states = _add_and_norm_twice(self.audio_to_video_norm, hidden_states, x, gate_text, *rows)
             a, a_v2a, audio_hidden_states = _add_and_norm_twice(self.video_to_audio_norm, audio_hidden_states, a, a_gate_text, *a_rows)
-            x = self.audio_to_video_attn(x, a, a2v_cross_attention_mask, ca_video_rotary_emb, ca_audio_rotary_emb)
-            a = self.video_to_audio_attn(a_v2a, x_v2a, v2a_cross_attention_mask, ca_audio_rotary_emb, ca_video_rotary_emb)
+            x = self.audio_to_video_attn(
+                x,
+                encoder_hidden_states=a,
+                query_rotary_emb=ca_video_rotary_emb,
+                key_rotary_emb=ca_audio_rotary_emb,
+                attention_mask=a2v_cross_attention_mask,
+            )
+            a = self.video_to_audio_attn(
+                a_v2a,
+                encoder_hidden_states=x_v2a,
+                query_rotary_emb=ca_audio_rotary_emb,
+                key_rotary_emb=ca_video_rotary_emb,
+                attention_mask=v2a_cross_attention_mask,
+            )
             del x_v2a, a_v2a
             (gate_text,), (a_gate_text,) = self.rows(table[4:], temb_ca_gate), self.rows(a_table[4:], temb_ca_audio_gate)
 
