@@ -57,7 +57,7 @@ def _casts(name: str, options: tuple[Any, ...]) -> bool:
 
 
 def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], codes: tuple[Any, ...]) -> Any:
-    """The results of a call that gradients, a tangent or autocast are wanted of.
+    """The results of a call under autograd, forward-mode differentiation or autocast.
 
     ``options`` are those of its structure in :mod:`ditnorm.ops.calls`, ``codes`` the same as
     numbers. Raises the named error of the op's checks where something is wrong with the call.

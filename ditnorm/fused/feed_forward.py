@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import gelu_quantize, quantize
-from ..ops.quantization import FLOAT8_ROW_BFL, Law, Quantized, Wanted
+from ..ops.quantization import FLOAT8_CAPABILITY, FLOAT8_ROW_BFL, Law, Quantized, Wanted
 from .activation_sites import Activation
 from .bfl_linear import quantized_body
 from .gelu import FusedGELU, unlike_torchs
@@ -20,6 +20,11 @@ from .quantized_linear import QuantizedLinear, hooked, law_for
 
 class FeedForwardBody(FusedModule):
     """A feed-forward module that may be handed what it reads quantised."""
+
+    @classmethod
+    def applies_to(cls, module: nn.Module) -> bool:
+        """Where something in it is quantised."""
+        return super().applies_to(module) and any(quantized_body(m) is not None for m in module.modules())
 
     def law(self, x: Tensor) -> Wanted | None:
         """The law by which its first layer quantises what the module is given with the shape and
@@ -34,11 +39,6 @@ class FusedFeedForward(FeedForwardBody):
     fingerprints = {"forward": frozenset({"5d1675303cd4"})}  # 0.37.0 to 0.42.1
 
     optional = True
-
-    @classmethod
-    def applies_to(cls, module: nn.Module) -> bool:
-        """Where something in it is quantised."""
-        return super().applies_to(module) and any(quantized_body(m) is not None for m in module.modules())
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
@@ -115,7 +115,7 @@ def _compared(device: torch.device, dtype: torch.dtype) -> bool:
     """Each number in a row of its own, of which the law has the scale in float32. Not where there
     is no float8.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         return False
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16).view(dtype)[:, None].repeat(1, 8)
     ours, expected = gelu_quantize(every, FLOAT8_ROW_BFL), quantize(F.gelu(every, approximate="tanh"), FLOAT8_ROW_BFL)

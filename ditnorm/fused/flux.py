@@ -22,7 +22,7 @@ Rotary = tuple[Tensor, Tensor]
 
 # How a processor hands the streams to the last projections: copied, since these have other bits for
 # what isn't contiguous; or as they are, the text after the image or before it.
-_CONTIGUOUS, _AS_IS, TEXT_FIRST = "contiguous", "as it is", "text first"
+CONTIGUOUS, AS_IS, TEXT_FIRST = "contiguous", "as it is", "text first"
 
 
 class FluxAttention(FusedAttention):
@@ -33,11 +33,11 @@ class FluxAttention(FusedAttention):
 
     fingerprints = {"forward": frozenset({"37829ce5d9bf", "e3a1c43abbca"})}  # 0.37.0 to 0.42.1; in Bria
     processors = {
-        "FluxAttnProcessor": {"f22ef9044dc6": _CONTIGUOUS, "58ebc71f6c94": _CONTIGUOUS},  # 0.37.0 to 0.39.0; 0.40.0 to 0.42.1
-        "BriaFiboAttnProcessor": {"f22ef9044dc6": _CONTIGUOUS},  # 0.37.0 to 0.42.1, as the next
-        "LongCatImageAttnProcessor": {"ea7746a9c1f9": _AS_IS},
-        "BriaAttnProcessor": {"ea7746a9c1f9": _AS_IS},
-        "OvisImageAttnProcessor": {"ea7746a9c1f9": _AS_IS},
+        "FluxAttnProcessor": {"f22ef9044dc6": CONTIGUOUS, "58ebc71f6c94": CONTIGUOUS},  # 0.37.0 to 0.39.0; 0.40.0 to 0.42.1
+        "BriaFiboAttnProcessor": {"f22ef9044dc6": CONTIGUOUS},  # 0.37.0 to 0.42.1, as the next
+        "LongCatImageAttnProcessor": {"ea7746a9c1f9": AS_IS},
+        "BriaAttnProcessor": {"ea7746a9c1f9": AS_IS},
+        "OvisImageAttnProcessor": {"ea7746a9c1f9": AS_IS},
     }
     helpers = {"apply_rotary_emb": frozenset({"16054305ef24"})}  # 0.37.0 to 0.42.1
     norm = "rms"
@@ -110,7 +110,7 @@ class FluxAttention(FusedAttention):
         if known.form == TEXT_FIRST:
             words = to_add_out(words)
             return dropout(to_out(image)), words
-        if known.form == _CONTIGUOUS:
+        if known.form == CONTIGUOUS:
             image = dropout(to_out(dense_for(image, to_out)))
             return image, to_add_out(dense_for(words, to_add_out))
         return dropout(to_out(image)), to_add_out(words)

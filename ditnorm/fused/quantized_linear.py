@@ -21,7 +21,7 @@ from ..functional import dequantize_product, norm_scale_shift_and_quantize, norm
 from ..ops import quantization, reference
 from ..ops.bits import same_bits
 from ..ops.calls import NormScaleShift
-from ..ops.quantization import BESIDE, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
+from ..ops.quantization import BESIDE, FLOAT8_CAPABILITY, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.swapped import untouched
@@ -213,7 +213,7 @@ def hooked(module: Any) -> bool:
 def float8_unsupported() -> str | None:
     """Why no float8 matrices are multiplied here, or None."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else (9, 0)
-    return None if capability >= (8, 9) else f"float8 needs compute capability 8.9, this GPU has {capability}"
+    return None if capability >= FLOAT8_CAPABILITY else f"float8 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
 
 
 def served_here(x: Tensor) -> bool:

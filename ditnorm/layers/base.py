@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..ops import expect
 from ..ops.options import ROUNDINGS
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from ..swapping.swapped import Swapped
@@ -63,8 +64,7 @@ class NormLayer(Swapped, nn.Module):
     def _configure(self, rounding: str) -> None:
         if len(self.normalized_shape) != 1:
             raise ValueError(f"normalized_shape: expected the last dim only, got {list(self.normalized_shape)}")
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+        expect.option("rounding", rounding, ROUNDINGS)
         self._set("rounding", rounding)
 
     @classmethod

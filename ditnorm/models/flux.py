@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fused.activation import JoinedGELU
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.block import FusedBlock
-from ..fused.flux import FluxAttention, Rotary, after_attention, laws, one_sequence, single_stream
+from ..fused.flux import AS_IS, FluxAttention, Rotary, after_attention, laws, one_sequence, single_stream
 from ..fused.modulation import ModulatedModel
 from ..layers import ScaleResidualNormScaleShift
 
@@ -158,7 +158,7 @@ class BriaFiboSingleAttention(FluxAttention):
     """diffusers' ``Attention`` with Bria's processor, as a single-stream block of FIBO has it."""
 
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
-    processors = {"diffusers.models.transformers.transformer_bria:BriaAttnProcessor": {"ea7746a9c1f9": "as it is"}}  # as that
+    processors = {"diffusers.models.transformers.transformer_bria:BriaAttnProcessor": {"ea7746a9c1f9": AS_IS}}  # as that
     norm = "diffusers_rms"
 
     def forward(  # type: ignore[override]

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import qk_norm_rope
 from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, law_in, weight_of
-from ..fused.bfl_linear import quantized_body
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import FeedForwardBody
 from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, laws, scale_residual_clipped
@@ -60,11 +59,6 @@ class Flux2FeedForward(FeedForwardBody):
     fingerprints = {"forward": frozenset({"8ef7f54eaff5"})}  # 0.37.0 to 0.42.1
 
     optional = True
-
-    @classmethod
-    def applies_to(cls, module: nn.Module) -> bool:
-        """Where something in it is quantised."""
-        return super().applies_to(module) and any(quantized_body(m) is not None for m in module.modules())
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         activation = self.act_fn

@@ -9,9 +9,7 @@ from . import checks, checks_activation, expect
 from .calls_quantize import DequantizeProduct, Quantize, QuantizedActivationCall, QuantizedSiteCall
 from .expect import shape_of
 from .options import FLOATS, HALVES
-from .quantization import LAWS, Law
-
-_FLOAT8_CAPABILITY = (8, 9)
+from .quantization import FLOAT8_CAPABILITY, LAWS, Law
 
 
 def check(call: Quantize) -> None:
@@ -58,7 +56,7 @@ def check_law(law: Law, x: Tensor) -> None:
         raise ValueError(f"x: {law} needs the largest value of all, got {shape_of(x)}")
     if law.dtype is torch.float8_e4m3fn and x.is_cuda:
         capability = torch.cuda.get_device_capability(x.device)
-        if capability < _FLOAT8_CAPABILITY:
+        if capability < FLOAT8_CAPABILITY:
             raise ValueError(f"law: {law} needs a GPU of compute capability 8.9, got {'.'.join(map(str, capability))}")
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 _FLOAT8_MAX = 448.0
+FLOAT8_CAPABILITY = (8, 9)
+"""The lowest compute capability of GPUs that have float8."""
 _INT8_MAX = 127.5
 _INT8_EPS = torch.finfo(torch.float32).eps
 _BFL_EPS = 1e-12

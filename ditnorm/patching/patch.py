@@ -15,9 +15,10 @@ from torch import nn
 
 from .. import kernels
 from ..fused.module import upstream_of
+from ..ops import expect
 from ..ops.options import ROUNDINGS
 from ..swapping import generated
-from ..swapping.hook_chains import Untraceable, captured, set_class
+from ..swapping.hook_chains import set_class, untraceable
 from . import verification
 from .restoring import restore
 from .targets import Targets, components, listed, single, targets
@@ -150,8 +151,7 @@ def unpatch_model(model: M) -> M:
 
 
 def _patch(models: Mapping[str, nn.Module], strict: bool, rounding: str, pipe: object = None) -> None:
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+    expect.option("rounding", rounding, ROUNDINGS)
     _complete(models)
     found = targets(models, pipe)
     refused = _refusals(found)
@@ -217,9 +217,9 @@ def _complete(models: Mapping[str, nn.Module]) -> None:
 
 
 def _is_stale(module: nn.Module) -> bool:
-    if generated.origin_of(type(module)) is None or _untraceable(module, of_origin=True) is not None:
+    if generated.origin_of(type(module)) is None or untraceable(module, of_origin=True) is not None:
         return False
-    return _untraceable(module) is not None
+    return untraceable(module) is not None
 
 
 def _refusals(found: Targets, demanded: bool = False) -> list[str]:
@@ -282,12 +282,4 @@ def _held_by_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why ``module``, whose class is or derives from ours, can't get its upstream class back."""
-    return generated_by_others(type(module)) or _untraceable(module, of_origin=True)
-
-
-def _untraceable(module: nn.Module, *, of_origin: bool = False) -> str | None:
-    try:
-        captured(module, of_origin=of_origin)
-    except Untraceable as untraceable:
-        return str(untraceable)
-    return None
+    return generated_by_others(type(module)) or untraceable(module, of_origin=True)

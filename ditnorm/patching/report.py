@@ -70,7 +70,7 @@ class TransformerReport:
     unfused_activations: Mapping[str, list[str]] = field(default_factory=dict)
     """Reason -> the activations that are PyTorch's as upstream calls them."""
     adapted_products: int = 0
-    """Of those, the ones in adapters, which read the activation itself too."""
+    """Of ``products``, the layers in adapters, which read the activation itself too."""
     rotated: int = 0
     """Attention modules whose fused call rotates, too."""
     left: Mapping[str, list[str]] = field(default_factory=dict)

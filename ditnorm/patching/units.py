@@ -17,7 +17,7 @@ from ..fused.sites import FusedCall
 from ..models import body_for, near_miss
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
-from ..swapping.hook_chains import Untraceable, captured
+from ..swapping.hook_chains import untraceable
 
 # Wrappers that shard or replicate the parameters of the modules inside (DDP, FSDP).
 _PARALLEL = ("torch.nn.parallel.", "torch.distributed.")
@@ -235,11 +235,7 @@ def _swaps(unit: Unit, path: str, module: nn.Module, body: type) -> Iterator[Swa
 
 def untouchable(module: nn.Module) -> str | None:
     """Why the class of ``module`` can't be changed, whatever it is."""
-    try:
-        captured(module)
-    except Untraceable as untraceable:
-        return str(untraceable)
-    return generated_by_others(type(module))
+    return untraceable(module) or generated_by_others(type(module))
 
 
 def generated_by_others(cls: type) -> str | None:

@@ -76,6 +76,15 @@ def captured(module: nn.Module, *, of_origin: bool = False) -> list[Slot]:
     return slots
 
 
+def untraceable(module: nn.Module, *, of_origin: bool = False) -> str | None:
+    """Where calls of ``module`` end, if :func:`captured` can't follow them; else None."""
+    try:
+        captured(module, of_origin=of_origin)
+    except Untraceable as error:
+        return str(error)
+    return None
+
+
 def _is_bound(value: Any, module: nn.Module, functions: Collection[Any]) -> bool:
     return isinstance(value, MethodType) and value.__self__ is module and value.__func__ in functions
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ...swapping.hook_chains import Untraceable, captured, group_offloading
+from ...swapping.hook_chains import group_offloading, untraceable
 from .streaming import GROUP_OFFLOADED
 
 
@@ -41,10 +41,8 @@ class Route:
                 return GROUP_OFFLOADED
             forward = module.__dict__.get("forward")
             if forward is not None and self._traced.get(id(module)) is not forward:
-                try:
-                    captured(module)
-                except Untraceable as untraceable:
-                    return f"{name}: {untraceable}"
+                if (reason := untraceable(module)) is not None:
+                    return f"{name}: {reason}"
                 self._traced[id(module)] = forward
         return None
 
