@@ -2,9 +2,14 @@
 HunyuanImage.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from support import model_checks, tiny
+
+from ditnorm import patch_model
+from ditnorm.fused.module import upstream_of
 
 
 @pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-token-replace", "hunyuan-video-1.5"])
@@ -22,3 +27,17 @@ def test_replaced_tokens_have_a_modulation_of_their_own():
     replaced = tiny.run(tiny.load("hunyuan-video-token-replace", torch.float32), arguments)
     plain = tiny.run(tiny.load("hunyuan-video", torch.float32), arguments)
     assert not torch.allclose(replaced[:, :, 0], plain[:, :, 0], atol=0.1)
+
+
+@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5", "hunyuan-image"])
+def test_arguments_that_upstream_takes_no_notice_of_reach_what_others_put_in_its_place(
+    name: str, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block: Any = next(iter(getattr(patch_model(tiny.load(name, torch.float32)), blocks, [])), None)
+    if block is None:
+        pytest.skip("it has no such blocks")
+    seen: list[Any] = []
+    monkeypatch.setattr(upstream_of(type(block)), "forward", lambda self, *args, **kwargs: seen.append((args[5:], kwargs)))
+    block(None, None, None, None, None, "more", another=1)
+    assert seen == [(("more",), {"another": 1})]

@@ -69,6 +69,7 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         index: Tensor | None = None,
         law: Wanted | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """The call where others see what the norm takes and returns, which is never quantised."""
         modulation, affine, tables = (gate, None, None), (None, None), (gate_table, None, None)
         call = calls.ScaleResidualNormScaleShift(
             residual, x, *modulation, *affine, *tables, index, norm="fp32_layer", eps=0.0, rounding=self.rounding

@@ -65,6 +65,7 @@ class NormScaleShiftLayer(NormLayer):
         index: Tensor | None = None,
         law: Wanted | None = None,
     ) -> Tensor:
+        """The call where others see what the norm takes and returns, which is never quantised."""
         affine = (self.weight, self.bias)
         call = calls.NormScaleShift(x, scale, shift, *affine, scale_table, shift_table, index, self.norm, self.eps, self.rounding)
         return reference.norm_scale_shift(call, super().__call__)

@@ -124,6 +124,7 @@ class ScaleResidualNormScaleShift(NormLayer):
         index: Tensor | None = None,
         law: Wanted | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """The call where others see what the norm takes and returns, which is never quantised."""
         tables = (gate_table, scale_table, shift_table)
         call = calls.ScaleResidualNormScaleShift(
             residual, x, gate, scale, shift, self.weight, self.bias, *tables, index, self.norm, self.eps, self.rounding

@@ -3,6 +3,7 @@ one module at a time.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -80,17 +81,16 @@ def streamed(modules: Sequence[Precomputed], device: torch.device) -> Iterator[P
         read = current.record_event()
 
 
-class _replaced:
-    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-        self.parameters, self.values = parameters, values
-
-    def __enter__(self) -> None:
-        self.homes = [p.data for p in self.parameters]
-        for p, value in zip(self.parameters, self.values, strict=True):
+@contextmanager
+def _replaced(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """``values`` in the places of ``parameters`` for as long as it lasts."""
+    homes = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, values, strict=True):
             p.data = value
-
-    def __exit__(self, *_: object) -> None:
-        for p, home in zip(self.parameters, self.homes, strict=True):
+        yield
+    finally:
+        for p, home in zip(parameters, homes, strict=True):
             p.data = home
 
 

@@ -85,7 +85,7 @@ class HunyuanImageTransformerBlock(HunyuanVideoTransformerBlock):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
+        return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs)
 
 
 class SingleStream(JoinedGELU):
