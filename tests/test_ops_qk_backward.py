@@ -136,6 +136,19 @@ def test_gradients_of_two_joined_streams_are_those_of_each(kind: str | None, enc
             assert torch.equal(got[3 * i + 2], parts[2][i].flatten(2))
 
 
+@pytest.mark.parametrize(("batch", "tokens", "text_tokens"), [(0, 5, 3), (2, 0, 3), (2, 5, 0), (2, 0, 0)])
+def test_empty_streams_have_empty_gradients(batch: int, tokens: int, text_tokens: int) -> None:
+    image, text = ([stream(batch, n, 3, 16, torch.bfloat16).requires_grad_() for _ in range(3)] for n in (tokens, text_tokens))
+    weights = [normal(16, dtype=torch.bfloat16).requires_grad_() for _ in range(4)]
+    tables = rotary_tables("per_element", tokens, 16)
+    joint = joint_qk_norm_rope(*image, *weights[:2], tables, *text, *weights[2:], None, head_dim=16, norm="diffusers_rms", rounding="eager")
+    alone = qk_norm_rope(*image[:2], *weights[:2], tables, head_dim=16, norm="diffusers_rms", rounding="eager")
+    wanted = [*image, *text, *weights]
+    found = torch.autograd.grad([*joint, *alone], wanted, [torch.ones_like(result) for result in (*joint, *alone)])
+    assert [gradient.shape for gradient in found] == [t.shape for t in wanted]
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
 def test_one_result_may_be_unused() -> None:
     call = rows(("diffusers_rms", 64, 3), torch.float32, "per_pair")
     query, _ = qk_norm_rope(**call)

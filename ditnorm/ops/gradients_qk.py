@@ -74,7 +74,8 @@ def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Seque
         d_query, d_key = _or_zeros(d_query, query, joint, codes[0]), _or_zeros(d_key, query, joint, codes[0])
         own = maker("joint_qk_norm_rope_backward")(d_query, d_key, *saved, *codes)
     if d_value is not None:
-        joined = d_value.reshape(*d_value.shape[:2], -1)
+        batch, joint, heads, head_dim = d_value.shape
+        joined = d_value.reshape(batch, joint, heads * head_dim)
         start, encoder_start = (encoder_tokens, 0) if codes[3] else (0, tokens)
         values = joined.narrow(1, start, tokens), joined.narrow(1, encoder_start, encoder_tokens)
     return own[0], own[1], values[0], own[2], own[3], values[1]
