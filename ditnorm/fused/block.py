@@ -55,6 +55,6 @@ class FusedUnit(FusedModule):
 
 
 class FusedBlock(FusedUnit):
-    """A transformer block. A new model is one file in :mod:`ditnorm.models` with such bodies."""
+    """A transformer block. A new model is a module of :mod:`ditnorm.models` with such bodies."""
 
     anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, FusedSwiGLU, *QUANTIZED_LINEARS, FusedFeedForward)
