@@ -170,6 +170,8 @@ def test_from_norm_refuses_what_it_cannot_equal() -> None:
 
     with pytest.raises(TypeError, match=r"from_norm: expected nn.LayerNorm, nn.RMSNorm, .* got .*Mine"):
         LayerNormScaleShift.from_norm(Mine(D))
+    with pytest.raises(TypeError, match=r"from_norm: expected nn.LayerNorm, .* got None$"):
+        LayerNormScaleShift.from_norm(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"from_norm: expected nn.LayerNorm, .* got torch.nn.modules.linear.Linear"):
         LayerNormScaleShift.from_norm(nn.Linear(D, D))
     with pytest.raises(TypeError, match=r"diffusers' RMSNorm with a torch.bfloat16 weight rounds before it multiplies"):

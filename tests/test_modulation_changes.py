@@ -234,10 +234,25 @@ def test_saving_and_loading_see_the_weights_as_ever(tmp_path: Any) -> None:
     assert torch.equal(forward(loaded, "Qwen-Image"), expected)
 
 
-@pytest.mark.parametrize(("given", "got"), [(torch.zeros(2, 2), r"shape \[2, 2\]"), ([1.0], "list")])
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (torch.zeros(2, 2), r"shape \[2, 2\]"),
+        ([1.0], "list"),
+        (torch.zeros(2, dtype=torch.complex64), "torch.complex64 on cpu"),
+        (torch.zeros(2, dtype=torch.bool), "torch.bool on cpu"),
+        (torch.zeros(2, device="meta"), "torch.float32 on meta"),
+    ],
+)
 def test_timesteps_of_another_form_are_refused(given: Any, got: str) -> None:
     with pytest.raises(TypeError, match=f"timesteps: expected a 1-D Tensor, .* got {got}"):
         ditnorm.precompute_modulation(load("Qwen-Image"), timesteps=given)
+
+
+def test_a_part_of_a_model_has_no_table() -> None:
+    block = load("Qwen-Image").transformer_blocks[0]
+    with pytest.raises(ValueError, match=r"QwenImageTransformerBlock is a part of a model, .* pass the model or the pipeline"):
+        ditnorm.precompute_modulation(block)
 
 
 def test_an_unknown_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,14 @@ import warnings
 import weakref
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from support import tiny
 from support.patched import DTYPE, classes, fused_calls, is_patched, pipeline, run
 from torch import nn
 
+import ditnorm
 from ditnorm import kernels
 from ditnorm.layers import LayerNormScaleShift
 from ditnorm.models import families
@@ -199,12 +201,21 @@ def test_wrong_kinds_of_targets_are_type_errors(model: nn.Module) -> None:
         unpatch_pipeline("wan")
     with pytest.raises(TypeError, match="expected a diffusers pipeline, got None"):
         patch_pipeline(None)
+    with pytest.raises(TypeError, match=r"got the class WanPipeline \(make an instance first: from_pretrained\)"):
+        patch_pipeline(diffusers.WanPipeline)
+    with pytest.raises(TypeError, match=r"got the class WanTransformer3DModel \(make an instance first: from_pretrained\)"):
+        patch_model(diffusers.WanTransformer3DModel)  # type: ignore[type-var]
+    for function in (ditnorm.report, ditnorm.verify, ditnorm.precompute_modulation, ditnorm.restore_modulation):
+        with pytest.raises(TypeError, match=r"expected a diffusers pipeline or a torch.nn.Module, got None"):
+            function(None)
+        with pytest.raises(TypeError, match=r"pipeline or a torch.nn.Module, got the class WanPipeline \(make an instance first"):
+            function(diffusers.WanPipeline)
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got 'wan' \(load it first"):
         patch_model("wan")  # type: ignore[type-var]
 
 
 def test_a_pipeline_without_its_transformer_is_an_error_that_says_so() -> None:
-    with pytest.raises(ValueError, match=r"nothing to fuse in no module \(its transformer is None\); supported families"):
+    with pytest.raises(ValueError, match=r"nothing to fuse in a WanPipeline without modules \(its transformer is None\); supported"):
         patch_pipeline(pipeline(None))  # type: ignore[arg-type]
 
 

@@ -126,11 +126,20 @@ def unpatch_a_block(walk: Walker) -> str:
 
 
 def add_hook(walk: Walker) -> str:
+    _hooked(walk)
     path = walk.some(*PARTS)
     kind = walk.dice.choice(["register_forward_hook", "register_forward_pre_hook"])
     hook = _halve_output if kind == "register_forward_hook" else _halve_input
     walk.handles.append(walk.both(lambda model: getattr(model.get_submodule(path), kind)(hook)))
     return f"{kind} on {path}"
+
+
+def _hooked(walk: Walker) -> None:
+    """A hook on what takes the embedding of the timestep is given row numbers, and can't halve
+    them.
+    """
+    ditnorm.restore_modulation(walk.ours)
+    walk.states.add("hooks")
 
 
 def _halve_output(module: nn.Module, args: Any, output: Any) -> Any:
@@ -154,6 +163,7 @@ def remove_hook(walk: Walker) -> str | None:
 
 
 def accelerate_hook(walk: Walker) -> str:
+    _hooked(walk)
     path = walk.some(*PARTS)
     walk.both(lambda model: accelerate.hooks.add_hook_to_module(model.get_submodule(path), Halving(), append=True))
     return f"accelerate's hook on {path}"
@@ -168,6 +178,7 @@ def remove_accelerate_hooks(walk: Walker) -> str:
 def diffusers_hook(walk: Walker) -> str | None:
     if "diffusers hook" in walk.states:
         return None
+    _hooked(walk)
     path = walk.some(*PARTS)
     walk.both(
         lambda model: HookRegistry.check_if_exists_or_initialize(model.get_submodule(path)).register_hook(DiffusersHalving(), "halving")
@@ -324,7 +335,11 @@ def convert(walk: Walker) -> str | None:
     return f"to {walk.dtype}"
 
 
-def swap_blocks(walk: Walker) -> str:
+def swap_blocks(walk: Walker) -> str | None:
+    blocks = next(child for child in walk.upstream.children() if isinstance(child, nn.ModuleList))
+    if [path for path, _ in blocks[0].named_parameters()] != [path for path, _ in blocks[-1].named_parameters()]:
+        return None  # SD3.5's last block has no text to hand on
+
     def swap(model: nn.Module) -> None:
         blocks = next(child for child in model.children() if isinstance(child, nn.ModuleList))
         blocks[0], blocks[-1] = blocks[-1], blocks[0]
@@ -358,7 +373,8 @@ def learn(walk: Walker) -> str | None:
 
     def gradients(model: nn.Module) -> dict[str, Tensor]:
         model.zero_grad()
-        with sdpa_kernel(SDPBackend.MATH):
+        # The product of query and key has other bits for other layouts.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             tiny.joined(model(**arguments, return_dict=False)).float().square().mean().backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
@@ -375,7 +391,9 @@ def learn(walk: Walker) -> str | None:
     return "a step of training"
 
 
-def precompute(walk: Walker) -> str:
+def precompute(walk: Walker) -> str | None:
+    if "hooks" in walk.states:
+        return None
     try:
         ditnorm.precompute_modulation(walk.ours)
     except (RuntimeError, ValueError) as refusal:

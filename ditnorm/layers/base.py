@@ -94,6 +94,9 @@ def _kind(module: Any) -> tuple[str, tuple[int, ...]]:
         return "rms", tuple(module.dim)
     if kind in ("layer", "rms", "fp32_layer"):
         return kind, module.normalized_shape
-    name = f"{type(module).__module__}.{type(module).__name__}"
-    reason = "" if kind is not None else f" ({unknown_norm(type(module))})"
+    name, reason = f"{type(module).__module__}.{type(module).__name__}", ""
+    if not isinstance(module, nn.Module):
+        name = "None" if module is None else name
+    elif kind is None:
+        reason = f" ({unknown_norm(type(module))})"
     raise TypeError(f"from_norm: expected nn.LayerNorm, nn.RMSNorm, or diffusers' FP32LayerNorm or RMSNorm, got {name}{reason}")

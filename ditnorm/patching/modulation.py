@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..fused.modulation import ModulatedModel, Modulating
@@ -78,14 +79,12 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
         True
         >>> transformer = ditnorm.unpatch_model(transformer)
     """
-    if timesteps is not None and not (isinstance(timesteps, Tensor) and timesteps.ndim == 1):
-        got = f"shape {list(timesteps.shape)}" if isinstance(timesteps, Tensor) else type(timesteps).__name__
-        raise TypeError(f"timesteps: expected a 1-D Tensor, as the model is given them one at a time, got {got}")
+    _check(timesteps)
     models = modules_of(target)
     found = targets(models)
     plans = [plan for name, (model, units) in found.items() for plan in _plans(name, model, units)]
     if not plans:
-        raise ValueError("; ".join(dict.fromkeys(_nothing(model) for model, _ in found.values())))
+        raise ValueError("; ".join(dict.fromkeys(_nothing(model, units) for model, units in found.values())))
     obstacles = [f"{plan.name}: {reason}" for plan in plans if (reason := _obstacle(plan)) is not None]
     if obstacles:
         raise RuntimeError("ditnorm: nothing was changed: " + "; ".join(obstacles))
@@ -100,6 +99,18 @@ def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
         if not isinstance(target, nn.Module):
             table.known.follow(target)
     return target
+
+
+def _check(timesteps: Any) -> None:
+    if timesteps is None:
+        return
+    expected = "timesteps: expected a 1-D Tensor, as the model is given them one at a time"
+    if not isinstance(timesteps, Tensor):
+        raise TypeError(f"{expected}, got {type(timesteps).__name__}")
+    if timesteps.ndim != 1:
+        raise TypeError(f"{expected}, got shape {list(timesteps.shape)}")
+    if timesteps.is_meta or timesteps.dtype is torch.bool or timesteps.is_complex():
+        raise TypeError(f"{expected}, of numbers, got {timesteps.dtype} on {timesteps.device}")
 
 
 def restore_modulation(target: T) -> T:
@@ -134,8 +145,10 @@ def _plans(name: str, model: nn.Module, units: list[Unit]) -> Iterator[Plan]:
             yield Plan(f"{name}.{path}" if path else name, module, facts, inside)
 
 
-def _nothing(model: nn.Module) -> str:
+def _nothing(model: nn.Module, units: list[Unit]) -> str:
     name = upstream_of(type(model)).__name__
+    if any(unit.module is model for unit in units):
+        return f"{name} is a part of a model, and only whole models have a table: pass the model or the pipeline"
     return f"nothing to gain in {name}: {NOTHING_TO_GAIN.get(name, 'ditnorm does not know how its modulations are made')}"
 
 

@@ -31,7 +31,7 @@ def targets(models: Mapping[str, nn.Module], target: object = None) -> Targets:
     found = {name: (model, find_units(model)) for name, model in models.items()}
     found = {name: (model, units) for name, (model, units) in found.items() if any(unit.is_block for unit in units)}
     if not found:
-        looked_at = ", ".join(type(model).__name__ for model in models.values()) or "no module"
+        looked_at = ", ".join(type(model).__name__ for model in models.values()) or f"a {type(target).__name__} without modules"
         absent = " (its transformer is None)" if hasattr(target, "transformer") and target.transformer is None else ""
         raise ValueError(f"nothing to fuse in {looked_at}{absent}; supported families: {', '.join(families())}")
     return found
@@ -45,12 +45,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def single(model: object) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
-        hint = " (use patch_pipeline and its like)" if hasattr(model, "components") else _hint(model)
+        hint = " (use patch_pipeline and its like)" if hasattr(model, "components") and not isinstance(model, type) else _hint(model)
         raise TypeError(f"expected a torch.nn.Module, got {_described(model)}{hint}")
     return {"model": unwrap(model)}
 
 
 def _described(target: object) -> str:
+    if isinstance(target, type):
+        return f"the class {target.__name__}"
     return repr(target) if target is None or isinstance(target, str) else type(target).__name__
 
 
@@ -60,12 +62,18 @@ def _hint(target: object) -> str:
         return " (use patch_model and its like)"
     if isinstance(target, str):
         return " (load it first: diffusers.DiffusionPipeline.from_pretrained)"
+    if isinstance(target, type):
+        return " (make an instance first: from_pretrained)"
     return ""
 
 
 def modules_of(target: object) -> dict[str, nn.Module]:
     """The modules of a model or of a pipeline. ``TypeError`` for anything else."""
-    return single(target) if isinstance(target, nn.Module) else components(target)
+    if isinstance(target, nn.Module):
+        return single(target)
+    if isinstance(target, type) or not isinstance(getattr(target, "components", None), Mapping):
+        raise TypeError(f"expected a diffusers pipeline or a torch.nn.Module, got {_described(target)}{_hint(target)}")
+    return components(target)
 
 
 def number_of(n: int, thing: str) -> str:
