@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -105,6 +106,18 @@ def test_every_supported_class_finds_its_body(path, body):
 
 def test_every_body_is_covered():
     assert {body for _, body in UPSTREAM} == set(models.BODIES)
+
+
+def test_pickles_find_a_familys_bodies_in_its_module_whichever_file_of_a_folder_defines_them():
+    """As those find them that were written when the family was one file."""
+    remaining, bodies = [FusedModule], []
+    while remaining:
+        remaining += (derived := remaining.pop().__subclasses__())
+        bodies += [body for body in derived if body.__module__.startswith("ditnorm.models.")]
+    assert set(models.BODIES) & set(bodies)
+    for body in bodies:
+        family = ".".join(body.__module__.split(".")[:3])
+        assert pickle.loads(f"c{family}\n{body.__name__}\n.".encode()) is body
 
 
 @pytest.mark.parametrize(
