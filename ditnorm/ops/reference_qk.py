@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .calls import JointQKNormRope, QKNormRope
+from .reference import diffusers_rms_norm
 
 
 def qk_norm_rope(call: QKNormRope) -> tuple[Tensor, Tensor]:
@@ -82,19 +83,8 @@ def normalize(x: Tensor, weight: Tensor | None, head_dim: int, norm: str, eps: f
         x = x.contiguous()
     if not across:
         x = x.unflatten(-1, (-1, head_dim))
-    n = F.rms_norm(x, x.shape[-1:], weight, eps) if norm == "rms" else diffusers_rms_norm(x, weight, eps)
+    n = F.rms_norm(x, x.shape[-1:], weight, eps) if norm == "rms" else diffusers_rms_norm(x, weight, None, eps)
     return n.unflatten(-1, (-1, head_dim)) if across else n
-
-
-def diffusers_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """As diffusers' ``RMSNorm``, which rounds to the dtype of a half-precision weight before it
-    multiplies.
-    """
-    variance = x.float().pow(2).mean(-1, keepdim=True)
-    n = x * torch.rsqrt(variance + eps)
-    if weight is None:
-        return n.to(x.dtype)
-    return (n if weight.dtype is torch.float32 else n.to(weight.dtype)) * weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor | None, pairs: str = "neighbours") -> Tensor:
