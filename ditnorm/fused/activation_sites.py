@@ -13,6 +13,7 @@ from .. import kernels
 from ..functional import gelu, swiglu
 from ..ops.bits import same_bits
 from ..ops.options import FLOATS, ROUNDINGS
+from .sites import random_numbers
 
 WATCHED = "watched by a hook, which is shown upstream's own values"
 
@@ -114,8 +115,7 @@ def _compared(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same for each size: what comes back to the result of ``swiglu``, and its other factor."""
-    generator = torch.Generator(x.device).manual_seed(0)
-    dy, value = torch.randn(2, *x.shape, generator=generator, device=x.device).to(x.dtype)
+    dy, value = random_numbers(x.device)(2, *x.shape).to(x.dtype)
     return dy, value
 
 

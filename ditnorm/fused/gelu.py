@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.context import autocasts, transformed
+from ..ops.options import HALVES
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.torch_private import (
@@ -136,7 +137,7 @@ def fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuar
         and _plain(linear, x)
         and type(linear.weight) is nn.Parameter
         and linear.bias is not None
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in HALVES
         and x.dtype == linear.weight.dtype == linear.bias.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad or linear.bias.requires_grad))
         and not autocasts(x)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional
 from ..ops.bits import same_bits
 from ..ops.table import OPS
+from .sites import random_numbers
 
 Tables = tuple[Tensor | None, Tensor | None]
 
@@ -50,11 +51,7 @@ class QKSite:
         """Each row has its own mean and scale; there are rotary tables for all tokens and for the
         leading ones.
         """
-        generator = torch.Generator(device).manual_seed(0)
-        width = self.heads * self.head_dim
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+        random, width = random_numbers(device), self.heads * self.head_dim
 
         def streams(tokens: int, count: int) -> list[Tensor]:
             return [(random(1, tokens, width) * random(1, tokens, 1).exp() + random(1, tokens, 1)).to(self.dtype) for _ in range(count)]

@@ -21,6 +21,7 @@ from ..functional import dequantize_product, norm_scale_shift_and_quantize, norm
 from ..ops import quantization, reference
 from ..ops.bits import same_bits
 from ..ops.calls import NormScaleShift
+from ..ops.options import HALVES
 from ..ops.quantization import BESIDE, FLOAT8_CAPABILITY, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
@@ -29,9 +30,8 @@ from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm
 from .int8_product import int8_product
 from .module import FusedModule, upstream_of
 from .quantized_weights import law_of, operand_of, quantises_activations
-from .sites import FusedCall
+from .sites import FusedCall, random_numbers
 
-_HALVES = (torch.bfloat16, torch.float16)
 _ROWS = 2304  # that a verification quantises: enough for the kernels of many rows
 
 _is_compiling = torch.compiler.is_compiling
@@ -222,7 +222,7 @@ def served_here(x: Tensor) -> bool:
     """
     if _is_compiling():
         return False
-    plain = type(x) is Tensor and x.dtype in _HALVES and F.linear is _LINEAR
+    plain = type(x) is Tensor and x.dtype in HALVES and F.linear is _LINEAR
     return plain and not torch.is_grad_enabled() and not any_autocast_enabled()
 
 
@@ -249,7 +249,7 @@ class QuantizedProduct:
 
     @property
     def fused(self) -> bool:
-        return self.dtype in _HALVES
+        return self.dtype in HALVES
 
     def __str__(self) -> str:
         return f"{self.law} ({self.dtype}, {self.width} to {self.out})".replace("torch.", "")
@@ -268,8 +268,8 @@ class QuantizedProduct:
         return same_bits(self.body.multiplied(quantize(rows, self.law), linear), upstream.forward(linear, rows))
 
     def _rows(self, device: torch.device) -> Tensor:
-        generator = torch.Generator(device).manual_seed(0)
-        x, spread = (torch.randn(_ROWS, n, generator=generator, device=device, dtype=torch.float32) for n in (self.width, 1))
+        random = random_numbers(device)
+        x, spread = random(_ROWS, self.width), random(_ROWS, 1)
         return (x * (2 * spread).exp()).to(self.dtype)
 
     def _same_values(self, rows: Tensor) -> bool:

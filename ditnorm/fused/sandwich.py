@@ -15,7 +15,7 @@ from .block import FusedBlock
 from .module import FusedModule
 from .norms import dtype_of, norm_call
 from .promotion import promoted
-from .sites import BATCH, TOKENS, FusedCall, as_expression
+from .sites import BATCH, TOKENS, FusedCall, as_expression, random_numbers
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class SandwichSite:
 
     def same_bits(self, device: torch.device) -> bool:
         """Each row has its own scale; they are modulated by views of one tensor, and not at all."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+        random = random_numbers(device)
 
         def rows() -> Tensor:
             return (random(BATCH, TOKENS, self.width) * random(BATCH, TOKENS, 1).exp()).to(self.dtype)

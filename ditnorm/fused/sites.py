@@ -2,7 +2,9 @@
 unfused expression.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,19 +75,16 @@ class Site:
         """Each row has its own mean and scale; they are modulated by views of one tensor as in a
         block, with a gate and without.
         """
-        generator = torch.Generator(device).manual_seed(0)
-
-        def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        random = random_numbers(device)
 
         def rows() -> Tensor:
             spread, mean = random(BATCH, TOKENS, 1).exp(), 4 * random(BATCH, TOKENS, 1)
             return (random(BATCH, TOKENS, self.width) * spread + mean).to(self.dtype)
 
         def vector(dtype: torch.dtype | None) -> Tensor | None:
-            return None if dtype is None else random(self.width, dtype=dtype)
+            return None if dtype is None else random(self.width).to(dtype)
 
-        scale, shift, gate = random(BATCH, 1, 3 * self.width, dtype=self.dtype).chunk(3, dim=-1)
+        scale, shift, gate = random(BATCH, 1, 3 * self.width).to(self.dtype).chunk(3, dim=-1)
         arguments: dict[str, Any] = {"x": rows(), "index": None, "rounding": "eager"}
         if self.op != "scale_residual":
             eps = RMS_EPS if self.eps is None else self.eps
@@ -98,6 +97,11 @@ class Site:
         arguments["residual"] = rows()
         gates = ({"gate": gate, "gate_table": vector(self.table)}, {"gate": None, "gate_table": None})
         return all(as_expression(self.op, arguments | gated) for gated in gates)
+
+
+def random_numbers(device: torch.device) -> Callable[..., Tensor]:
+    """A function of a shape: normal numbers in float32, the same in every process."""
+    return partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float32)
 
 
 def as_expression(op: str, arguments: dict[str, Any]) -> bool:
