@@ -20,6 +20,7 @@ from ..ops.quantization import Wanted
 from ..swapping.fingerprint import fingerprint
 from ..swapping.hook_chains import wrapped
 from ..swapping.norm_kinds import norm_kind, unknown_norm
+from ..swapping.originals import full_name
 from ..swapping.swapped import untouched
 from .module import FusedModule, Part, upstream_of
 from .norms import dtype_of
@@ -173,7 +174,7 @@ class FusedAttention(FusedModule):
         origin = upstream_of(type(module))
         processor = type(getattr(module, "processor", None))
         if processor not in cls.known_processors(origin):
-            name, call = f"{processor.__module__}.{processor.__qualname__}", vars(processor).get("__call__")
+            name, call = full_name(processor), vars(processor).get("__call__")
             helper = cls._unknown_helper(call) if isinstance(call, FunctionType) else None
             return f"its processor {name} " + ("is not one that ditnorm knows" if helper is None else f"calls an unknown {helper}")
         norms = {name: getattr(module, name, None) for name in cls.norms(module)}
@@ -192,7 +193,7 @@ class FusedAttention(FusedModule):
         if kind is None:
             return unknown_norm(upstream)
         if kind != cls.norm:
-            return f"{upstream.__module__}.{upstream.__qualname__} is not the norm that ditnorm knows here"
+            return f"{full_name(upstream)} is not the norm that ditnorm knows here"
         return "it has a bias" if getattr(norm, "bias", None) is not None else None
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops.context import autocasts, transformed
 from ..ops.options import HALVES
 from ..swapping.hook_chains import wrapped
-from ..swapping.originals import defined_in, replaced, replaced_functional
+from ..swapping.originals import defined_in, full_name, replaced, replaced_functional
 from ..swapping.torch_private import (
     addmm_activation,
     graph_is_kept,
@@ -102,7 +102,7 @@ def why_not(activation: nn.Module, expected: type[nn.Module], function: str) -> 
     """Why a call of ``activation`` isn't that of a module of torch, which calls ``function``."""
     cls = type(activation)
     if cls.forward is not expected.forward:
-        return f"{cls.__module__}.{cls.__qualname__} is not torch.nn.{expected.__name__}"
+        return f"{full_name(cls)} is not torch.nn.{expected.__name__}"
     return replaced(expected, "forward") or replaced_functional(function) or called_otherwise(activation)
 
 
@@ -210,7 +210,7 @@ def _kept(name: str, linear: nn.Module) -> str | None:
     """Why somebody may keep what ``linear``, of this name, returns."""
     cls = type(linear)
     if not (cls.forward is _LINEAR_FORWARD or _quantised(cls.forward)):
-        return f"{cls.__module__}.{cls.__qualname__}, its {name}, may keep what it returns"
+        return f"{full_name(cls)}, its {name}, may keep what it returns"
     if F.linear is not _LINEAR:
         return replaced_functional("linear") or _REPLACED
     return None if called_as_module(linear) else f"{name}: {called_otherwise(linear)}"

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
+from ..swapping.originals import full_name
 from ..swapping.swapped import Swapped
 from .activation_sites import Activation
 from .norms import dtype_of, layer_for, layers_at, norm_call, shape_of
@@ -105,7 +106,7 @@ class FusedModule(Swapped):
     def applies_to(cls, module: nn.Module) -> bool:
         """Whether ``module`` is one that the body is looked for in."""
         upstream = upstream_of(type(module))
-        return cls.knows(upstream) or any(f"{base.__module__}.{base.__qualname__}" in cls.written_for for base in upstream.__mro__)
+        return cls.knows(upstream) or any(full_name(base) in cls.written_for for base in upstream.__mro__)
 
     @classmethod
     def _look(cls) -> bool:
@@ -157,7 +158,7 @@ class FusedModule(Swapped):
     def unknown(cls, upstream: type) -> str | None:
         """Why the body doesn't know a class that it is not for."""
         found = ", ".join(f"{name} {fingerprint(getattr(upstream, name))}" for name in cls.fingerprints if hasattr(upstream, name))
-        return f"{upstream.__module__}.{upstream.__qualname__} is not a version that ditnorm knows (fingerprint: {found})"
+        return unknown_version(upstream, found)
 
     @classmethod
     def _unknown_function(cls, upstream: Any) -> str | None:
@@ -213,6 +214,11 @@ class FusedModule(Swapped):
             if shape is not None:
                 return shape[-1]
         raise TypeError(f"{cls.__name__} has no norm")
+
+
+def unknown_version(upstream: type, fingerprints: str) -> str:
+    """Says of a class that nothing here was written for what its ``fingerprints`` show."""
+    return f"{full_name(upstream)} is not a version that ditnorm knows (fingerprint: {fingerprints})"
 
 
 def upstream_of(cls: type) -> type:

@@ -14,6 +14,7 @@ from ..layers import (
 )
 from ..swapping.hook_chains import wrapped
 from ..swapping.norm_kinds import norm_kind, unknown_norm
+from ..swapping.originals import full_name
 from .sites import Site
 
 
@@ -84,7 +85,7 @@ def layer_for(expected: type, norm: nn.Module, upstream: type, modulated: bool) 
         return None, unknown_norm(upstream)
     layer = _LAYERS.get((expected, kind))
     if layer is None or (layer is ScaleResidualIdentity and modulated):
-        return None, f"no fused layer stands in for {upstream.__module__}.{upstream.__qualname__} here"
+        return None, f"no fused layer stands in for {full_name(upstream)} here"
     if len(shape_of(norm) or (1,)) != 1:
         return None, "it norms over more than the last dim"
     return layer, None

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.quantization import FLOAT8_ROW, FLOAT8_TENSOR, INT8_ROW, Law
-from ..swapping.fingerprint import fingerprint_of_all
+from ..swapping.fingerprint import fingerprint, fingerprint_of_all
+from ..swapping.originals import full_name
 
 _PRIMITIVES = "torchao.quantization.quant_primitives"
 _COMMON = {
@@ -138,7 +139,7 @@ def operand_of(weight: Any) -> Operand | None:
 
 @functools.cache
 def _reader(kind: type) -> Reader:
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = full_name(kind)
     if kind.__module__.partition(".")[0] == "torchao":
         if kind.__qualname__ == "Float8Tensor":
             return _float8_reader(kind)
@@ -149,8 +150,6 @@ def _reader(kind: type) -> Reader:
 
 def _unknown(kind: type, functions: Mapping[str, tuple[str, ...]], known: frozenset[tuple[str, str]]) -> str | None:
     """Why the installed torchao isn't one that ditnorm knows, or None."""
-    from ..swapping.fingerprint import fingerprint
-
     linear = getattr(kind, "_TORCH_FN_TABLE", {}).get(kind, {}).get(F.linear)
     found = fingerprint(getattr(linear, "__wrapped__", linear)), fingerprint_of_all(functions)
     return None if found in known else f"this version of torchao is not one that ditnorm knows (fingerprint: {found[0]} {found[1]})"

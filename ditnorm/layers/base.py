@@ -8,6 +8,7 @@ from torch import nn
 from ..ops import expect
 from ..ops.options import ROUNDINGS
 from ..swapping.norm_kinds import norm_kind, unknown_norm
+from ..swapping.originals import full_name
 from ..swapping.swapped import Swapped
 
 L = TypeVar("L", bound="NormLayer")
@@ -94,7 +95,7 @@ def _kind(module: Any) -> tuple[str, tuple[int, ...]]:
         return "rms", tuple(module.dim)
     if kind in ("layer", "rms", "fp32_layer"):
         return kind, module.normalized_shape
-    name, reason = f"{type(module).__module__}.{type(module).__name__}", ""
+    name, reason = full_name(type(module)), ""
     if not isinstance(module, nn.Module):
         name = "None" if module is None else name
     elif kind is None:

@@ -20,6 +20,7 @@ from ..fused.quantized_linear import quantized_for
 from ..fused.sandwich import SandwichBlock
 from ..layers import LayerNormScaleShift
 from ..swapping.fingerprint import fingerprint
+from ..swapping.originals import full_name
 from ..swapping.swapped import untouched
 
 NOTHING_TO_GAIN = {
@@ -104,7 +105,7 @@ class LuminaFeedForward(FusedModule):
         silu, reason = module.silu, None
         known = _known_silu(upstream_of(type(module)))
         if type(silu).forward is not known:
-            reason = f"{type(silu).__module__}.{type(silu).__qualname__} is not the SiLU that ditnorm knows here"
+            reason = f"{full_name(type(silu))} is not the SiLU that ditnorm knows here"
         elif not _is_silu(silu, known):
             reason = called_otherwise(silu)
         yield swiglu_in("silu", reason)

@@ -14,6 +14,7 @@ from ..fused.attention import FusedAttention
 from ..fused.block import FusedBlock
 from ..fused.module import FusedModule
 from ..models import body_for, near_miss
+from ..swapping.originals import full_name
 
 _PACKAGES = ("diffusers.models.transformers", "diffusers.models.controlnets")
 
@@ -80,7 +81,7 @@ def _unknown_parts(block: type, body: type[FusedModule]) -> Iterator[str]:
     classes = _classes(importlib.import_module(block.__module__))
     for path, part in body.sites.items():
         if issubclass(part, FusedModule) and not any(_knows(part, cls) for cls in classes):
-            yield f"{block.__module__}.{block.__qualname__}: its {path} is not a version that ditnorm knows"
+            yield f"{full_name(block)}: its {path} is not a version that ditnorm knows"
 
 
 def _knows(part: type[FusedModule], cls: type) -> bool:

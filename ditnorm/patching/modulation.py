@@ -16,7 +16,7 @@ from ..fused.modulation.embedding import RowEmbedding
 from ..fused.modulation.modulating import ModulationSequential, Precomputed
 from ..fused.modulation.streaming import GROUP_OFFLOADED, send_home, spread
 from ..fused.modulation.table import ModulationTable
-from ..fused.module import upstream_of
+from ..fused.module import unknown_version, upstream_of
 from ..models import MODULATED, NOTHING_TO_GAIN
 from ..swapping import generated
 from ..swapping.fingerprint import fingerprint
@@ -157,7 +157,7 @@ def _obstacle(plan: Plan) -> str | None:
     upstream: Any = upstream_of(type(plan.model))
     digest = fingerprint(inspect.unwrap(upstream.forward))
     if digest not in plan.facts.forward:
-        return f"{upstream.__module__}.{upstream.__qualname__} is not a version that ditnorm knows (fingerprint: forward {digest})"
+        return unknown_version(upstream, f"forward {digest}")
     by_module = {id(unit.module): unit for unit in plan.units}
     for name, taker in _takers(plan):
         unit = by_module.get(id(taker))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .fingerprint import fingerprint
-from .originals import function_of, replaced, replaced_functional
+from .originals import full_name, function_of, replaced, replaced_functional
 
 _OF_TORCH: dict[type, str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "identity"}
 _FP32_LAYER_NORM = frozenset({"918561380066"})  # FP32LayerNorm.forward of diffusers 0.37.0 to 0.42.1
@@ -31,7 +31,7 @@ def unknown_norm(cls: type) -> str:
 
 
 def _look(cls: type) -> tuple[str | None, str | None]:
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = full_name(cls)
     if cls.__call__ is not nn.Module.__call__:
         return None, f"{name}.__call__ was replaced"
     if cls in _OF_TORCH:

@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def full_name(cls: type) -> str:
+    """A class with its module, for messages and to compare."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def replaced(cls: type, method: str) -> str | None:
     """What stands in the place of a method that ``cls``, a class of torch, defines; None where it
     is torch's own.
     """
-    return _replaced(f"{cls.__module__}.{cls.__qualname__}.{method}", vars(cls).get(method), f"{cls.__qualname__}.{method}", cls.__module__)
+    return _replaced(f"{full_name(cls)}.{method}", vars(cls).get(method), f"{cls.__qualname__}.{method}", cls.__module__)
 
 
 def function_of(norm: type) -> str | None:
