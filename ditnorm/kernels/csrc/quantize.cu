@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
     GeluTable::Largest most;
     each(kEach, [&](auto i) { most.take(x[i]); });
     uint32_t largest = largest_of_all(most.bits());
-    const bool usual = largest >= GeluTable::kTelling && largest != GeluTable::kOutside;
-    if (usual) {
+    const bool looked_up = largest != GeluTable::kOutside;
+    if (looked_up && !unlikely(largest < GeluTable::kTelling)) {
       largest = table.of_bits(largest);
-    } else {  // every result is looked up twice
+    } else {
       Amax<T> amax;
 #pragma unroll 1
       for (int i = 0; i < static_cast<int>(kTableItems); ++i) amax.take(table.of_any(load_row<Cache::normal, T, N>(source + column(i))));
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
     }
     const Divisor by = divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law);
     if (threadIdx.x == 0) p.out.scale[row] = by.scale;
-    if (usual) {
+    if (looked_up) {
       with_conversion<T, N>(by, [&](auto convert) {
         each(kEach, [&](auto i) {
           float y[N];
