@@ -86,6 +86,9 @@ def nothing_modulated(*modulation: Any, **named: Any) -> None:
 
 
 def _kind(module: Any) -> tuple[str, tuple[int, ...]]:
+    """The norm of a layer that computes what ``module`` does, and its shape; ``TypeError`` where
+    there is none.
+    """
     kind = norm_kind(type(module))
     if kind == "diffusers_rms":
         if module.weight is not None and module.weight.dtype is not torch.float32:

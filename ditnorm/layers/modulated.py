@@ -160,4 +160,5 @@ class RMSNormScaleShift(NormScaleShiftLayer, nn.RMSNorm):
 
 
 def _norm_keeping(*rows: Any, **options: Any) -> Tensor:
+    """The op, its result with what that was quantised to."""
     return keep(*norm_scale_shift_and_quantize(*rows, **options))

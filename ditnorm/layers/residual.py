@@ -175,5 +175,6 @@ class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):  
 
 
 def _residual_norm_keeping(*rows: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """``(y, r)`` of the op, ``y`` with what it was quantised to."""
     y, quantized, r = scale_residual_norm_scale_shift_and_quantize(*rows, **options)
     return keep(y, quantized), r

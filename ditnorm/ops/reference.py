@@ -101,6 +101,9 @@ def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torc
 def modulated_norm(
     call: NormScaleShift | ScaleResidualNormScaleShift, x: Tensor, law: torch.dtype | None, norm: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
+    """``y`` of ``x``, what is normed, under the law of :func:`upcast`; ``norm``: in place of the
+    call's own.
+    """
     scale, shift = modulation(call, "scale", law), modulation(call, "shift", law)
     wide = x if law is None else x.to(law)
     y = normalize(wide, call) if norm is None else norm(wide)

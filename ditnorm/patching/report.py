@@ -266,6 +266,7 @@ def _backend(device: torch.device) -> str:
 
 
 def wrapped(label: str, text: str) -> list[str]:
+    """A row of a table as lines, at most 100 columns wide."""
     return textwrap.wrap(
         text,
         _WIDTH,

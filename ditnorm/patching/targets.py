@@ -44,6 +44,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def single(model: object) -> dict[str, nn.Module]:
+    """A model under the name that it has in reports. ``TypeError`` for anything else."""
     if not isinstance(model, nn.Module):
         hint = " (use patch_pipeline and its like)" if hasattr(model, "components") and not isinstance(model, type) else _hint(model)
         raise TypeError(f"expected a torch.nn.Module, got {_described(model)}{hint}")
