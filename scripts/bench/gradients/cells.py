@@ -93,6 +93,6 @@ CELLS = (
     *(GradientCell(QK, *size) for size in _SIZES),
     *(GradientCell(QK, *size, across=True) for size in ((32760, 1536), (75600, 5120))),
     GradientCell(SRNSS, 27030, 3072, dtype="fp32"),
-    *(GradientCell(op, *size, diffusers=True) for op in (NSS, BRANCH) for size in ((4128, 3840), (4352, 2304))),
+    *(GradientCell(op, *size, diffusers=True) for op in (NSS, BRANCH) for size in ((4128, 3840), (16512, 3840), (4352, 2304))),
     *(GradientCell(SWIGLU, *size) for size in ((128, 3072), (4608, 18432), (4128, 10240))),
 )
