@@ -120,7 +120,7 @@ def test_eager_gradients_have_the_bits_of_autograd(width: int, op: str, dtype: t
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("width", [3840, 136, 24])
+@pytest.mark.parametrize("width", [3840, 2304, 4096, 136, 24])
 def test_a_stream_that_goes_on_gets_the_sum_of_eager_autograd(width: int, dtype: torch.dtype) -> None:
     """Whose three terms are rounded one after the other."""
     given = site("norm_scale_shift", Shape(2, 9, width), dtype)
@@ -223,9 +223,10 @@ def test_without_rows_there_is_nothing_to_do(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", SITES)
-def test_only_what_is_wanted_is_made(op: str) -> None:
+@pytest.mark.parametrize("width", [136, 3840])
+def test_only_what_is_wanted_is_made(width: int, op: str) -> None:
     """And one of two results may be unused."""
-    given = site(op, Shape(2, 6, 136), torch.bfloat16)
+    given = site(op, Shape(2, 6, width), torch.bfloat16)
     both, cotangents = fused(op, given, "eager")
     if op != "norm_scale_shift":
         for kept in ROW_NAMES:

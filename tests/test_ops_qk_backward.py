@@ -1,5 +1,6 @@
 """The kernels that make the gradients of query and key: their bits and their accuracy."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from ditnorm import kernels
 from ditnorm.functional import joint_qk_norm_rope, qk_norm_rope
+from ditnorm.ops.checks import same_bits
 from ditnorm.ops.table import OPS as TABLE
 
 pytestmark = compiled_only
 
 # The norm, the head, how many heads.
 FORMS = [("diffusers_rms", head_dim, 3) for head_dim in HEAD_DIMS] + [("diffusers_rms", 128, 24)]
-FORMS += [("rms", head_dim, heads) for head_dim, heads in ((128, 12), (128, 40), (64, 5), (8, 3))]
+FORMS += [("rms", head_dim, heads) for head_dim, heads in ((128, 12), (128, 24), (128, 40), (128, 16), (64, 5), (8, 3))]
 FORMS += [("rms per head", head_dim, 3) for head_dim in (128, 64, 256, 96)]
 
 
@@ -55,6 +57,28 @@ def test_eager_gradients_have_the_bits_of_autograd(form: tuple[str, int, int], d
     wanted = torch.autograd.grad(outputs, [call["query"], call["key"]], cotangents)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} elements differ"
+
+
+def off_the_grid(t: Tensor) -> Tensor:
+    """The same numbers where no wide access starts, so that the generic kernel takes them."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("heads", [12, 24, 40, 16])
+def test_eager_gradients_across_heads_have_the_bits_of_the_generic_kernel(heads: int, kind: str | None) -> None:
+    """With rows of zeros, of numbers near both ends of the range, of NaN and of infinity."""
+    call = rows(("rms", 128, heads), torch.bfloat16, kind, tokens=8) | {"rounding": "eager"}
+    scales = torch.tensor([1, 0, -0.0, 1e-38, 1e-20, 1e20, 1, 1], device=call["query"].device).bfloat16()[:, None]
+    with torch.no_grad():
+        call["query"] *= scales
+        call["query"][0, 6, 5], call["query"][0, 7, 9] = math.nan, math.inf
+        cotangents = [normal(*t.shape, dtype=t.dtype).unflatten(2, (heads, 128)) for t in (call["query"], call["key"])]
+        cotangents[1] *= scales[..., None].flip(0)
+    moved = call | {name: off_the_grid(call[name].detach()).requires_grad_() for name in ("query", "key")}
+    expected, _ = fused(moved, [off_the_grid(c) for c in cotangents])
+    for a, b in zip(fused(call, cotangents)[0], expected, strict=True):
+        assert same_bits(a, b)
 
 
 def exact(call: dict[str, Any], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:

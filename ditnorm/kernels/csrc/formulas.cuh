@@ -108,6 +108,14 @@ __device__ __forceinline__ Pack<T, N> multiply_rounded(const Pack<T, N>& a, cons
   return y;
 }
 
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> add_rounded(const Pack<T, N>& a, const Pack<T, N>& b) {
+  Pack<T, N> y;
+#pragma unroll
+  for (int j = 0; j < N; j += 2) put(y, j, __hadd2_rn(pair(a, j), pair(b, j)));
+  return y;
+}
+
 // v * rstd, which is in float32, and the product with the weight
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> normalize_rounded(const Pack<T, N>& v, float rstd, const Pack<T, N>& weight) {

@@ -17,6 +17,8 @@ struct MeanSquareGradient {
   __device__ __forceinline__ float squared(float v) const {
     return round_to<T, ROUND>(__fmul_rn(of_square, __fmul_rn(2.0f, v)));
   }
+  // The same of 2 v.
+  __device__ __forceinline__ float of_twice(float twice_v) const { return __fmul_rn(of_square, twice_v); }
   template <class T, bool ROUND>
   __device__ __forceinline__ float of(float dn, float v) const {
     return __fadd_rn(direct<T, ROUND>(dn), squared<T, ROUND>(v));

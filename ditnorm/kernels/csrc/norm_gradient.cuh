@@ -10,11 +10,19 @@
 
 namespace ditnorm {
 
+// v - mean. NORM: Norm::rms where that is known to the compiler, which doesn't leave out that zero by
+// itself, nor a sum that goes through shuffles; else either norm.
+template <Norm NORM>
+__device__ __forceinline__ float delta_of(float v, float mean) {
+  return NORM == Norm::rms ? v : __fsub_rn(v, mean);
+}
+
 // What the elements of a lane add to its sums: `sum` in the place of a mean, `dot` in that of m2.
+template <Norm NORM = Norm::layer>
 __device__ __forceinline__ void add_gradient(Welford& lane, float dn, float weight, float v, const Statistics& statistics) {
   const float g = __fmul_rn(dn, weight);
-  lane.mean = __fadd_rn(lane.mean, g);
-  lane.m2 = __fmaf_rn(__fmul_rn(g, __fsub_rn(v, statistics.mean)), statistics.rstd, lane.m2);
+  if constexpr (NORM == Norm::layer) lane.mean = __fadd_rn(lane.mean, g);
+  lane.m2 = __fmaf_rn(__fmul_rn(g, delta_of<NORM>(v, statistics.mean)), statistics.rstd, lane.m2);
 }
 
 // Of one row, all that its elements share.
@@ -23,8 +31,9 @@ struct RowGradient {
   float sum, dot, width, factor;
   bool centred;
 
+  template <Norm NORM = Norm::layer>
   __device__ __forceinline__ float of(float dn, float weight, float v) const {
-    const float n = __fmul_rn(__fsub_rn(v, statistics.mean), statistics.rstd);
+    const float n = __fmul_rn(delta_of<NORM>(v, statistics.mean), statistics.rstd);
     float gradient = __fmaf_rn(__fmul_rn(width, weight), dn, -__fmul_rn(n, dot));
     if (centred) gradient = __fsub_rn(gradient, sum);
     return __fmul_rn(gradient, factor);

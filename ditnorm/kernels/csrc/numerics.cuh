@@ -45,9 +45,9 @@ __device__ __forceinline__ float round_to(float v) {
   }
 }
 
-// Memory moves in accesses of 8 or 16 bytes.
+// Memory moves in accesses of 4, 8 or 16 bytes.
 template <int BYTES>
-using Access = std::conditional_t<BYTES == 16, uint4, uint2>;
+using Access = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, uint32_t>>;
 
 // N consecutive elements.
 template <class T, int N>

@@ -29,17 +29,43 @@ __device__ __forceinline__ void rotate_back_pair(float& a, float& b, float cos_a
   a = round_to<T, ROUND>(a), b = round_to<T, ROUND>(b);
 }
 
+// The gradient of N elements, given that of their rotation. ROUND: it is rounded to T, and so takes
+// the place of the other in `d`, and need not be made again.
 template <class T, bool ROUND, int N, bool PER_ELEMENT>
-__device__ __forceinline__ void rotate_back(float (&d)[N], const Angles<N, PER_ELEMENT>& angles, bool contracted) {
+__device__ __forceinline__ void rotate_back(float (&dn)[N], Pack<T, N>& d, bool rotated, const Angles<N, PER_ELEMENT>& angles,
+                                            bool contracted) {
+  to_floats(dn, d);
+  if (!rotated) return;
+  if constexpr (!ROUND) {
 #pragma unroll
-  for (int j = 0; j < N; j += 2) {
-    rotate_back_pair<T, ROUND>(d[j], d[j + 1], angles.cos_of(j), angles.cos_of(j + 1), angles.sin_of(j), angles.sin_of(j + 1), contracted);
+    for (int j = 0; j < N; j += 2) {
+      rotate_back_pair<T, false>(dn[j], dn[j + 1], angles.cos_of(j), angles.cos_of(j + 1), angles.sin_of(j), angles.sin_of(j + 1),
+                                 contracted);
+    }
+  } else if (contracted) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      rotate_pair<true>(dn[j], dn[j + 1], angles.cos_of(j), angles.cos_of(j + 1), -angles.sin_of(j + 1), -angles.sin_of(j));
+    }
+    d = from_floats<T, N>(dn);
+    to_floats(dn, d);
+  } else {  // as rotate_back_pair; two roundings are one instruction, and two sums with theirs another
+    float cosines[N], sines[N];
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      cosines[j] = __fmul_rn(dn[j], angles.cos_of(j)), cosines[j + 1] = __fmul_rn(dn[j + 1], angles.cos_of(j + 1));
+      sines[j] = __fmul_rn(dn[j + 1], angles.sin_of(j + 1)), sines[j + 1] = __fmul_rn(dn[j], -angles.sin_of(j));
+    }
+    const auto by_cos = from_floats<T, N>(cosines), by_sin = from_floats<T, N>(sines);
+#pragma unroll
+    for (int j = 0; j < N; j += 2) put(d, j, __hadd2_rn(pair(by_cos, j), pair(by_sin, j)));
+    to_floats(dn, d);
   }
 }
 
 // TWICE: as HeadProblem says; else torch's RMSNorm, in the order of its gradients.
 template <class T, bool ROUND, bool TWICE, int ITEMS, int HEAD>
-__global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadProblem p) {
+__global__ void __launch_bounds__(kHeadThreads, (TWICE && ITEMS == 2) ? 8 : 0) head_backward_kernel(const HeadProblem p) {
   constexpr int N = 16 / sizeof(T), kStep = kHeadThreads * N;
   wait_for_previous_kernel();
   const auto at = HeadPlace::of_block(p);
@@ -63,11 +89,9 @@ __global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadP
   if (weighted) weight = load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + column);
   if (rotated) angles = load_angles<N>(at.stream.rotary, at.batch, at.token, column);
   each(kEach, [&](auto i) {
-    float values[N], dn[N];
+    float values[N], dn[N], weights[N];
     to_floats(values, v[i]);
-    to_floats(dn, d[i]);
-    if (rotated) rotate_back<T, ROUND>(dn, angles, at.stream.rotary.contracted);
-    float weights[N];
+    rotate_back<T, ROUND>(dn, d[i], rotated, angles, at.stream.rotary.contracted);
     to_floats(weights, weight);
     if constexpr (TWICE) {
 #pragma unroll
@@ -85,12 +109,12 @@ __global__ void __launch_bounds__(kHeadThreads) head_backward_kernel(const HeadP
       for (int i = 0; i < N / kGroup; ++i) {
         Welford lane = {};
 #pragma unroll
-        for (int j = i * kGroup; j < (i + 1) * kGroup; ++j) add_gradient(lane, dn[j], weights[j], values[j], statistics);
+        for (int j = i * kGroup; j < (i + 1) * kGroup; ++j) add_gradient<Norm::rms>(lane, dn[j], weights[j], values[j], statistics);
         dots[i] = lane.m2;
       }
       const RowGradient of_head = row_gradient(statistics, {0.0f, head_sum_of_lanes<HEAD, N>(dots), 0.0f}, HEAD, false);
 #pragma unroll
-      for (int j = 0; j < N; ++j) values[j] = of_head.of(dn[j], weights[j], values[j]);
+      for (int j = 0; j < N; ++j) values[j] = of_head.template of<Norm::rms>(dn[j], weights[j], values[j]);
     }
     if (inside(i)) store_row<Cache::normal>(out + i * kStep, from_floats<T, N>(values));
   });
@@ -117,9 +141,10 @@ __global__ void __launch_bounds__(kLanes / LANES, TILES::kBlocks) across_backwar
     d[i] = load_row<Cache::normal, T, N>(gradient + i * kTile);
   });
   const bool rotated = at.rotated();
-  const int column = first % static_cast<int>(p.head_dim);
+  // In half precision "single" always contracts, as Rotary says: there the other code isn't there.
+  const bool contracted = (!ROUND && !std::is_same_v<T, float>) || at.stream.rotary.contracted;
   Angles<N, false> angles;
-  if (rotated) angles = load_angles<N, false>(at.stream.rotary, at.batch, at.token, column);
+  if (rotated) angles = load_angles<N, false>(at.stream.rotary, at.batch, at.token, first % static_cast<int>(p.head_dim));
 
   Welford lanes[LANES] = {}, sums[LANES] = {};
   each(kEach, [&](auto i) {
@@ -130,27 +155,26 @@ __global__ void __launch_bounds__(kLanes / LANES, TILES::kBlocks) across_backwar
   });
   const Welford whole = reduce<Norm::rms, Counts::equal>(lanes, of_statistics);
   const Statistics statistics = {0.0f, rsqrtf(__fadd_rn(__fdiv_rn(whole.m2, static_cast<float>(width)), p.eps))};
-  // Rotated anew where it is needed: that is cheaper than registers for all of it.
-  // (References to arrays as parameters would crash nvcc 13.0.)
-  const auto load = [&](auto& values, auto& dn, auto& weights, auto i) {
+  const T* const weight = static_cast<const T*>(at.rows.weight.data) + first;
+  each(kEach, [&](auto i) {
+    if (!inside(i)) return;
+    float values[N], dn[N], weights[N];
     to_floats(values, v[i]);
-    to_floats(dn, d[i]);
-    if (rotated) rotate_back<T, ROUND>(dn, angles, at.stream.rotary.contracted);
-    to_floats(weights, load_pack<T, N>(static_cast<const T*>(at.rows.weight.data) + first + i * kTile));
-  };
-  each(kEach, [&](auto i) {
-    if (!inside(i)) return;
-    float values[N], dn[N], weights[N];
-    load(values, dn, weights, i);
-    each(std::make_integer_sequence<int, N>{}, [&](auto j) { add_gradient(sums[j / kGroup], dn[j], weights[j], values[j], statistics); });
+    rotate_back<T, ROUND>(dn, d[i], rotated, angles, contracted);
+    to_floats(weights, load_pack<T, N>(weight + i * kTile));
+    each(std::make_integer_sequence<int, N>{},
+         [&](auto j) { add_gradient<Norm::rms>(sums[j / kGroup], dn[j], weights[j], values[j], statistics); });
   });
-  const RowGradient of_row = row_gradient(statistics, reduce<kTwoSums, Counts::equal>(sums, of_sums), width, false);
+  const RowGradient of_row = row_gradient(statistics, reduce<Norm::rms, Counts::equal>(sums, of_sums), width, false);
   each(kEach, [&](auto i) {
     if (!inside(i)) return;
     float values[N], dn[N], weights[N];
-    load(values, dn, weights, i);
+    to_floats(values, v[i]);
+    // What isn't rounded is made anew: that is cheaper than registers for all of it.
+    rotate_back<T, ROUND>(dn, d[i], rotated && !ROUND, angles, contracted);
+    to_floats(weights, load_pack<T, N>(weight + i * kTile));
 #pragma unroll
-    for (int j = 0; j < N; ++j) values[j] = of_row.of(dn[j], weights[j], values[j]);
+    for (int j = 0; j < N; ++j) values[j] = of_row.template of<Norm::rms>(dn[j], weights[j], values[j]);
     store_row<Cache::normal>(out + i * kTile, from_floats<T, N>(values));
   });
 }

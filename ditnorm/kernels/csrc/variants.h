@@ -189,11 +189,13 @@ constexpr AcrossHeads kAcrossHalves[] = {
   {f32,  1,    0, {8}},
 };
 
-// Its gradients. Fewer: a row may take a wider kernel than it needs.
+// Its gradients. The widths of Wan have kernels without branches; any other takes a wider kernel
+// than it may need.
 constexpr AcrossHeads kAcrossHeadsBackward[] = {
   // x   lanes above tiles
-  {bf16, 2,    0, {3}},
-  {bf16, 1,    3, {{6, 7}, 10, 12}},
+  {bf16, 2,    kExactly, {{3, 14}}},
+  {bf16, 1,    kExactly, {6, 10}},
+  {bf16, 1,    0, {12}},
   {f32,  1,    0, {6, 12}},
 };
 // clang-format on
