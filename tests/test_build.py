@@ -145,7 +145,7 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
             narrow += [name] if any(re.match(r"STG\.E\.[US](8|16)\b", opcode) for opcode in used) else []
             continue
         if "lone_mean_norm_backward_kernel" in name:  # a thread has two neighbouring sums of ATen's, and their columns: 4 bytes
-            narrow += [name] if any(re.match(rf"{access}\.E\b.*\.[US](8|16)\b", opcode) for opcode in used) else []
+            narrow += [name] if f"{access}.E" not in used or any(re.match(rf"{access}\.E\b.*\.U16\b", opcode) for opcode in used) else []
             continue
         # A thread that is one of ATen's lanes takes 4 elements at a time: 8 bytes in half
         # precision.
