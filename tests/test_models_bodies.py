@@ -108,16 +108,15 @@ def test_every_body_is_covered():
     assert {body for _, body in UPSTREAM} == set(models.BODIES)
 
 
-def test_pickles_find_a_familys_bodies_in_its_module_whichever_file_of_a_folder_defines_them():
-    """As those find them that were written when the family was one file."""
+def test_pickles_name_a_body_by_its_family_whichever_file_of_a_folder_defines_it():
+    """So they outlive changes of the files inside."""
     remaining, bodies = [FusedModule], []
     while remaining:
         remaining += (derived := remaining.pop().__subclasses__())
         bodies += [body for body in derived if body.__module__.startswith("ditnorm.models.")]
     assert set(models.BODIES) & set(bodies)
     for body in bodies:
-        family = ".".join(body.__module__.split(".")[:3])
-        assert pickle.loads(f"c{family}\n{body.__name__}\n.".encode()) is body
+        assert pickle.dumps(body, 0).startswith(f"c{'.'.join(body.__module__.split('.')[:3])}\n{body.__name__}\n".encode())
 
 
 @pytest.mark.parametrize(

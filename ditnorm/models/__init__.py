@@ -11,13 +11,18 @@ from ..fused.modulation import ModulatedModel
 
 _MODULES = [adaln, *(importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))]
 
+for _module in _MODULES:
+    for _value in vars(_module).values():
+        if isinstance(_value, type) and _value.__module__.startswith(f"{_module.__name__}."):
+            _value.__module__ = _module.__name__  # pickles name a class by its family, whichever file of a folder defines it
+
 
 def _bodies() -> tuple[type[FusedUnit], ...]:
     return tuple(
         body
         for module in _MODULES
         for body in vars(module).values()
-        if isinstance(body, type) and issubclass(body, FusedUnit) and f"{body.__module__}.".startswith(f"{module.__name__}.")
+        if isinstance(body, type) and issubclass(body, FusedUnit) and body.__module__ == module.__name__
     )
 
 
