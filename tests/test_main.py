@@ -106,6 +106,11 @@ def test_a_library_that_is_none_does_no_harm(tmp_path: Path) -> None:
     assert "Qwen-Image QwenImage21Transformer2DModel" in text
 
 
+def test_a_folder_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.match(r"cannot load \.: ", compiled.problem(Path()) or "")
+
+
 def test_a_variable_that_names_no_library_is_as_none() -> None:
     code = "from ditnorm import kernels; print(kernels._PATH.name, kernels.unavailable)"
     kept = {key: value for key, value in os.environ.items() if key != "DITNORM_LIBRARY"}

@@ -325,6 +325,20 @@ def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception]
         qk_norm_rope(**{name: moved(value) for name, value in (call | changes).items()})
 
 
+def test_what_says_which_stream_comes_first_is_named() -> None:
+    own, encoder = torch.randn(3, 1, 4, 16).unbind(), torch.randn(3, 1, 2, 16).unbind()
+    for given in ("yes", [True]):
+        with pytest.raises(TypeError, match=f"encoder_first: expected a bool, got {type(given).__name__}"):
+            joint_qk_norm_rope(*own, None, None, None, *encoder, None, None, None, head_dim=16, encoder_first=given)  # type: ignore[arg-type]
+
+
+def test_tables_without_the_sines_are_named() -> None:
+    query, key = torch.randn(2, 1, 4, 16).unbind()
+    for rotary in (torch.randn(4, 16), (torch.randn(4, 16), None)):
+        with pytest.raises(TypeError, match=r"rotary: expected a complex Tensor or a pair \(cos, sin\), got one Tensor of torch.float32"):
+            qk_norm_rope(query, key, None, None, rotary, head_dim=16)  # type: ignore[arg-type]
+
+
 def test_joint_streams_of_several_widths_are_named() -> None:
     own, encoder = ([torch.zeros(1, 4, width, device=DEVICE)] * 3 for width in (32, 16))
     with pytest.raises(ValueError, match="encoder_query: expected the tokens"):

@@ -17,7 +17,7 @@ def problem(file: Path) -> str | None:
     try:
         reason = differs(opened(file))
     except OSError as error:
-        return f"cannot load {file.name}: {error}"
+        return f"cannot load {file.name or file}: {error}"
     except AttributeError:
         reason = _OTHER_VERSION
     return None if reason is None else f"{file.name} {reason}"

@@ -118,6 +118,8 @@ def _options(call: QKCall) -> None:
     if isinstance(head_dim, bool) or not isinstance(head_dim, (int, torch.SymInt)):
         raise TypeError(f"head_dim: expected an int, got {type(head_dim).__name__}")
     expect.eps(call.eps)
+    if isinstance(call, JointQKNormRope) and not isinstance(call.encoder_first, (bool, int, torch.SymBool)):
+        raise TypeError(f"encoder_first: expected a bool, got {type(call.encoder_first).__name__}")
     if head_dim < 1:
         raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
 
@@ -152,7 +154,7 @@ def _rotary(name: str, cos: Tensor, sin: Tensor | None, head_dim: int, query: Te
         raise ValueError(f"head_dim: expected an even number with {name}, got {head_dim}")
     expect.tensor(name, cos, (torch.complex64, torch.complex128) if sin is None and cos.is_complex() else FLOATS_AND_DOUBLE)
     if sin is None and not cos.is_complex():
-        raise TypeError(f"{name}: expected a complex Tensor or a pair (cos, sin), got a Tensor of {cos.dtype}")
+        raise TypeError(f"{name}: expected a complex Tensor or a pair (cos, sin), got one Tensor of {cos.dtype}")
     if sin is not None:
         expect.tensor(name, sin, FLOATS_AND_DOUBLE)
         if sin.shape != cos.shape or sin.dtype is not cos.dtype:
