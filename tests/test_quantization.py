@@ -144,17 +144,13 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.sanitize
 @pytest.mark.parametrize("law", [FLOAT8_ROW, INT8_ROW], ids=str)
 def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
-    """There is a kernel that looks it up in a table of most numbers, and knows the largest result
-    of a row by its largest number, unless that is small.
-    """
+    """There is a kernel that looks it up in a table of most numbers."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     for width in (2056, 4096):
         x = (3 * torch.randn(1027, width)).to(torch.bfloat16)
         x[::3] = every.repeat(width // 64)[: 343 * width].view(343, width).nan_to_num(0.0, 0.0, 0.0)
         x[::5] = every.nan_to_num(0.0, 0.0, 0.0)[torch.randint(2**16, (206, 1))]
         x[7, 5], x[8, 6], x[9] = float("nan"), -float("inf"), 0
-        x[11], x[13], x[14] = -x[11].abs(), x[13] / 64, (x[14] / 64).clamp(max=0)
-        x[16, 7], x[17, 7], x[19, width - 1], x[22, 0] = 4096, -4096, 4080, -float("nan")
         x = x.to(device)
         whole = functional.gelu_quantize(x, law)
         parts = [functional.gelu_quantize(part, law) for part in x.split(512)]

@@ -53,80 +53,41 @@ __global__ void __launch_bounds__(ROWS > 1 ? ROWS * 32 : kMaxQuantizeThreads, RO
   store_quantized(v, by, p.out.values + row * p.width + first, step, inside);
 }
 
-// From memory into L2, which a load then finds it in. One instruction of one thread.
-__device__ __forceinline__ void fetch_to_l2(const void* source, unsigned bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-#else
-  (void)source, (void)bytes;
-#endif
-}
-
 // Many rows of GELU, which takes more instructions than all the rest: each block has a table of its
-// results, and goes from row to row. A row's largest result is that of its largest number, so that
-// nothing else is looked up before the scale is known.
+// results, and goes from row to row. What a thread has of the next one is on its way while it waits
+// for the others.
 __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kernel(const QuantizeProblem p) {
   using T = __nv_bfloat16;
   constexpr int N = 16 / sizeof(T);
   constexpr auto kEach = std::make_integer_sequence<int, kTableItems>{};
-  auto& table = launched_with<GeluTable>();
+  __shared__ GeluTable table;
   __shared__ uint32_t exchange[2][kMaxWarps];
   table.fill();
-  const auto width = static_cast<unsigned>(p.width), rows = static_cast<unsigned>(p.batch * p.tokens);
-  // Behind the row is its end once more: no branch waits, the largest is the same, and so is what is
-  // written there.
-  const auto column = [&](int i) {
-    const unsigned column = (threadIdx.x + i * blockDim.x) * N;
-    return column < width ? column : width - N;
+  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
+  const int64_t rows = p.batch * p.tokens;
+  Pack<T, N> x[kTableItems], y[kTableItems];
+  const auto load = [&](int64_t row) {
+    const T* const source = static_cast<const T*>(p.x.data) + row * p.x.token_stride;
+    // Behind the row is its end once more: no branch waits, and the largest is the same.
+    each(kEach, [&](auto i) {
+      const int column = first + i * step < width ? first + i * step : width - N;
+      x[i] = load_row<Cache::streaming, T, N>(source + column);
+    });
   };
-  unsigned columns[kTableItems];
-  each(kEach, [&](auto i) { columns[i] = column(i); });
-  const T* source = static_cast<const T*>(p.x.data) + blockIdx.x * p.x.token_stride;
-  uint8_t* target = p.out.values + blockIdx.x * p.width;
-  const int64_t source_step = gridDim.x * p.x.token_stride, target_step = gridDim.x * p.width;
-  Pack<T, N> x[kTableItems];
-  const auto load = [&] { each(kEach, [&](auto i) { x[i] = load_row<Cache::streaming, T, N>(source + columns[i]); }); };
   wait_for_previous_kernel();
-  load();
+  load(blockIdx.x);
   __syncthreads();
-  unsigned turn = 0;
-  const auto largest_of_all = [&](uint32_t bits) { return reduce_max(bits, exchange[turn++ % 2]); };
-  for (unsigned row = blockIdx.x; row < rows;) {
-    const bool last = rows - row <= gridDim.x;
-    if (threadIdx.x == 0 && !last) fetch_to_l2(source + source_step, width * sizeof(T));
-    GeluTable::Largest most;
-    each(kEach, [&](auto i) { most.take(x[i]); });
-    uint32_t largest = largest_of_all(most.bits());
-    const bool looked_up = largest != GeluTable::kOutside;
-    if (looked_up && !unlikely(largest < GeluTable::kTelling)) {
-      largest = table.of_bits(largest);
-    } else {
-      Amax<T> amax;
-#pragma unroll 1
-      for (int i = 0; i < static_cast<int>(kTableItems); ++i) amax.take(table.of_any(load_row<Cache::normal, T, N>(source + column(i))));
-      largest = largest_of_all(amax.bits());
-    }
-    const Divisor by = divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+    Amax<T> amax;
+    each(kEach, [&](auto i) {
+      y[i] = table.of(x[i]);
+      amax.take(y[i]);
+    });
+    load(row + gridDim.x < rows ? row + gridDim.x : row);
+    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
     if (threadIdx.x == 0) p.out.scale[row] = by.scale;
-    if (looked_up) {
-      with_conversion<T, N>(by, [&](auto convert) {
-        each(kEach, [&](auto i) {
-          float y[N];
-          table.of(y, x[i]);
-          store_bytes<N>(target + columns[i], convert(y));
-        });
-      });
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < static_cast<int>(kTableItems); ++i) {
-        float y[N];
-        to_floats(y, table.of_any(load_row<Cache::normal, T, N>(source + column(i))));
-        with_conversion<T, N>(by, [&](auto convert) { store_bytes<N>(target + column(i), convert(y)); });
-      }
-    }
-    if (last) break;
-    row += gridDim.x, source += source_step, target += target_step;
-    load();
+    store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; });
   }
 }
 
@@ -211,28 +172,22 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
 
 // Whether the table pays, and the rows lie evenly.
 bool table_serves(const QuantizeProblem& p) {
-  return p.partials == nullptr && p.batch * p.tokens >= kFewestTableRows && p.batch * p.tokens <= kMostTableRows &&
-         p.width >= kNarrowestTableRow && p.width <= kMaxTableThreads * kTableItems * 8 &&
-         (p.batch == 1 || p.x.batch_stride == p.tokens * p.x.token_stride);
+  return p.partials == nullptr && p.batch * p.tokens >= kFewestTableRows && p.width >= kNarrowestTableRow &&
+         p.width <= kMaxTableThreads * kTableItems * 8 && (p.batch == 1 || p.x.batch_stride == p.tokens * p.x.token_stride);
 }
 
-// kNotServed on a GPU with too little shared memory.
 int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
   const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
-  const int64_t resident = resident_blocks<&gelu_table_quantize_kernel>(threads, sizeof(GeluTable));
-  if (resident == 0) return kNotServed;
+  const int64_t resident = resident_blocks<&gelu_table_quantize_kernel>(threads);
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident)));
-  return launch_with(sizeof(GeluTable), &gelu_table_quantize_kernel, grid, threads, stream, p);
+  return launch(&gelu_table_quantize_kernel, grid, threads, stream, p);
 }
 
 template <class T, bool GELU>
 int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   constexpr int N = 16 / sizeof(T);
   if constexpr (GELU && std::is_same_v<T, __nv_bfloat16>) {
-    if (table_serves(p)) {
-      const int result = launch_gelu_table_kernel(p, stream);
-      if (result != kNotServed) return result;
-    }
+    if (table_serves(p)) return launch_gelu_table_kernel(p, stream);
   }
   if (p.partials != nullptr) {
     const auto kernel = p.maxima != nullptr ? &maxima_kernel : &amax_kernel<T, GELU>;

@@ -316,32 +316,28 @@ __device__ __forceinline__ void store_bytes(uint8_t* target, const Bytes<N>& byt
   }
 }
 
-// f(convert), where `convert` makes the bytes of N elements of T.
-template <class T, int N, class F>
-__device__ __forceinline__ void with_conversion(const Divisor& by, F f) {
-  switch (by.conversion) {
-    case Conversion::int8: return f([&](const float (&v)[N]) { return to_int8<T>(v, by); });
-    case Conversion::float8: return f([&](const float (&v)[N]) { return to_float8<Conversion::float8>(v, by); });
-    case Conversion::int8_zeros: return f([&](const float (&)[N]) { return Bytes<N>{}; });
-    case Conversion::float8_bfl: return f([&](const float (&v)[N]) { return to_float8<Conversion::float8_bfl>(v, by); });
-    default: return f([&](const float (&v)[N]) { return to_float8<Conversion::float8_any_scale>(v, by); });
-  }
-}
-
 // Writes the values of a row that the block's threads hold. `inside(i)`: whether access i of this
 // thread lies in the row; it begins at element i * step of `target`, which is the thread's own
 // first.
 template <class T, int N, int ACCESSES, class INSIDE>
 __device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES], const Divisor& by, uint8_t* target, int step,
                                                 INSIDE inside) {
-  with_conversion<T, N>(by, [&](auto convert) {
-    each(std::make_integer_sequence<int, ACCESSES>{}, [&](auto i) {
+  constexpr auto kEach = std::make_integer_sequence<int, ACCESSES>{};
+  const auto store = [&](auto convert) {
+    each(kEach, [&](auto i) {
       if (!inside(i)) return;
       float values[N];
       to_floats(values, row[i]);
       store_bytes<N>(target + i * step, convert(values));
     });
-  });
+  };
+  switch (by.conversion) {
+    case Conversion::int8: return store([&](const float (&v)[N]) { return to_int8<T>(v, by); });
+    case Conversion::float8: return store([&](const float (&v)[N]) { return to_float8<Conversion::float8>(v, by); });
+    case Conversion::int8_zeros: return store([&](const float (&)[N]) { return Bytes<N>{}; });
+    case Conversion::float8_bfl: return store([&](const float (&v)[N]) { return to_float8<Conversion::float8_bfl>(v, by); });
+    default: return store([&](const float (&v)[N]) { return to_float8<Conversion::float8_any_scale>(v, by); });
+  }
 }
 
 }  // namespace ditnorm
