@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditnorm import kernels
 from ditnorm.functional import joint_qk_norm_rope, qk_norm_rope
-from ditnorm.ops.checks import same_bits
+from ditnorm.ops.bits import same_bits
 from ditnorm.ops.table import OPS as TABLE
 
 pytestmark = compiled_only
