@@ -152,6 +152,16 @@ def observe_training(model: nn.Module, arguments: dict[str, Any]) -> tuple[Tenso
     return output.detach(), torch.cat(gradients).numpy().tobytes()
 
 
+def gradients_of(model: nn.Module, arguments: dict[str, Any]) -> dict[str, bytes]:
+    """Of the whole parameters, whichever rank has which part."""
+    model.requires_grad_(True)
+    tiny.joined(model(**arguments, return_dict=False)).float().square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    whole = {name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for name, gradient in gradients.items()}
+    return {name: gradient.float().cpu().numpy().tobytes() for name, gradient in whole.items()}
+
+
 def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -201,6 +211,7 @@ def check(kind: str, name: str, order: str, device: str) -> None:
     assert calls == every_call
 
     if kind == "FSDP2":
+        assert gradients_of(model, arguments) == gradients_of(upstream, arguments)
         return  # unpatching refuses: the classes are FSDP's
     unpatch_model(model)
     assert not is_patched(model)
