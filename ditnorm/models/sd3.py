@@ -172,7 +172,7 @@ class JointTransformerBlock(FusedBlock):
         if not self.intact():
             return super().forward(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)  # type: ignore[misc]
         stream, kwargs = hidden_states, joint_attention_kwargs or {}
-        hidden_states = hidden_states.contiguous()
+        hidden_states = _dense(hidden_states)
         law, c_law = ({}, {}) if kwargs else _laws(self, hidden_states, encoder_hidden_states)
 
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(hidden_states, emb=temb, **law)
@@ -222,7 +222,7 @@ class SD3SingleTransformerBlock(FusedBlock):
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         if not self.intact():
             return super().forward(hidden_states, temb)  # type: ignore[misc]
-        stream, hidden_states = hidden_states, hidden_states.contiguous()
+        stream, hidden_states = hidden_states, _dense(hidden_states)
         law = law_argument(self.norm1, law_in(self.attn, hidden_states, "to_q", "to_k", "to_v"))
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb, **law)
         x = self.attn(hidden_states=x, encoder_hidden_states=None)
@@ -231,6 +231,13 @@ class SD3SingleTransformerBlock(FusedBlock):
         ff_law = law_in_feed_forward(self.ff, hidden_states)
         x, hidden_states = self.norm2(hidden_states, x, gate=gate_msa, scale=scale_mlp, shift=shift_mlp, law=ff_law)
         return laid_out_as(stream, scale_residual(hidden_states, self.ff(x), gate_mlp, rounding=self.rounding))
+
+
+def _dense(stream: Tensor) -> Tensor:
+    """The stream in rows that the ops of a block read as they are. Not where it wants a gradient: a
+    copy that several read would add up theirs before the stream does.
+    """
+    return stream if stream.requires_grad and torch.is_grad_enabled() else stream.contiguous()
 
 
 def _without_plain_attention(module: Any, sites: Mapping[str, type]) -> Mapping[str, type]:
