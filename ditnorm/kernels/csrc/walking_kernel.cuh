@@ -15,7 +15,8 @@ struct SharedModulations {
   static constexpr int kTogether = THREADS * kPart;                       // elements that all threads make at a time
   static constexpr int kRounds = (PLACE::kAccesses * kStep + kTogether - 1) / kTogether;
   static_assert(kTogether % kStep == 0);
-  alignas(16) Element scale[kRounds * kTogether], shift[kRounds * kTogether], gate[RESIDUAL ? kRounds * kTogether : kPart];
+  static constexpr int kColumns = kRounds * kTogether;
+  alignas(16) Element scale[kColumns], shift_and_gate[(RESIDUAL ? 2 : 1) * kColumns];
 
   // A part of an access of one thread is next to that of its neighbour, for the sake of the banks.
   static __device__ __forceinline__ int at(int access, int thread, int part) {
@@ -48,12 +49,12 @@ struct SharedModulations {
 #pragma unroll
         for (int j = 0; j < kPart; ++j) sums[0][j] = __fadd_rn(1.0f, sums[0][j]);
         store_row<Cache::normal>(&scale[target + kOffset], from_floats<float, kPart>(sums[0]));
-        store_row<Cache::normal>(&shift[target + kOffset], from_floats<float, kPart>(sums[1]));
-        if constexpr (RESIDUAL) store_row<Cache::normal>(&gate[target + kOffset], from_floats<float, kPart>(sums[2]));
+        store_row<Cache::normal>(&shift_and_gate[target + kOffset], from_floats<float, kPart>(sums[1]));
+        if constexpr (RESIDUAL) store_row<Cache::normal>(&shift_and_gate[kColumns + target + kOffset], from_floats<float, kPart>(sums[2]));
       } else {
         const auto factor = modulated ? one_plus(scales.load(column)) : filled<T, kPart>(kNoWeight);
         store_row<Cache::normal>(&scale[target + kOffset], factor);
-        store_row<Cache::normal>(&shift[target + kOffset], modulated ? shifts.load(column) : filled<T, kPart>(kNoShift));
+        store_row<Cache::normal>(&shift_and_gate[target + kOffset], modulated ? shifts.load(column) : filled<T, kPart>(kNoShift));
       }
     });
   }
@@ -62,7 +63,7 @@ struct SharedModulations {
   __device__ __forceinline__ Pack<T, N> add(const Pack<T, N>& residual, const Pack<T, N>& x, const PLACE& place, int i) const {
     float gates[N];
     each(std::make_integer_sequence<int, kParts>{}, [&](auto part) {
-      const auto some = load_row<Cache::normal, float, kPart>(&gate[at(i, place.first / N, part)]);
+      const auto some = load_row<Cache::normal, float, kPart>(&shift_and_gate[kColumns + at(i, place.first / N, part)]);
 #pragma unroll
       for (int j = 0; j < kPart; ++j) gates[part * kPart + j] = some.v[j];
     });
@@ -79,7 +80,7 @@ struct SharedModulations {
     if constexpr (TABLES) {
       each(std::make_integer_sequence<int, kParts>{}, [&](auto part) {
         const auto factor = load_row<Cache::normal, float, kPart>(&scale[at(i, thread, part)]);
-        const auto sum = load_row<Cache::normal, float, kPart>(&shift[at(i, thread, part)]);
+        const auto sum = load_row<Cache::normal, float, kPart>(&shift_and_gate[at(i, thread, part)]);
 #pragma unroll
         for (int j = 0; j < kPart; ++j) {
           float& element = n[part * kPart + j];
@@ -89,7 +90,7 @@ struct SharedModulations {
       return from_floats<T, N>(n);
     } else {
       const auto factor = load_row<Cache::normal, T, N>(&scale[at(i, thread, 0)]);
-      const auto sum = load_row<Cache::normal, T, N>(&shift[at(i, thread, 0)]);
+      const auto sum = load_row<Cache::normal, T, N>(&shift_and_gate[at(i, thread, 0)]);
       return modulate_rounded_by(from_floats<T, N>(n), factor, sum);
     }
   }
@@ -166,23 +167,22 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
   __syncthreads();
   while (first < tokens) {
     typename R::Elements v;
+    if constexpr (!RESIDUAL) {
+      wait_for_copies();
+      place.each([&](auto i) { v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep); });
+    }
     const Token at(batch, own(first));
     const R row(p, place, at);
-    wait_for_copies();
-    place.each([&](auto i) {
-      v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep);
-      if constexpr (RESIDUAL) {
+    if constexpr (RESIDUAL) {
+      wait_for_copies();
+      place.each([&](auto i) {
+        v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep);
         v[i] = memory.modulations.add(v[i], load_row<Cache::normal, T, R::N>(next_branch + i * Place::kStep), place, i);
         store_row<Cache::normal>(static_cast<T*>(p.r) + row.target() + i * Place::kStep, v[i]);
-      }
-    });
-    first += gridDim.x * SHAPE::kRows;
-    const auto fetch_next = [&] {
-      if (first < tokens) fetch(own(first));
-    };
-    if constexpr (RESIDUAL) {
+      });
+      first += gridDim.x * SHAPE::kRows;
       keep_packed(v);
-      fetch_next();
+      if (first < tokens) fetch(own(first));
     }
     typename R::Gate::Slots gate;
     typename R::Gate::TableSlots gate_table;
@@ -193,7 +193,10 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
                                        {{p.shift, at, p.index, 0}, slots, table_slots}};
     const Statistics statistics = row.statistics(v, none, exchange);
     keep_packed(v);
-    if constexpr (!RESIDUAL) fetch_next();  // the statistics have read all of this row
+    if constexpr (!RESIDUAL) {
+      first += gridDim.x * SHAPE::kRows;
+      if (first < tokens) fetch(own(first));  // the statistics have read all of this row
+    }
     const auto make = [&](auto i) { return memory.modulations.modulate(v[i], statistics, place, i); };
     row.quantize(v, make, row.target(), maxima);
   }
