@@ -255,35 +255,6 @@ def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tup
         assert equal(beside[:2], expected(y, law))
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("case", ["plain", "tables", "none", "gate", "no gate", "one gate a token"])
-@pytest.mark.parametrize("shape", MANY_ROWS[:3], ids=str)
-def test_a_residual_of_many_rows_is_added_and_quantised_as_otherwise(shape: tuple[int, ...], case: str, device: str) -> None:
-    law = {3072: FLOAT8_ROW, 1536: FLOAT8_TENSOR}.get(shape[2], INT8_ROW)
-    x, residual = (rows(shape, torch.bfloat16).clamp(-1e4, 1e4).to(device) for _ in range(2))
-    x[:, 7], residual[:, 7] = 0, 0
-    modulation = {
-        name: t.to(device) for name, t in modulations(shape, case if case in ("plain", "none") else "tables", torch.bfloat16).items()
-    }
-    if case == "gate":
-        modulation = {name: t for name, t in modulation.items() if "gate" in name}
-    elif case == "no gate":
-        modulation = {name: t for name, t in modulation.items() if "gate" not in name}
-    elif case == "one gate a token":
-        modulation["gate"] = torch.randn(shape).to(torch.bfloat16).to(device)
-    options: dict[str, Any] = {"eps": 1e-6, "rounding": "eager", **modulation}
-    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
-    for norm in ("layer", "rms"):
-        y, r = functional.scale_residual_norm_scale_shift(residual, x, **options, norm=norm)
-        got, got_r = functional.scale_residual_norm_scale_shift_quantize(residual, x, law=law, **options, norm=norm)
-        assert torch.equal(got_r.nan_to_num(), r.nan_to_num())
-        assert equal(got[:2], expected(y, law))
-        kept, beside, beside_r = functional.scale_residual_norm_scale_shift_and_quantize(residual, x, law=law, **options, norm=norm)
-        assert torch.equal(kept.nan_to_num(), y.nan_to_num())
-        assert torch.equal(beside_r.nan_to_num(), r.nan_to_num())
-        assert equal(beside[:2], got[:2])
-
-
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
     x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="scale: got"):
