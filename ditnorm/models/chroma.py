@@ -110,7 +110,7 @@ class ChromaTransformerBlock(FusedBlock):
 
         mask = _pairs(attention_mask)
         outputs = [*self.attn(hidden_states=x, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb, attention_mask=mask, **kwargs)]
-        del x, c
+        del x, c  # memory peaks in the MLP
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 
 

@@ -89,7 +89,7 @@ class FluxTransformerBlock(FusedBlock):
         c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb, **law_argument(self.norm1_context, c_law))
 
         outputs = [*self.attn(hidden_states=x, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb, **kwargs)]
-        del x, c
+        del x, c  # memory peaks in the MLP
         return after_attention(self, hidden_states, encoder_hidden_states, outputs, modulation, c_modulation)
 
 
