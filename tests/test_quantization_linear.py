@@ -4,6 +4,9 @@ import copy
 import gc
 import importlib
 import io
+import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -108,6 +111,31 @@ def test_a_linear_whose_forward_was_replaced_is_left_alone(monkeypatch: pytest.M
         assert "was replaced by" in str(QuantizedLinear.unknown(nn.Linear))
         assert torch.equal(linear(x), expected)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("law", quantised.LAWS, ids=str)
+def test_the_functions_that_a_call_goes_through(law: Law) -> None:
+    """On the way to the ops: each costs the host time, in every layer of every step."""
+    linear, x = fused(quantized_linear_layer(law)), rows((2, 17, 48), torch.bfloat16)
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).parent.name in ("fused", "functional"):
+            called.append(frame.f_code.co_name)
+
+    with torch.no_grad():
+        quantized = functional.quantize(x, law)
+        linear(x)
+        sys.setprofile(note)
+        try:
+            linear(x)
+            called.append("of a quantised activation")
+            linear(quantized)
+        finally:
+            sys.setprofile(None)
+    product = ["product", "int8_product", "dequantize_product"] if law is INT8_ROW else ["product"]
+    whole = ["forward", "served_here", "operand_of", "takes", "_quantized", *product]
+    assert called == [*whole, "of a quantised activation", "forward", "operand_of", *product]
 
 
 def counted(op: str) -> int:

@@ -84,6 +84,12 @@ def test_what_cannot_be_asked_any_more_is_taken_for_true(holder: Any, name: str,
     assert sum(answers(again).values()) == (3 if name == "_functorch" else 1)  # which holds three of them
 
 
+def test_an_operator_without_the_name_of_what_it_calls_is_called_itself() -> None:
+    op = torch.ops.aten.relu.default
+    assert torch_private.without_frame(op) is op._op
+    assert torch_private.without_frame(torch.relu) is torch.relu
+
+
 def test_what_a_tracer_puts_around_calls_of_modules_is_told_from_what_others_put_there() -> None:
     found = []
 

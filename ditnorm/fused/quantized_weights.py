@@ -86,7 +86,7 @@ class Operand:
     It is made once a weight: reading a configuration takes longer than a call should.
     """
 
-    __slots__ = ("fast", "largest_sum", "law", "read", "scale", "source", "values", "width")
+    __slots__ = ("fast", "how", "largest_sum", "law", "read_scale", "scale", "source", "values", "width")
 
     def __init__(self, weight: Any, law: Law) -> None:
         source, key = weight.qdata, id(weight.qdata)
@@ -94,7 +94,8 @@ class Operand:
         """``qdata`` itself, as long as somebody has it. (PyTorch moves no weight that somebody has
         a weak reference to.)
         """
-        self.read = weight.scale, weight.act_quant_kwargs
+        self.read_scale, self.how = weight.scale, weight.act_quant_kwargs
+        """What was read of ``weight`` beside that."""
         self.law = law
         self.values: Tensor = source.data.t()
         """[K, N]. No view of it, which would keep it alive."""
@@ -106,11 +107,6 @@ class Operand:
         """K"""
         self.largest_sum: tuple[int, int] | None = None
         """See :func:`ditnorm.fused.int8_product.is_exact_in_float32`."""
-
-    def still(self, weight: Any) -> bool:
-        """Whether ``weight`` is what was read."""
-        scale, how = self.read
-        return self.source() is weight.qdata and weight.scale is scale and weight.act_quant_kwargs is how
 
     def takes(self, x: Tensor, bias: Tensor | None, width: int | None = None) -> bool:
         """Whether an activation with the shape and dtype of ``x``, or of another ``width``, is
@@ -127,13 +123,14 @@ _operands: dict[int, Operand] = {}
 
 def operand_of(weight: Any) -> Operand | None:
     """The operand that ``weight`` is; None where its own library serves it."""
-    found = _operands.get(id(getattr(weight, "qdata", None)))
-    if found is not None and found.still(weight):
+    source = getattr(weight, "qdata", None)
+    found = _operands.get(id(source))
+    if found is not None and found.source() is source and weight.scale is found.read_scale and weight.act_quant_kwargs is found.how:
         return found
     law = law_of(weight)
     if not isinstance(law, Law):
         return None
-    found = _operands[id(weight.qdata)] = Operand(weight, law)
+    found = _operands[id(source)] = Operand(weight, law)
     return found
 
 

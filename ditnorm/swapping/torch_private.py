@@ -77,6 +77,13 @@ frame is.
 """
 
 
+def without_frame(op: Any) -> Any:
+    """What an overload of an operator calls when it is called, in nine tenths of the time. Dynamo
+    can't trace it. Where it has another name: the overload.
+    """
+    return getattr(op, "_op", op)
+
+
 def without_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` for calls that ``torch.func`` doesn't transform, of tensors that haven't
     outlived a transform: it asks for neither. Where there is no such: ``function.apply``.
