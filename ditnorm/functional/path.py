@@ -11,17 +11,18 @@ from torch import Tensor
 
 from .. import kernels
 from ..ops import context
-from ..ops.autograd import Recompute, kernel_of
+from ..ops.autograd import Recompute
 from ..ops.gradients import GRADIENTS
 from ..ops.options import FLOATS, HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.table import OPS
-from ..swapping.torch_private import any_autocast_enabled, compiler, forward_ad
+from ..swapping.torch_private import any_autocast_enabled, calling, compiler, forward_ad
 
 NORM = {name: code for code, name in enumerate(NORMS)}
 QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
 PAIR = {"neighbours": 0, "halves": PAIRS.index(HALVES_OF_CUDA)}
 ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
 HALF = {dtype: code for code, dtype in enumerate(HALVES)}
+_KERNELS = {name: calling(getattr(kernels.ops, name).default) for name in OPS}
 # What bad arguments raise on the way to the kernel.
 REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)
 
@@ -65,7 +66,7 @@ def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple
     transformed, gradients = context.transformed(), GRADIENTS.get(name)
     if gradients is not None and not (any_autocast_enabled() and _casts(name, options)):
         if not transformed and kernels.serves(tensors[0]):
-            outputs = gradients.call(kernel_of(name), tensors, codes)
+            outputs = gradients.call(_KERNELS[name], tensors, codes)
             if outputs is not None:
                 return outputs
         # Sums over rows a compiler fuses itself, and chooses what to save for them.
@@ -78,7 +79,7 @@ def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple
     op.check(call)
     if call.rounding == "eager" or transformed:
         return kernels.in_pytorch(op, call)
-    return Recompute.apply(op, kernel_of(name), codes, options, *tensors)
+    return Recompute.apply(op, _KERNELS[name], codes, options, *tensors)
 
 
 def unfused(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> bool:

@@ -22,8 +22,10 @@ from ..swapping.torch_private import (
     in_a_batch,
     module_call,
     only_traced,
+    outlived_transform,
     saves_through_hooks,
     seen_by_a_mode,
+    without_transforms,
 )
 from .activation_sites import WATCHED, Activation
 from .module import FusedModule
@@ -154,7 +156,8 @@ def _over(linear: nn.Module, x: Tensor, approximate: Any) -> Tensor | None:
         return torch.ops.aten.gelu_(x, approximate=approximate)
     if not torch.is_grad_enabled() or saves_through_hooks() or transformed():
         return None
-    result: Tensor = _GradientInPlace.apply(x, approximate)
+    apply = _GradientInPlace.apply if outlived_transform(x) else _apply
+    result: Tensor = apply(x, approximate)
     return result
 
 
@@ -176,6 +179,9 @@ class _GradientInPlace(torch.autograd.Function):
             return torch.ops.aten.gelu_backward(dy, x, approximate=ctx.approximate), None
         x = x.detach()
         return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate=ctx.approximate, grad_input=x), None
+
+
+_apply = without_transforms(_GradientInPlace)
 
 
 def _plain(linear: nn.Module, x: Tensor) -> bool:

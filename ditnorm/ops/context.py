@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..swapping.torch_private import forward_ad, function_transform, traced_to_graph
+from ..swapping.torch_private import forward_ad, transformed_or_traced
+
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def autocasts(tensor: Tensor) -> bool:
@@ -17,10 +20,4 @@ def transformed() -> bool:
     """Whether other code than eager PyTorch's stands behind a call: a compiler, a tracer, a
     function transform, forward-mode gradients.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or function_transform()
-        or traced_to_graph()
-        or forward_ad._current_level >= 0
-    )
+    return _is_compiling() or transformed_or_traced() or forward_ad._current_level >= 0

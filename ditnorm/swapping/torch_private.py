@@ -92,16 +92,11 @@ def without_transforms(function: type[torch.autograd.Function]) -> Callable[...,
     return apply
 
 
-def function_transform() -> bool:
-    """Whether ``torch.func`` transforms the call (vmap, grad, ...). Where that can't be seen:
-    yes.
+def transformed_or_traced() -> bool:
+    """Whether ``torch.func`` transforms the call (vmap, grad, ...), or ``make_fx`` or
+    ``torch.jit.trace`` records it. Where that can't be seen: yes.
     """
-    return _transform_stack() is not None
-
-
-def traced_to_graph() -> bool:
-    """Whether ``make_fx`` records the call. Where that can't be seen: yes."""
-    return _dispatch_mode(_PROXY) is not None
+    return _transform_stack() is not None or _dispatch_mode(_PROXY) is not None or _jit_traces()
 
 
 def _something(*arguments: Any) -> Any:
@@ -118,7 +113,15 @@ be seen: yes.
 """
 _transform_stack: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _something)
 _PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
+_jit_traces: Callable[[], bool] = getattr(torch._C, "_is_tracing", _yes)
 _dispatch_mode: Callable[[Any], Any] = _something if _PROXY is None else getattr(torch._C, "_get_dispatch_mode", _something)
+
+
+def calling(overload: Callable[..., Any]) -> Callable[..., Any]:
+    """``overload``, an op's, without the Python that PyTorch puts around it. Where that can't be
+    left out: ``overload``. Dynamo traces only the whole.
+    """
+    return getattr(overload, "_op", overload)
 
 
 def only_traced(call: Any) -> bool:
