@@ -81,7 +81,7 @@ def test_what_cannot_be_asked_any_more_is_taken_for_true(holder: Any, name: str,
     assert spec.loader is not None
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
-    assert sum(answers(again).values()) == (3 if name == "_functorch" else 1)  # which holds three of them
+    assert sum(answers(again).values()) == (3 if name == "_functorch" else 1)  # which holds those of three answers
 
 
 def test_an_operator_without_the_name_of_what_it_calls_is_called_itself() -> None:

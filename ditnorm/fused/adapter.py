@@ -50,7 +50,7 @@ def adapted(layer: Any, x: Any) -> Tensor:
         x = dropout(x)
     added = modules["lora_B"]._modules[adapter](first(x))
     result = base + (added if scaling == 1 else added * scaling)
-    return result.to(base.dtype)
+    return result if result.dtype is base.dtype else result.to(base.dtype)
 
 
 @functools.cache

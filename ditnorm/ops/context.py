@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ..swapping.torch_private import forward_ad, transformed_or_traced
 
-
 _is_compiling = torch.compiler.is_compiling
 
 
