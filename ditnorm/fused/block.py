@@ -10,6 +10,7 @@ from .activation import FusedSwiGLU
 from .bfl_linear import QUANTIZED_LINEARS
 from .feed_forward import FusedFeedForward
 from .gelu import FusedGELU
+from .lora_linear import LoraLinear
 from .module import FusedModule
 
 
@@ -57,4 +58,10 @@ class FusedUnit(FusedModule):
 class FusedBlock(FusedUnit):
     """A transformer block. A new model is a module of :mod:`ditnorm.models` with such bodies."""
 
-    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (FusedGELU, FusedSwiGLU, *QUANTIZED_LINEARS, FusedFeedForward)
+    anywhere: ClassVar[tuple[type[FusedModule], ...]] = (
+        FusedGELU,
+        FusedSwiGLU,
+        *QUANTIZED_LINEARS,
+        LoraLinear,
+        FusedFeedForward,
+    )

@@ -28,6 +28,7 @@ from ..swapping.torch_private import (
     without_transforms,
 )
 from .activation_sites import WATCHED, Activation
+from .lora_linear import LoraLinear
 from .module import FusedModule
 
 # What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes
@@ -231,4 +232,6 @@ def _quantised(forward: Any) -> bool:
     """Whether a linear's ``forward`` is of a library whose linears are known to keep nothing of
     what they return.
     """
+    if forward is LoraLinear.forward:  # it hands on what its base layer returns where no adapter is active
+        return False
     return isinstance(forward, FunctionType) and any(defined_in(forward, package) for package in _QUANTISERS)

@@ -30,6 +30,7 @@ from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.swapped import untouched
 from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm, without_frame
 from .int8_product import int8_product
+from .lora_linear import LoraLinear
 from .module import FusedModule, upstream_of
 from .quantized_weights import law_of, operand_of, quantises_activations
 from .sites import FusedCall, random_numbers
@@ -183,7 +184,8 @@ def quantized_base(linear: Any) -> Any:
     if isinstance(linear, QuantizedLinear):
         return linear
     base = None if linear is None else linear._modules.get("base_layer")
-    return base if isinstance(base, QuantizedLinear) and _is_pefts(type(linear).forward) else None
+    adapter = isinstance(linear, LoraLinear) or _is_pefts(type(linear).forward)
+    return base if adapter and isinstance(base, QuantizedLinear) else None
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, scale_residual
-from ..fused.adapter import adapted
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import law_in_feed_forward
@@ -72,10 +71,9 @@ class QwenImageAttention(FusedAttention):
 
         image_rotary, text_rotary = (None, None) if rotary is None else rotary
         # In upstream's order, which offloading with prefetching relies on.
-        image_query, image_key = adapted(self.to_q, hidden_states), adapted(self.to_k, hidden_states)
-        image_value = adapted(self.to_v, hidden_states)
-        text_query, text_key = adapted(self.add_q_proj, encoder_hidden_states), adapted(self.add_k_proj, encoder_hidden_states)
-        text_value = adapted(self.add_v_proj, encoder_hidden_states)
+        image_query, image_key, image_value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        text_query, text_key = self.add_q_proj(encoder_hidden_states), self.add_k_proj(encoder_hidden_states)
+        text_value = self.add_v_proj(encoder_hidden_states)
         query, key, value = joint_qk_norm_rope(
             image_query,
             image_key,
@@ -109,12 +107,10 @@ class QwenImageAttention(FusedAttention):
         joint = joint.flatten(2, 3).to(query.dtype)
         text_tokens = encoder_hidden_states.shape[1]
         text, image = joint.split((text_tokens, joint.shape[1] - text_tokens), dim=1)  # whose gradients are joined in one copy
-        to_out, *dropout = self.to_out._modules.values()
-        to_add_out = self.to_add_out
-        image = adapted(to_out, dense_for(image, to_out))
-        if dropout:
-            image = dropout[0](image)
-        return image, adapted(to_add_out, dense_for(text, to_add_out))
+        image = self.to_out[0](dense_for(image, self.to_out[0]))
+        if len(self.to_out) > 1:
+            image = self.to_out[1](image)  # dropout
+        return image, self.to_add_out(dense_for(text, self.to_add_out))
 
 
 def _laws(

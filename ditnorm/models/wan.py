@@ -1,13 +1,11 @@
 """Wan 2.1 and 2.2 (per-token modulation of TI2V-5B included), WanAnimate, VACE, ChronoEdit."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
-from ..fused.adapter import adapted
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
@@ -19,7 +17,6 @@ from ..ops.context import transformed
 from ..ops.layout import laid_out_as
 from ..ops.quantization import Wanted
 from ..swapping.callers import caller_of
-from ..swapping.fingerprint import fingerprint
 from ..swapping.swapped import untouched
 
 NOTHING_TO_GAIN = dict.fromkeys(
@@ -60,12 +57,7 @@ class WanAttention(FusedAttention):
 
         if encoder_hidden_states is not None and not self.fused_projections:
             encoder_hidden_states = quantized_for(encoder_hidden_states, self.to_k, self.to_v)
-        project = self.upstream("_get_qkv_projections")
-        if self.fused_projections or not _projects_apart(project):
-            query, key, value = project(self, hidden_states, encoder_hidden_states)
-        else:
-            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            query, key, value = adapted(self.to_q, hidden_states), adapted(self.to_k, context), adapted(self.to_v, context)
+        query, key, value = self.upstream("_get_qkv_projections")(self, hidden_states, encoder_hidden_states)
         query_weight, key_weight = weight_of(self.norm_q), weight_of(self.norm_k)
         if query_weight is None or key_weight is None:  # by their length the op sees that the norm is across heads; ones change no bit
             query_weight = query.new_ones(query.shape[-1]) if query_weight is None else query_weight
@@ -101,14 +93,7 @@ class WanAttention(FusedAttention):
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
         if of_image is not None:
             hidden_states = hidden_states + of_image
-        to_out, dropout, *_ = self.to_out._modules.values()
-        return dropout(adapted(to_out, hidden_states))
-
-
-@functools.cache
-def _projects_apart(function: Any) -> bool:
-    """Whether ``function`` is upstream's, which calls the projections one after the other."""
-    return fingerprint(function) == "be89a2314d71"  # 0.37.0 to 0.42.1
+        return self.to_out[1](self.to_out[0](hidden_states))
 
 
 def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Wanted | None:

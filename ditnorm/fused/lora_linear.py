@@ -1,0 +1,43 @@
+"""PEFT's LoRA around a linear layer, without the pass over its result that multiplies by 1.
+
+The scaling is ``lora_alpha / r``, which training scripts set to 1. The product with it is a pass
+over memory forward and another one backward, for each of a block's adapted layers.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .module import FusedModule
+
+
+class LoraLinear(FusedModule):
+    """peft's ``lora.Linear``: x [..., in_features] -> [..., out_features].
+
+    x may be what a quantised ``base_layer`` takes, wherever PEFT's own layer may be given it.
+    """
+
+    fingerprints = {"forward": frozenset({"99c1d544a85f"}), "_check_forward_args": frozenset({"427e34d544e3"})}  # 0.18.0 to 0.21.2
+
+    optional = True
+    demanded = announced = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self._disable_adapters or self.merged_adapters or self.lora_variant or not self.as_made():
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        modules, active = self._modules, self._active_adapter
+        down, up, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+        result: Tensor = modules["base_layer"](x)
+        dtype = result.dtype
+        for name in (active,) if isinstance(active, str) else active:
+            first = down.get(name)
+            if first is None:
+                continue
+            if x.dtype is not first.weight.dtype:
+                x = self._cast_input_dtype(x, first.weight.dtype)
+            added, scaling = up[name](first(dropouts[name](x))), self.scaling[name]
+            result = result + (added if type(scaling) in _NUMBERS and scaling == 1 else added * scaling)
+        return result if result.dtype is dtype else result.to(dtype)
+
+
+_NUMBERS = (int, float)  # a tensor would have to be waited for
