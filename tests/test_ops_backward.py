@@ -113,6 +113,27 @@ def test_eager_gradients_have_the_bits_of_autograd(op: str, dtype: torch.dtype, 
                 assert torch.equal(a, b), f"{width}, affine {affine}: {int((a != b).sum())} of {a.numel()} elements differ"
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("rounding", ["single", "eager"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("op", ["norm_scale_shift", "scale_residual_norm_scale_shift"])
+def test_gradients_at_the_widths_of_models_have_the_bits_of_the_generic_kernel(op: str, tables: bool, norm: str, rounding: str) -> None:
+    dtype = torch.bfloat16
+    for width in (1536, 3072, 5120):
+        shape = Shape(2, 3, width)
+        call = site(op, shape, dtype, dtype, norm=norm, rounding=rounding)
+        if tables:
+            call |= {f"{name}_table": modulation("vector", shape, torch.float32) for name in MODULATIONS[op]}
+        for gated in (True, False)[: len(MODULATIONS[op]) - 1]:
+            given = {name: value for name, value in call.items() if gated or not name.startswith("gate")}
+            got, cotangents = fused(op, given)
+            # Where no wide access starts the generic kernel serves.
+            unaligned = [activation("unaligned", shape, dtype).copy_(c) for c in cotangents]
+            for a, b in zip(got, fused(op, given, unaligned)[0], strict=True):
+                assert torch.equal(a, b), f"{width}, gated {gated}: {int((a != b).sum())} of {a.numel()} elements differ"
+
+
 def exact_gradients(op: str, call: dict[str, Any], cotangents: Sequence[Tensor]) -> list[Tensor]:
     wide = {name: t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in call.items()}
     wide |= {name: wide[name].requires_grad_() for name in ROW_NAMES if name in wide}

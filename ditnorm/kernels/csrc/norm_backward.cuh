@@ -6,6 +6,7 @@
 
 #include "dispatch.cuh"
 #include "gate_gradient.cuh"
+#include "known_norm_backward.cuh"
 #include "norm_backward.h"
 #include "norm_gradient.cuh"
 #include "row_kernel.cuh"
@@ -108,19 +109,38 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) norm_backward
   });
 }
 
-// Goes through kNormBackward. Returns kNotServed where none of its kernels serves rows of this
-// width.
+// Goes through kKnownNormBackward, then through kNormBackward. Returns kNotServed where none of
+// their kernels serves rows of this width.
 template <class T, class M, bool ROUND>
 class NormBackwardLaunch {
  public:
   NormBackwardLaunch(const SiteBackward& b, void* stream) : b_(b), stream_(stream) {}
 
   int run() {
-    try_all(std::make_integer_sequence<int, std::size(variants::kNormBackward)>{});
+    if (!known_ || !try_known(std::make_integer_sequence<int, std::size(variants::kKnownNormBackward)>{})) {
+      try_all(std::make_integer_sequence<int, std::size(variants::kNormBackward)>{});
+    }
     return result_;
   }
 
  private:
+  template <int... ROWS>
+  bool try_known(std::integer_sequence<int, ROWS...>) {
+    return (try_known<ROWS>() || ...);
+  }
+  template <int ROW>
+  bool try_known() {
+    constexpr const KnownNormBackward& kRow = variants::kKnownNormBackward[ROW];
+    if constexpr (kRow.compiled_for(dtype_of<T>, dtype_of<M>, ROUND)) {
+      using Width = Tiles<kRow.tiles, kRow.tiles, kRow.blocks>;
+      using Threads = Shape<kRow.lanes, kRow.ahead>;
+      if (!Width::serves(p_.width) || kRow.residual != residual_ || kRow.tables != tables_) return false;
+      go<Threads>(&known_norm_backward_kernel<T, ROUND, kRow.residual, kRow.tables, Width, Threads>);
+      return true;
+    }
+    return false;
+  }
+
   template <int... ROWS>
   void try_all(std::integer_sequence<int, ROWS...>) {
     (void)(try_widths<ROWS>(std::make_integer_sequence<int, variants::kNormBackward[ROWS].widths.count()>{}) || ...);
@@ -135,16 +155,28 @@ class NormBackwardLaunch {
     if constexpr (kRow.x == dtype_of<T>) {
       using Width = Tiles<kRow.widths.list[WIDTH].tiles, kRow.widths.full(WIDTH), kRow.widths.list[WIDTH].blocks>;
       using Threads = Shape<kRow.lanes, kWithRow>;
-      if (!Width::serves(b_.site.width)) return false;
-      const dim3 grid(static_cast<unsigned>(b_.site.tokens), static_cast<unsigned>(b_.site.batch));
-      result_ = launch(&norm_backward_kernel<T, M, ROUND, Width, Threads>, grid, Threads::kThreads, stream_, b_);
+      if (!Width::serves(p_.width)) return false;
+      go<Threads>(&norm_backward_kernel<T, M, ROUND, Width, Threads>);
       return true;
     }
     return false;
   }
 
+  template <class THREADS>
+  void go(void (*kernel)(SiteBackward)) {
+    const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
+    result_ = launch(kernel, grid, THREADS::kThreads, stream_, b_);
+  }
+
   const SiteBackward& b_;
   void* const stream_;
+  const Problem& p_ = b_.site;
+  const bool residual_ = b_.dr.data != nullptr || b_.d_branch != nullptr;
+  const bool tables_ = p_.scale.table.data != nullptr;
+  // No weight, a table for each modulation or for none, and not the law of "eager" that rounds
+  // gradients only (a norm in float32 without modulations).
+  const bool known_ = p_.weight.data == nullptr && (!residual_ || tables_ == (p_.gate.table.data != nullptr)) &&
+                      (ROUND || tables_ || !residual_ || !b_.eager);
   int result_ = kNotServed;
 };
 

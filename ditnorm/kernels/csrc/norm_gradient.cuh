@@ -25,6 +25,12 @@ __device__ __forceinline__ void add_gradient(Welford& lane, float dn, float weig
   lane.m2 = __fmaf_rn(__fmul_rn(g, delta_of<NORM>(v, statistics.mean)), statistics.rstd, lane.m2);
 }
 
+// The same where there is no weight and v - mean is at hand. The compiler leaves out no product by 1.
+__device__ __forceinline__ void add_unweighted_gradient(Welford& lane, float dn, float delta, float rstd) {
+  lane.mean = __fadd_rn(lane.mean, dn);
+  lane.m2 = __fmaf_rn(__fmul_rn(dn, delta), rstd, lane.m2);
+}
+
 // Of one row, all that its elements share.
 struct RowGradient {
   Statistics statistics;
@@ -37,6 +43,12 @@ struct RowGradient {
     float gradient = __fmaf_rn(__fmul_rn(width, weight), dn, -__fmul_rn(n, dot));
     if (centred) gradient = __fsub_rn(gradient, sum);
     return __fmul_rn(gradient, factor);
+  }
+
+  // As add_unweighted_gradient. `sum` is taken off in any case: RMSNorm's has to be 0.
+  __device__ __forceinline__ float of_unweighted(float dn, float delta) const {
+    const float n = __fmul_rn(delta, statistics.rstd);
+    return __fmul_rn(__fsub_rn(__fmaf_rn(width, dn, -__fmul_rn(n, dot)), sum), factor);
   }
 };
 

@@ -112,14 +112,25 @@ class Row {
   // Mean and reciprocal deviation in ATen's order. Asks for scale and shift before the threads
   // exchange what they have.
   __device__ __forceinline__ Statistics statistics(const Elements& v, const Modulations& m, Exchange& exchange) const {
+    return statistics_asking(
+        v,
+        [&] {
+          if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
+        },
+        exchange);
+  }
+
+  // The same with any other way to ask.
+  template <class ASK>
+  __device__ __forceinline__ Statistics statistics_asking(const Elements& v, ASK&& ask_ahead, Exchange& exchange) const {
     Welford lanes[SHAPE::kLanesPerThread] = {}, row;
     if (unlikely(p_.norm == Norm::rms)) {
       add_up<Norm::rms>(v, lanes);
-      if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
+      ask_ahead();
       row = reduce<Norm::rms, Counts::equal>(lanes, exchange);
     } else {
       add_up<Norm::layer>(v, lanes);
-      if constexpr (SHAPE::kAhead != kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
+      ask_ahead();
       if (!TILES::kExact && unlikely(place_.width % (32 * kGroup) != 0)) {
         row = reduce<Norm::layer, Counts::any>(lanes, exchange);
       } else if (!TILES::kExact && unlikely(place_.width % kTile != 0)) {

@@ -69,6 +69,19 @@ struct NormBackward {
   Widths widths;
 };
 
+// Rows of `tiles` full tiles without a weight, with modulations in the dtype of x. Without tables
+// there is a kernel for each law.
+struct KnownNormBackward {
+  bool residual, tables;
+  DType x;
+  int lanes, ahead;   // see Shape
+  int tiles, blocks;  // see Tiles
+
+  constexpr bool compiled_for(DType x, DType modulation, bool rounded) const {
+    return x == this->x && modulation == x && !(tables && rounded);
+  }
+};
+
 struct AcrossHeads {
   DType x;
   int lanes;
@@ -169,6 +182,18 @@ constexpr NormBackward kNormBackward[] = {
   {bf16, 2,    0, {3, 4}},
   {bf16, 1,    4, {6, {8, 4}, 10, 12}},
   {f32,  1,    0, {6, 12}},
+};
+
+// Those of the models that are trained most: 3072 in FLUX.1, HunyuanVideo and Qwen-Image, 1536 and
+// 5120, with tables, in Wan (known_norm_backward.cuh). kNormBackward serves them too, but its kernels
+// find out at run time what there is and take up to a quarter longer.
+constexpr KnownNormBackward kKnownNormBackward[] = {
+  // op           tables x     lanes ahead     tiles blocks
+  {kNorm,         false, bf16, 1,    kWithRow, 6,    0},
+  {kNorm,         true,  bf16, 2,    0,        3,    14},
+  {kNorm,         true,  bf16, 1,    2,        10,   4},
+  {kResidualNorm, false, bf16, 1,    2,        6,    0},
+  {kResidualNorm, true,  bf16, 1,    2,        10,   0},
 };
 
 constexpr AcrossHeads kAcrossHeads[] = {
