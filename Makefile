@@ -61,7 +61,7 @@ types: .venv/test  ## mypy
 	$(BIN)/mypy
 
 test-build: .venv/test build/all_architectures.so  ## the compiled library and the packaging
-	DITNORM_BUILT_LIBRARY=build/all_architectures.so $(PYTEST) -m "$(SELECTED)" tests/test_build.py
+	DITNORM_BUILT_LIBRARY=build/all_architectures.so $(PYTEST) $(PARALLEL) --dist loadgroup -m "$(SELECTED)" tests/test_build.py
 
 test-sanitized: .venv/test build/cpu_sim_sanitized.so  ## the kernels on the host under ASan and UBSan, in a scrambled thread order
 	CPU_SIM_ORDER=7 $(HOST_LIBRARY)=build/cpu_sim_sanitized.so $(SANITIZED) $(PYTEST) $(PARALLEL) -m "sanitize and ($(SELECTED))" $(OP_TESTS)

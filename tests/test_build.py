@@ -94,6 +94,9 @@ def stack_and_local(library: Path) -> dict[tuple[str, str], tuple[int, int]]:
     return found
 
 
+disassembled = pytest.mark.xdist_group("disassembled")  # by one worker, for as long as all the rest takes another
+
+
 @pytest.fixture(scope="session")
 def opcodes(library: Path) -> dict[str, set[str]]:
     """The distinct opcodes of each kernel of one architecture, by its mangled name: ``{"LDG.E.128",
@@ -131,6 +134,7 @@ def test_no_kernel_spills_or_uses_local_memory(stack_and_local: dict[tuple[str, 
     assert [kernel for kernel, used in stack_and_local.items() if used != (0, 0)] == []
 
 
+@disassembled
 @pytest.mark.parametrize("access", ["LDG", "STG"])
 def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str, set[str]]) -> None:
     narrow = []
@@ -156,6 +160,7 @@ def test_fast_kernels_move_rows_in_wide_accesses(access: str, opcodes: dict[str,
     assert narrow == []
 
 
+@disassembled
 def test_no_kernel_rounds_to_bfloat16_number_by_number(opcodes: dict[str, set[str]]) -> None:
     """That goes through a unit a quarter as fast as the one for pairs, which took a third of the
     time of diffusers' RMSNorm.
