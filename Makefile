@@ -66,8 +66,8 @@ test-build: .venv/test build/all_architectures.so  ## the compiled library and t
 test-sanitized: .venv/test build/cpu_sim_sanitized.so  ## the kernels on the host under ASan and UBSan, in a scrambled thread order
 	CPU_SIM_ORDER=7 $(HOST_LIBRARY)=build/cpu_sim_sanitized.so $(SANITIZED) $(PYTEST) $(PARALLEL) -m "sanitize and ($(SELECTED))" $(OP_TESTS)
 
-test-host: .venv/test build/cpu_sim.so  ## the op tests through the kernels on the host
-	$(HOST_LIBRARY)=build/cpu_sim.so $(PYTEST) $(PARALLEL) -m "$(SELECTED)" $(OP_TESTS)
+test-host: .venv/test build/cpu_sim.so  ## the other op tests through the kernels on the host
+	$(HOST_LIBRARY)=build/cpu_sim.so $(PYTEST) $(PARALLEL) -m "not sanitize and ($(SELECTED))" $(OP_TESTS)
 
 test-suite: .venv/test  ## the whole suite, on the GPU where there is one, else through the PyTorch path
 	$(PYTEST) $(PARALLEL) -m "$(SELECTED)" --ignore tests/test_build.py
