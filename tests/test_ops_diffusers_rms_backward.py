@@ -176,7 +176,7 @@ def test_gradients_against_float64(op: str, layout: str, rounding: str) -> None:
         for width in (24, 136, 1160):
             shape = Shape(2, 6, width, frames=2, rows=3)
             given = site(op, shape, dtype, layout)
-            for trained in (False, True):
+            for trained in (False, True) if width == 136 else (True,):
                 if trained:
                     given |= {name: given[name].detach().requires_grad_() for name in SITES[op]}
                 outputs = run(op, given, rounding)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.cases import compiled_only
 from support.quantised import rows
 from torch import Tensor
 
@@ -96,6 +97,7 @@ def test_the_op_follows_the_law(law: Law, dtype: torch.dtype, device: str) -> No
 
 
 @pytest.mark.sanitize
+@compiled_only
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_many_narrow_rows_follow_it_too(law: Law, dtype: torch.dtype, device: str) -> None:
@@ -142,6 +144,7 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.sanitize
+@compiled_only
 @pytest.mark.parametrize("law", [FLOAT8_ROW, INT8_ROW], ids=str)
 def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
     """There is a kernel that looks it up in a table of most numbers."""
@@ -234,11 +237,17 @@ def test_a_norm_site_quantises_what_it_returns_otherwise(law: Law, rounding: str
 
 
 MANY_ROWS = ((1, 2049, 3072), (3, 683, 1536), (1, 2051, 5120), (1, 2053, 1152), (1, 2050, 2432), (1, 2050, 1984), (2, 1031, 2048))
+CASES = ("plain", "tables", "none")
+# Under the sanitizers, where millions of elements take long, each shape in one case, in turn.
+SITES_OF_MANY_ROWS = [
+    pytest.param(shape, case, marks=[pytest.mark.sanitize] if nth == (k + 1) % len(CASES) else [], id=f"{shape}-{case}")
+    for k, shape in enumerate(MANY_ROWS)
+    for nth, case in enumerate(CASES)
+]
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("case", ["plain", "tables", "none"])
-@pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
+@compiled_only
+@pytest.mark.parametrize(("shape", "case"), SITES_OF_MANY_ROWS)
 def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tuple[int, ...], case: str, device: str) -> None:
     """There are kernels for modulations that many rows share."""
     law = {3072: FLOAT8_ROW, 1536: FLOAT8_TENSOR, 2432: FLOAT8_TENSOR}.get(shape[2], INT8_ROW)
@@ -249,10 +258,11 @@ def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tup
     expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
     for norm in ("layer", "rms"):
         y = functional.norm_scale_shift(x, **options, norm=norm)
-        assert equal(functional.norm_scale_shift_quantize(x, law=law, **options, norm=norm)[:2], expected(y, law))
+        wanted = expected(y, law)
+        assert equal(functional.norm_scale_shift_quantize(x, law=law, **options, norm=norm)[:2], wanted)
         kept, beside = functional.norm_scale_shift_and_quantize(x, law=law, **options, norm=norm)
         assert torch.equal(kept.nan_to_num(), y.nan_to_num())
-        assert equal(beside[:2], expected(y, law))
+        assert equal(beside[:2], wanted)
 
 
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
