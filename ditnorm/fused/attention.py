@@ -241,17 +241,18 @@ class FusedAttention(FusedModule):
         cls.known = cls.known_processors(cls.origin)
         return cls.known.get(processor)
 
-    def law(self, x: Tensor, *names: str) -> Wanted | None:
-        """The law by which the projections ``names`` quantise what the module is given with the
-        shape and dtype of ``x``.
+    def laws(self, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[Wanted | None, ...]:
+        """For each stream the law by which its projections quantise what the module is given with
+        the shape and dtype of a tensor.
 
         None where something wants it as it is. Then, and if its call wouldn't take the fused path,
         it must not come quantised.
         """
         modules = self._modules
-        if quantized_base(modules.get(names[0])) is None or hooked(self) or not self.fuses():
-            return None
-        return law_for(x, *(modules[name] for name in names))
+        quantised = [quantized_base(modules.get(names[0])) for _, names in streams]
+        if not any(quantised) or hooked(self) or not self.fuses():
+            return (None,) * len(streams)
+        return tuple([law_for(x, *[modules[name] for name in names]) for x, names in streams])
 
     def fits(self, op: str, condition: bool) -> bool:
         """``condition``, on which the fused call of ``op`` depends. Where it doesn't hold the call
@@ -270,6 +271,15 @@ class FusedAttention(FusedModule):
         return type(self.processor).__call__.__globals__[name]
 
 
+OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+"""What projects the stream of an attention module, and the one beside it."""
+
+
+def laws_in(attention: Any, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[Wanted | None, ...]:
+    """:meth:`FusedAttention.laws` of an attention module that may be unfused."""
+    return attention.laws(*streams) if isinstance(attention, FusedAttention) else (None,) * len(streams)
+
+
 def law_in(attention: Any, x: Tensor, *names: str) -> Wanted | None:
-    """:meth:`FusedAttention.law` of an attention module that may be unfused."""
-    return attention.law(x, *names) if isinstance(attention, FusedAttention) else None
+    """The same of one stream."""
+    return attention.laws((x, names))[0] if isinstance(attention, FusedAttention) else None

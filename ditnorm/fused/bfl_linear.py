@@ -4,7 +4,7 @@ float32.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,17 @@ _MULTIPLE = 16  # of the width and of the number of results, where diffusers mul
 class BFLOperand:
     """The weight of such a layer as far as an activation is concerned."""
 
-    __slots__ = ("width",)
+    __slots__ = ("on_gpu", "width")
 
     law = FLOAT8_ROW_BFL
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, module: Any) -> None:
+        self.on_gpu: bool = module._parameters["weight"].is_cuda
+        self.width: int = module.in_features
 
-    def takes(self, x: Tensor, bias: Tensor | None, width: int | None = None) -> bool:
-        """Whether an activation with the shape of ``x``, or of another ``width``, is quantised
-        where it is.
-        """
-        shape = x.shape
-        return x.is_cuda and len(shape) >= 2 and (width or shape[-1]) == self.width and 0 not in shape
+    def takes(self, shape: Sequence[int], dtype: torch.dtype, bias: Tensor | None) -> bool:
+        """Whether an activation of this shape is quantised where the weight is."""
+        return self.on_gpu and len(shape) >= 2 and shape[-1] == self.width and 0 not in shape
 
 
 class BFLLinear(QuantizedLinear):
@@ -77,7 +75,7 @@ class BFLLinear(QuantizedLinear):
 
     @staticmethod
     def operand_in(module: Any) -> Any:
-        return BFLOperand(module.in_features)
+        return BFLOperand(module)
 
     @staticmethod
     def multiplied(x: Quantized, module: Any) -> Tensor:
@@ -91,7 +89,7 @@ class BFLLinear(QuantizedLinear):
     def forward(self, inputs: Tensor | Quantized) -> Tensor:
         if isinstance(inputs, Quantized):
             return self.multiplied(inputs, self)
-        if not served_here(inputs) or not self.as_made() or not BFLOperand(self.in_features).takes(inputs, None):
+        if not served_here(inputs) or not self.as_made() or not BFLOperand(self).takes(inputs.shape, inputs.dtype, None):
             return super(QuantizedLinear, self).forward(inputs)  # type: ignore[misc]
         return self.multiplied(kept(inputs, FLOAT8_ROW_BFL) or quantize(inputs, FLOAT8_ROW_BFL), self)
 

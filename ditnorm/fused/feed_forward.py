@@ -54,11 +54,11 @@ class FusedFeedForward(FeedForwardBody):
             yield Activation("net.0", "GELU and its quantiser in one call")
 
     def forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:
-        layers = list(self.net._modules.values())
+        layers = list(self._modules["net"]._modules.values())
         if args or kwargs or not self.intact() or len(layers) != 3 or not _quantises(*layers):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         gelu, _, linear = layers
-        inner = gelu.proj(hidden_states)
+        inner = gelu._modules["proj"](hidden_states)
         law = law_for(inner, linear)
         if isinstance(law, Law) and _kernels_gelu_is_atens(inner):
             return linear(gelu_quantize(inner, law))
@@ -68,8 +68,8 @@ class FusedFeedForward(FeedForwardBody):
     def law(self, x: Tensor) -> Wanted | None:
         if hooked(self):
             return None
-        gelu: Any = self.net._modules["0"]
-        return law_for(x, gelu.proj) if isinstance(gelu, FusedGELU) and not hooked(gelu) else None
+        gelu: Any = self._modules["net"]._modules["0"]
+        return law_for(x, gelu._modules["proj"]) if isinstance(gelu, FusedGELU) and not hooked(gelu) else None
 
 
 def law_in_feed_forward(module: Any, x: Tensor) -> Wanted | None:

@@ -12,7 +12,7 @@ from ..swapping.swapped import untouched
 from ..swapping.torch_private import seen_by_a_mode
 from .activation import begun, joined
 from .adaln import law_argument
-from .attention import FusedAttention, law_in, weight_of
+from .attention import ADDED, OWN, FusedAttention, law_in, laws_in, weight_of
 from .feed_forward import law_in_feed_forward
 from .norms import dtype_of
 from .promotion import promoted
@@ -146,8 +146,9 @@ def _tokens(rotary: Rotary | None, part: slice) -> Rotary | None:
 def laws(attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> tuple[Wanted | None, Wanted | None]:
     """By which laws the attention module of a dual-stream block takes the two streams quantised."""
     own, added = _projections(attn)
-    found = law_in(attn, x, *own), law_in(attn, text, *added)
-    return found if found == (None, None) or (kwargs.keys() <= attn.ignored and attn.takes(x, text, rotary)) else (None, None)
+    law, text_law = laws_in(attn, (x, own), (text, added))
+    taken = (law is not None or text_law is not None) and kwargs.keys() <= attn.ignored and attn.takes(x, text, rotary)
+    return (law, text_law) if taken else (None, None)
 
 
 def law_joined(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Wanted]:
@@ -161,7 +162,7 @@ def law_joined(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, A
 def _projections(attn: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if getattr(attn, "fused_projections", False):
         return ("to_qkv",), ("to_added_qkv",)
-    return ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    return OWN, ADDED
 
 
 def after_attention(

@@ -108,12 +108,11 @@ class QuantizedLinear(FusedModule):
             values, scale, shape, dtype, _ = input
             return product(values, scale, shape, dtype, operand_of(weight), bias)
         if served_here(input) and self.as_made():
-            operand = operand_of(weight)
-            if operand is not None and operand.takes(input, bias):
-                law = operand.law
-                found = kept(input, law)
-                values, scale = _quantized(input, law) if found is None else found[:2]
-                return product(values, scale, input.shape, input.dtype, operand, bias)
+            operand, shape, dtype = operand_of(weight), input.shape, input.dtype
+            if operand is not None and operand.takes(shape, dtype, bias):
+                found = kept(input, operand.law)
+                values, scale = _quantized(input, operand.law) if found is None else found[:2]
+                return product(values, scale, shape, dtype, operand, bias)
         return super().forward(input)  # type: ignore[misc]
 
 
@@ -156,10 +155,12 @@ def law_for(x: Tensor, *linears: Any, width: int | None = None) -> Wanted | None
             return None
     if not served_here(x) or not untouched(*linears):
         return None
-    law: Law | None = None
+    shape, dtype, law = x.shape, x.dtype, None
+    if width is not None:
+        shape = torch.Size((*shape[:-1], width))
     for linear in linears:
         operand = linear.operand_in(linear)
-        if operand is None or not operand.takes(x, linear._parameters["bias"], width) or (law is not None and operand.law is not law):
+        if operand is None or not operand.takes(shape, dtype, linear._parameters["bias"]) or (law is not None and operand.law is not law):
             return None
         law = operand.law
     return law
@@ -280,7 +281,7 @@ class QuantizedProduct:
         if linear is None or linear.weight.device != device:
             return True  # offloaded: no weight to multiply with
         operand = self.body.operand_in(linear)
-        if operand is None or operand.law is not self.law or not operand.takes(rows, linear.bias):
+        if operand is None or operand.law is not self.law or not operand.takes(rows.shape, rows.dtype, linear.bias):
             return True
         upstream: Any = upstream_of(type(linear))
         return same_bits(self.body.multiplied(quantize(rows, self.law), linear), upstream.forward(linear, rows))

@@ -8,7 +8,7 @@ known by fingerprint. What isn't known is named, and torchao serves it.
 import functools
 import importlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,14 +108,11 @@ class Operand:
         self.largest_sum: tuple[int, int] | None = None
         """See :func:`ditnorm.fused.int8_product.is_exact_in_float32`."""
 
-    def takes(self, x: Tensor, bias: Tensor | None, width: int | None = None) -> bool:
-        """Whether an activation with the shape and dtype of ``x``, or of another ``width``, is
-        quantised for it here.
-        """
-        shape = x.shape
-        if len(shape) < 2 or (width or shape[-1]) != self.width or 0 in shape:
+    def takes(self, shape: Sequence[int], dtype: torch.dtype, bias: Tensor | None) -> bool:
+        """Whether an activation of this shape and dtype is quantised for it here."""
+        if len(shape) < 2 or shape[-1] != self.width or 0 in shape:
             return False
-        return bias is None or bias.dtype is x.dtype
+        return bias is None or bias.dtype is dtype
 
 
 _operands: dict[int, Operand] = {}

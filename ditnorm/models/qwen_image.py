@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, scale_residual
-from ..fused.attention import FusedAttention, law_in, weight_of
+from ..fused.attention import ADDED, OWN, FusedAttention, laws_in, weight_of
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel
@@ -117,8 +117,9 @@ def _laws(
     attn: Any, image: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any] | None
 ) -> tuple[Wanted | None, Wanted | None]:
     """By which laws the attention module takes the two streams quantised."""
-    laws = law_in(attn, image, "to_q", "to_k", "to_v"), law_in(attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
-    return laws if laws == (None, None) or (not kwargs and _aligned(image, text, rotary)) else (None, None)
+    law, text_law = laws_in(attn, (image, OWN), (text, ADDED))
+    taken = (law is not None or text_law is not None) and not kwargs and _aligned(image, text, rotary)
+    return (law, text_law) if taken else (None, None)
 
 
 def _aligned(image: Any, text: Any, rotary: tuple[Tensor, Tensor] | None) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...functional import joint_qk_norm_rope, qk_norm_rope
 from ...fused.adaln import law_argument
-from ...fused.attention import FusedAttention, law_in, weight_of
+from ...fused.attention import ADDED, OWN, FusedAttention, law_in, laws_in, weight_of
 from ...fused.pairwise_mask import mask_form, pairwise_mask
 from ...fused.quantized_linear import law_for, shared_law
 from ...ops.quantization import Wanted
@@ -113,7 +113,7 @@ def streams_laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tens
     """By which laws the attention module of a dual-stream block takes the two streams quantised, as
     arguments of their norms.
     """
-    law, text_law = law_in(block.attn, x, "to_q", "to_k", "to_v"), law_in(block.attn, text, "add_q_proj", "add_k_proj", "add_v_proj")
+    law, text_law = laws_in(block.attn, (x, OWN), (text, ADDED))
     if (law is None and text_law is None) or (rotary is not None and rotary[0].shape[0] != x.shape[1]):
         return {}, {}
     return law_argument(block.norm1, law), law_argument(block.norm1_context, text_law)
@@ -123,7 +123,7 @@ def joined_law(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> d
     """By which law attention and MLP of a single-stream block take both streams in one piece, as an
     argument of its norm.
     """
-    law = law_in(block.attn, x, "to_q", "to_k", "to_v")
+    law = law_in(block.attn, x, *OWN)
     return {} if law is None or rotary is None else law_argument(block.norm, shared_law(law, law_for(x, block.proj_mlp)))
 
 
