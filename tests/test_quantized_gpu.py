@@ -390,19 +390,40 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def test_the_host_cost_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed, not judged: other processes share the host."""
+    """Of a layer with a bias in inference mode, called as a module: beside ``nn.Linear`` in
+    bfloat16, called so too, and ``F.linear`` alone, each of the same rows and of them as a stream
+    [1, rows, D]. Printed, not judged: other processes share the host.
+    """
     torchao = pytest.importorskip("torchao.quantization")
     plain = nn.Linear(512, 512, dtype=torch.bfloat16, device=DEVICE).requires_grad_(False)
-    x = rows((64, 512), torch.bfloat16)
     with torch.inference_mode(), capsys.disabled():
-        base = host_microseconds(lambda: plain(x))
-        print(f"\nnn.Linear {base:.1f} us")
-        for law in LAWS:
-            linear = copy.deepcopy(plain)
-            torchao.quantize_(linear, quantised.config(law))
-            torchaos = host_microseconds(lambda linear=linear: linear(x))
-            set_class(linear, subclass(QuantizedLinear, nn.Linear, "eager"))
-            shared = functional.quantize(x, law)
-            of_quantised = host_microseconds(lambda linear=linear, shared=shared: linear(shared))
-            whole = host_microseconds(lambda linear=linear: linear(x))
-            print(f"{law}: torchao {torchaos:.1f}, fused {whole:.1f}, of a quantised activation {of_quantised:.1f} us")
+        for x in (rows((64, 512), torch.bfloat16), rows((1, 64, 512), torch.bfloat16)):
+            function, module = host_microseconds(lambda x=x: F.linear(x, plain.weight, plain.bias)), host_microseconds(lambda x=x: plain(x))
+            print(f"\n{list(x.shape)}: F.linear {function:.1f}, nn.Linear {module:.1f} us")
+            for law in LAWS:
+                linear = copy.deepcopy(plain)
+                torchao.quantize_(linear, quantised.config(law))
+                torchaos = host_microseconds(lambda linear=linear, x=x: linear(x))
+                set_class(linear, subclass(QuantizedLinear, nn.Linear, "eager"))
+                shared = functional.quantize(x, law)
+                of_quantised = host_microseconds(lambda linear=linear, shared=shared: linear(shared))
+                whole = host_microseconds(lambda linear=linear, x=x: linear(x))
+                ratios = f"{whole / module:.2f} times nn.Linear, {of_quantised / module:.2f} of a quantised activation"
+                print(f"{law}: torchao {torchaos:.1f}, fused {whole:.1f}, of a quantised activation {of_quantised:.1f} us: {ratios}")
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_the_pieces_of_memory_that_a_quantised_activation_takes(law: Law) -> None:
+    """Two, for values and for scales: another would cost the host a microsecond and more in each
+    layer. A norm in front takes a third at most, for what it makes.
+    """
+    x = rows((64, 512), torch.bfloat16)
+
+    def pieces(call: Callable[[], object]) -> int:
+        call()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        call()
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"]) - before
+
+    assert pieces(lambda: functional.quantize(x, law)) == 2
+    assert pieces(lambda: functional.norm_scale_shift_quantize(x, law=law, eps=1e-6, rounding="eager")) <= 3

@@ -15,7 +15,7 @@ Tensor empty_like(const Tensor& t) { return abi::empty(t.dim(), t.sizes(), t.dty
 // takes y itself, where somebody else reads it.
 QuantizedOutput run_quantized(Call& call, const Tensor& x, int64_t law, int (*both)(const Problem&, void*),
                               int (*plain)(const Problem&, void*), Tensor* kept = nullptr) {
-  QuantizedOutput output(x, law);
+  QuantizedOutput output(x, law, 0, /*with_maxima=*/true);
   call.problem.quantized = output.out;
   const bool per_row = output.out.law != Law::float8_tensor;
   Tensor own;
@@ -25,15 +25,9 @@ QuantizedOutput run_quantized(Call& call, const Tensor& x, int64_t law, int (*bo
     y = empty_like(x);
     call.problem.y = y.data();
   };
-  Tensor maxima;
   if (kept != nullptr || !per_row) make_y();
-  if (!per_row) {
-    const int64_t rows = call.problem.batch * call.problem.tokens;
-    maxima = abi::empty(1, &rows, aoti_torch_dtype_int32(), x);
-    call.problem.quantized.maxima = static_cast<uint32_t*>(maxima.data());
-  }
   if (call.try_run(both)) {
-    if (!per_row) quantize_into(output, y, false, &maxima);
+    if (!per_row) quantize_into(output, y, false, true);
     return output;
   }
   make_y();

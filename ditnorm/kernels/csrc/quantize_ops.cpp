@@ -8,7 +8,7 @@
 
 namespace ditnorm {
 
-QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside) {
+QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside, bool with_maxima) {
   check(law >= 0 && law < kLaws, "ditnorm: law");
   const int64_t dim = x.dim();
   check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
@@ -18,14 +18,25 @@ QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside) {
   out.law = static_cast<Law>(law);
   const bool int8 = out.law == Law::int8_row, per_row = out.law != Law::float8_tensor;
   check(per_row || rows > 0, "ditnorm: the largest value of nothing");
-  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {per_row ? rows : 1, 1};
+  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {rows, 1};
   values = abi::empty(2, values_sizes, int8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_float8_e4m3fn(), x);
-  scale = abi::empty(2, scale_sizes, aoti_torch_dtype_float32(), x);
+  if (per_row) {
+    scale = abi::empty(2, scale_sizes, aoti_torch_dtype_float32(), x);
+  } else {
+    // In one piece of memory with what is needed to find it: the host has more to do for each piece
+    // than for these few bytes.
+    partial_count = std::min(rows, kMaxPartials);
+    const int64_t count = 1 + partial_count + (with_maxima ? rows : 0);
+    const Tensor all = abi::empty(1, &count, aoti_torch_dtype_float32(), x);
+    scale = abi::first_element(all);
+    partials = static_cast<uint32_t*>(all.data()) + 1;
+    out.maxima = with_maxima ? partials + partial_count : nullptr;
+  }
   out.values = static_cast<uint8_t*>(values.data());
   out.scale = static_cast<float*>(scale.data());
 }
 
-void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, const Tensor* maxima) {
+void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, bool maxima) {
   const int64_t dim = x.dim(), width = x.sizes()[dim - 1];
   const Tensor copy = width == 1 || x.strides()[dim - 1] == 1 ? Tensor() : abi::contiguous(x);
   const Tensor& source = copy.handle() == nullptr ? x : copy;
@@ -39,13 +50,9 @@ void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, co
   problem.gelu = gelu;
   const int64_t rows = problem.batch * problem.tokens;
   if (rows == 0) return;
-  Tensor partials;
-  if (output.out.law == Law::float8_tensor) {
-    problem.partial_count = std::min(maxima == nullptr ? rows : (rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials);
-    problem.maxima = maxima == nullptr ? nullptr : static_cast<const uint32_t*>(maxima->data());
-    partials = abi::empty(1, &problem.partial_count, aoti_torch_dtype_int32(), x);
-    problem.partials = static_cast<uint32_t*>(partials.data());
-  }
+  problem.partials = output.partials;
+  problem.partial_count = maxima ? std::min((rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials) : output.partial_count;
+  problem.maxima = maxima ? output.out.maxima : nullptr;
   call_kernel(&quantize, problem, x.device_index());
 }
 
@@ -63,13 +70,15 @@ Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const T
   check(dtype == halves::float16 || dtype == halves::bfloat16, "ditnorm: dtype");
   check(product.dim() == 2 && product.dtype() == aoti_torch_dtype_int32(), "ditnorm: product must be int32 [rows, N]");
   const int64_t rows = product.sizes()[0], width = product.sizes()[1];
+  const int32_t device_type = product.device_type(), device_index = product.device_index();
   const auto fits = [&](const Tensor& t, int64_t count, int32_t dtype) {
-    int64_t elements = 1, dense = 1;
+    const int64_t *sizes = t.sizes(), *strides = t.strides();
+    int64_t elements = 1;
     for (int64_t i = t.dim() - 1; i >= 0; --i) {
-      check(t.sizes()[i] == 1 || t.strides()[i] == dense, "ditnorm: operands of a product must be contiguous");
-      elements *= t.sizes()[i], dense *= t.sizes()[i];
+      check(sizes[i] == 1 || strides[i] == elements, "ditnorm: operands of a product must be contiguous");
+      elements *= sizes[i];
     }
-    check(t.device_type() == product.device_type() && t.device_index() == product.device_index(), "ditnorm: tensors on different devices");
+    check(t.device_type() == device_type && t.device_index() == device_index, "ditnorm: tensors on different devices");
     return elements == count && t.dtype() == dtype && reinterpret_cast<uintptr_t>(t.data()) % 16 == 0;
   };
   check(fits(product, rows * width, product.dtype()) && width % 4 == 0 && rows <= 0x7fffff, "ditnorm: shape of product");
@@ -85,7 +94,7 @@ Tensor dequantize_product_op(const Tensor& product, const Tensor& scale, const T
                                bias ? bias->data() : nullptr,
                                dtype == halves::bfloat16 ? DType::bf16 : DType::f16,
                                y.data()};
-  if (rows > 0 && width > 0) call_kernel(&dequantize_product, problem, product.device_index());
+  if (rows > 0 && width > 0) call_kernel(&dequantize_product, problem, device_index);
   return y;
 }
 

@@ -45,6 +45,8 @@ AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret)
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type,
                                         int32_t device_index, AtenTensorHandle* ret);
+AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle self, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                              int64_t storage_offset, AtenTensorHandle* ret);
 AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
 
 AOTITorchError aoti_torch_get_current_device_index(int32_t* ret);
@@ -115,6 +117,14 @@ inline Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype, const Tens
   }
   AtenTensorHandle handle;
   DITNORM_ABI(aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The first element of a tensor as a matrix [1, 1], in the same memory.
+inline Tensor first_element(const Tensor& source) {
+  const int64_t ones[] = {1, 1};
+  AtenTensorHandle handle;
+  DITNORM_ABI(aoti_torch__reinterpret_tensor(source.handle(), 2, ones, ones, 0, &handle));
   return Tensor(handle);
 }
 
