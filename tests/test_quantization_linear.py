@@ -134,7 +134,7 @@ def test_the_functions_that_a_call_goes_through(law: Law) -> None:
         finally:
             sys.setprofile(None)
     product = ["product", "int8_product", "dequantize_product"] if law is INT8_ROW else ["product"]
-    whole = ["forward", "served_here", "operand_of", "takes", "_quantized", *product]
+    whole = ["forward", "served_here", "operand_of", "takes", "values_and_scale", *product]
     assert called == [*whole, "of a quantised activation", "forward", "operand_of", *product]
 
 

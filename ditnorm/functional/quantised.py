@@ -8,13 +8,16 @@ from torch import Tensor
 from .. import kernels
 from ..ops.options import default_eps
 from ..ops.quantization import CODES, Law, Quantized
+from ..swapping.torch_private import without_frame
 from .norms import norm_scale_shift, scale_residual_norm_scale_shift
-from .path import HALF, NORM, REJECTED, ROUNDING, needs_pytorch, rejected
+from .path import HALF, NORM, REJECTED, ROUNDING, needs_pytorch, rejected, traced_by_dynamo
 
 _quantize = kernels.ops.quantize.default
+_quantize_in_eager = without_frame(_quantize)
 _gelu_quantize = kernels.ops.gelu_quantize.default
 _swiglu_quantize = kernels.ops.swiglu_quantize.default
 _dequantize_product = kernels.ops.dequantize_product.default
+_dequantize_product_in_eager = without_frame(_dequantize_product)
 _norm_scale_shift_quantize = kernels.ops.norm_scale_shift_quantize.default
 _scale_residual_norm_scale_shift_quantize = kernels.ops.scale_residual_norm_scale_shift_quantize.default
 _norm_scale_shift_and_quantize = kernels.ops.norm_scale_shift_and_quantize.default
@@ -30,12 +33,21 @@ def quantize(x: Tensor, law: Law) -> Quantized:
 
     Source: torchao's ``Float8Tensor.from_hp`` and ``Int8Tensor.from_hp``.
     """
+    values, scale = values_and_scale(x, law)
+    return Quantized(values, scale, x.shape, x.dtype, law)
+
+
+def values_and_scale(x: Tensor, law: Law) -> tuple[Tensor, Tensor]:
+    """Those of :func:`quantize`, for who hands them on to nobody and so needs nothing around
+    them.
+    """
     rows = x if x.dim() <= 3 else x.flatten(0, -2)
+    op = _quantize if traced_by_dynamo() else _quantize_in_eager
     try:
-        values, scale = _quantize(rows, CODES[law])
+        values, scale = op(rows, CODES[law])
     except REJECTED:
         values, scale = rejected("quantize", (rows,), (law,))
-    return Quantized(values, scale, x.shape, x.dtype, law)
+    return values, scale
 
 
 def norm_scale_shift_quantize(
@@ -195,7 +207,8 @@ def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bia
 
     Source: the ``linear`` of torchao's ``Int8Tensor``.
     """
+    op = _dequantize_product if traced_by_dynamo() else _dequantize_product_in_eager
     try:
-        return _dequantize_product(product, scale, weight_scale, bias, HALF[dtype])
+        return op(product, scale, weight_scale, bias, HALF[dtype])
     except REJECTED:
         return rejected("dequantize_product", (product, scale, weight_scale, bias), (dtype,))

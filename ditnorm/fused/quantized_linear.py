@@ -17,18 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels
 from ..functional import dequantize_product, norm_scale_shift_and_quantize, norm_scale_shift_quantize, quantize
-from ..functional.path import REJECTED
+from ..functional.quantised import values_and_scale
 from ..ops import quantization, reference
 from ..ops.bits import same_bits
 from ..ops.calls import NormScaleShift
 from ..ops.options import HALVES
-from ..ops.quantization import BESIDE, CODES, FLOAT8_CAPABILITY, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
+from ..ops.quantization import BESIDE, FLOAT8_CAPABILITY, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.swapped import untouched
-from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm, without_frame
+from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm
 from .int8_product import int8_product
 from .lora_linear import LoraLinear
 from .module import FusedModule, upstream_of
@@ -38,7 +37,6 @@ from .sites import FusedCall, random_numbers
 _ROWS = 2304  # that a verification quantises: enough for the kernels of many rows
 
 _is_compiling = torch.compiler.is_compiling
-_quantize = without_frame(kernels.ops.quantize.default)
 _LINEAR = F.linear if replaced_functional("linear") is None else None
 
 
@@ -111,20 +109,9 @@ class QuantizedLinear(FusedModule):
             operand, shape, dtype = operand_of(weight), input.shape, input.dtype
             if operand is not None and operand.takes(shape, dtype, bias):
                 found = kept(input, operand.law)
-                values, scale = _quantized(input, operand.law) if found is None else found[:2]
+                values, scale = values_and_scale(input, operand.law) if found is None else found[:2]
                 return product(values, scale, shape, dtype, operand, bias)
         return super().forward(input)  # type: ignore[misc]
-
-
-def _quantized(x: Tensor, law: Law) -> tuple[Tensor, Tensor]:
-    """The values and the scale of :func:`quantize`, which aren't handed on and so need nothing
-    around them.
-    """
-    try:
-        values, scale = _quantize(x if x.dim() <= 3 else x.flatten(0, -2), CODES[law])
-    except REJECTED:
-        values, scale = quantize(x, law)[:2]  # says what is wrong
-    return values, scale
 
 
 def product(values: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype, operand: Any, bias: Tensor | None) -> Tensor:
