@@ -266,6 +266,29 @@ def test_one_row_an_op_is_saved_and_modulations_by_reference(op: str, rounding: 
     assert all(call[name].grad is not None for name in ROW_NAMES if name in call)
 
 
+@pytest.mark.parametrize("layout", ["sample", "token"])
+@pytest.mark.parametrize("op", OPS)
+def test_hooks_see_nothing_of_what_is_small_and_wants_no_gradient(op: str, layout: str) -> None:
+    """Those of checkpointing take longer for a tensor than a kernel."""
+    call = site(op, Shape(2, 64, 96), torch.bfloat16, torch.bfloat16, layout)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        outputs = outputs_of(OPS[op](**call))
+    assert len(saved) == (op != "scale_residual") + (len(MODULATIONS[op]) if layout == "token" else 0)
+    sum(t.sum() for t in outputs).backward()
+
+
+@pytest.mark.parametrize("layout", ["sample", "token"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_modulation_that_changed_in_place_is_an_error(op: str, layout: str) -> None:
+    for name in MODULATIONS[op]:
+        call = site(op, Shape(2, 3, 64), torch.float32, torch.float32, layout)
+        outputs = outputs_of(OPS[op](**call))
+        call[name].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            sum(t.sum() for t in outputs).backward()
+
+
 def test_gradients_of_one_result_alone() -> None:
     op = "scale_residual_norm_scale_shift"
     call = site(op, Shape(2, 3, 64), torch.float32, torch.float32)

@@ -58,11 +58,13 @@ class Gradients:
     """Of the op's tensors and numbers: its rows, and the rest. A row of which autograd is to add
     two gradients stands there twice.
     """
-    saved: Callable[[Tensors, Any, bool], Tensors]
-    """Of the op's tensors and results, what is kept, and whether for sums, too."""
+    saved: Callable[[Tensors, Any, bool], tuple[Tensors, Tensors]]
+    """Of the op's tensors and results, and whether sums are wanted, too: the rows that are kept,
+    and what else is.
+    """
     of_rows: Callable[[Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
-    """Of the gradients of the results, what was kept, the op's numbers, and which of its rows want
-    gradients: those gradients.
+    """Of the gradients of the results, what was kept, rows first, the op's numbers, and which of
+    its rows want gradients: those gradients.
     """
     of_rest: Callable[[Tensors, Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
     """The same with the gradients of the rows in the second place, of the rest."""
@@ -96,6 +98,9 @@ class Fused(torch.autograd.Function):
     """``kernel(*tensors, *codes)`` with the gradients of ``gradients``: the four are ``call``.
     ``inputs``: its rows, and where something else wants a gradient, the rest. All that isn't among
     them costs nothing.
+
+    Each tensor that autograd saves costs hooks that see it, as those of checkpointing do, several
+    microseconds. So what is no row and wants no gradient is kept here, if little memory is.
     """
 
     @staticmethod
@@ -104,16 +109,45 @@ class Fused(torch.autograd.Function):
         outputs = kernel(*tensors, *codes)
         ctx.gradients, ctx.codes = gradients, codes
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*gradients.saved(tensors, outputs, len(inputs) >= len(tensors)))
+        sums = len(inputs) >= len(tensors)
+        rows, rest = gradients.saved(tensors, outputs, sums)
+        ctx.versions = None if sums else _versions(rest)
+        if ctx.versions is None:
+            ctx.save_for_backward(*rows, *rest)
+            ctx.rest = ()
+        else:
+            ctx.save_for_backward(*rows)
+            ctx.rest = rest
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        gradients, codes, saved, needed = ctx.gradients, ctx.codes, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        gradients, codes, needed, rest = ctx.gradients, ctx.codes, ctx.needs_input_grad[1:], ctx.rest
+        saved = (*ctx.saved_tensors, *rest)
+        if rest and _versions(rest) != ctx.versions:
+            raise RuntimeError(
+                "one of the modulations, weights or tables needed for gradient computation has been modified by an inplace operation"
+            )
         rows = gradients.of_rows(grads, saved, codes, needed)
         if len(needed) == len(rows):
             return None, *rows
         return None, *rows, *gradients.of_rest(grads, rows, saved, codes, needed[len(rows) :])
+
+
+def _versions(tensors: Tensors) -> int | None:
+    """A number that changes with every change of ``tensors`` in place. None where one of them has
+    values for each token, or can't be asked.
+    """
+    versions = 0
+    try:
+        for t in tensors:
+            if t is not None:
+                if t.dim() > 2 and t.shape[-2] != 1:
+                    return None
+                versions += t._version
+    except RuntimeError:  # a tensor of inference mode, as autograd will say
+        return None
+    return versions
 
 
 _apply = without_transforms(Fused)

@@ -34,8 +34,8 @@ def _no_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, need
     return ()
 
 
-def _activated(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
-    return tensors[:-1]
+def _activated(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+    return tensors[:-1], ()
 
 
 def _every(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:

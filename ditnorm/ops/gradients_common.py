@@ -54,8 +54,9 @@ def _leaf(t: Tensor, wanted: bool) -> Tensor:
     return t.detach().requires_grad_(wanted) if wanted or t.requires_grad else t
 
 
-def keep_all(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
-    return tensors
+def keep_two(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+    """Everything, of an op with two rows."""
+    return tensors[:2], tensors[2:]
 
 
 def first_two(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:

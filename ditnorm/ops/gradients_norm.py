@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Gradients, Tensors
-from .gradients_common import Paths, first_two, keep_all, maker, sums_over_rows
+from .gradients_common import Paths, first_two, maker, sums_over_rows
 from .options import NORMS, ROUNDINGS
 from .reference import diffusers_rms_norm, modulation, normalize, upcast
 from .table import OPS
@@ -135,24 +135,28 @@ def _branch_norm_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tens
     return *of_branch, *sums_over_rows(through_norm, (r, scale, shift, weight), (1, 2, 3), needed[2:5]), None
 
 
-def _sum_and_branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+def _normed(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+    return tensors[:1], tensors[1:]
+
+
+def _sum_and_branch(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
     """r, not what it is the sum of: the stream of residuals is alive anyway; for a gate's gradient
     x, too.
     """
-    return outputs[1], tensors[1] if sums and _wanted(tensors, 2, 7) else None, *tensors[2:]
+    return (outputs[1], tensors[1] if sums and _wanted(tensors, 2, 7) else None), tensors[2:]
 
 
-def _branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
-    return tensors[1] if sums and _wanted(tensors, 2, 3) else None, *tensors[2:]
+def _branch(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+    return (tensors[1] if sums and _wanted(tensors, 2, 3) else None,), tensors[2:]
 
 
-def _normed_branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
-    return tensors[1:]
+def _normed_branch(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+    return tensors[1:2], tensors[2:]
 
 
-def _sum_and_normed_branch(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
+def _sum_and_normed_branch(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
     """As :func:`_sum_and_branch`."""
-    return outputs[1], *tensors[1:]
+    return (outputs[1], tensors[1]), tensors[2:]
 
 
 def _wanted(tensors: Tensors, *places: int) -> bool:
@@ -173,7 +177,7 @@ def _one(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
 
 
 GRADIENTS: Mapping[str, Gradients] = {
-    "norm_scale_shift": Gradients(_one, keep_all, _norm_rows, _norm_rest),
+    "norm_scale_shift": Gradients(_one, _normed, _norm_rows, _norm_rest),
     "scale_residual_norm_scale_shift": Gradients(first_two, _sum_and_branch, _residual_norm_rows, _residual_norm_rest),
     "scale_residual": Gradients(first_two, _branch, _residual_rows, _residual_rest),
     "norm_scale_residual": Gradients(first_two, _normed_branch, _branch_rows, _branch_rest),

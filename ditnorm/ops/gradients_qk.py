@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Gradients, Tensors
-from .gradients_common import Paths, first_two, keep_all, maker, sums_over_rows
+from .gradients_common import Paths, first_two, keep_two, maker, sums_over_rows
 from .options import QK_NORMS, ROUNDINGS
 from .reference_qk import norm_rope, normalize
 from .reference_qk_backward import rope_backward
@@ -66,6 +66,7 @@ def _through_qk(
 
 def _joint_qk_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
     d_query, d_key, d_value = grads
+    saved = _by_stream(saved)
     query, tokens, encoder_tokens = saved[0], saved[0].shape[1], saved[6].shape[1]
     own: Tensors = (None,) * 4
     values: Tensors = None, None
@@ -89,6 +90,7 @@ def _joint_qk_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors
                 paths += _through_qk(None if d is None else d.narrow(1, *place), x, weight, *stream[4:], *options)
         return paths
 
+    saved = _by_stream(saved)
     options: Tensors = (codes[0], QK_NORMS[codes[1]], codes[2], ROUNDINGS[codes[4]])
     tokens, encoder_tokens = saved[0].shape[1], saved[6].shape[1]
     first, encoder_first = (encoder_tokens, 0) if codes[3] else (0, tokens)
@@ -100,8 +102,13 @@ def _or_zeros(grad: Tensor | None, x: Tensor, tokens: int, head_dim: int) -> Ten
     return x.new_zeros(x.shape[0], tokens, x.shape[2] // head_dim, head_dim) if grad is None else grad
 
 
-def _queries_and_keys(tensors: Tensors, outputs: Any, sums: bool) -> Tensors:
-    return *tensors[:2], *tensors[3:9], *tensors[10:]
+def _queries_and_keys(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+    return (*tensors[:2], *tensors[7:9]), (*tensors[3:7], *tensors[10:])
+
+
+def _by_stream(saved: Tensors) -> Tensors:
+    """What :func:`_queries_and_keys` kept: of each stream query, key, their weights and tables."""
+    return *saved[:2], *saved[4:8], *saved[2:4], *saved[8:]
 
 
 def _two_streams(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
@@ -109,6 +116,6 @@ def _two_streams(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
 
 
 GRADIENTS: Mapping[str, Gradients] = {
-    "qk_norm_rope": Gradients(first_two, keep_all, _qk_rows, _qk_rest),
+    "qk_norm_rope": Gradients(first_two, keep_two, _qk_rows, _qk_rest),
     "joint_qk_norm_rope": Gradients(_two_streams, _queries_and_keys, _joint_qk_rows, _joint_qk_rest),
 }
