@@ -56,11 +56,13 @@ out some orders of rows marked *all*, in {long} these rows, all orders but one o
 """
 
 
+def _listed(families: tuple[str, ...]) -> str:
+    return f"{', '.join(families[:-1])} and {families[-1]}"
+
+
 def page() -> str:
     orders = "\n".join(f"- **{order}**: {meaning}" for order, meaning in ORDERS.items())
-    *sampled, last = matrix.IN_ONE_ORDER
-    lists = {"sampled": " and ".join(filter(None, (", ".join(sampled), last))), "long": ", ".join(matrix.LONG_GRAPHS)}
-    lines = [INTRODUCTION.format(orders=orders, **lists)]
+    lines = [INTRODUCTION.format(orders=orders, sampled=_listed(matrix.IN_ONE_ORDER), long=_listed(matrix.LONG_GRAPHS))]
     for group, features in matrix.GROUPS.items():
         lines += [f"## {group}", "", f"| | {' | '.join(FAMILIES)} | Ran on | Remarks |", f"|---|{'---|' * len(FAMILIES)}---|---|"]
         lines += [_row(feature) for feature in features]

@@ -151,6 +151,6 @@ FEATURES = (
         run_with=_exported,
         compiles=True,
         upstream={"Lumina2": Upstream("unhashable type", "Lumina 2 joins text and picture by lengths that it reads from the mask")},
-        slow=_HALF,
+        slow=_ALL_BUT_ONE,  # nothing is exported before a run
     ),
 )
