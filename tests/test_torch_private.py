@@ -39,6 +39,7 @@ NAMES: list[tuple[Any, str]] = [
     (torch._C, "_len_torch_dispatch_stack"),
     (torch._C._autograd, "_top_saved_tensors_default_hooks"),
     (torch._C._autograd, "_get_current_graph_task_keep_graph"),
+    (torch._C._autograd, "_saved_tensors_hooks_is_enabled"),
 ]
 
 
@@ -65,6 +66,7 @@ def answers(private: ModuleType) -> dict[str, bool]:
         "transformed_or_traced": private.transformed_or_traced(),
         "seen_by_a_mode": private.seen_by_a_mode(),
         "saves_through_hooks": private.saves_through_hooks(),
+        "takes_saved_tensors_hooks": not private.takes_saved_tensors_hooks(),
         "graph_is_kept": _in_a_backward_pass(private.graph_is_kept),
     }
 

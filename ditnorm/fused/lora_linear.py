@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops.made_again import made_again
 from .module import FusedModule
 
 
@@ -35,7 +36,8 @@ class LoraLinear(FusedModule):
                 continue
             if x.dtype is not first.weight.dtype:
                 x = self._cast_input_dtype(x, first.weight.dtype)
-            added, scaling = up[name](first(dropouts[name](x))), self.scaling[name]
+            read, dropped = made_again(x), dropouts[name](x)
+            added, scaling = up[name](first(dropped) if read is None else read.read_by(first, dropped)), self.scaling[name]
             result = result + (added if type(scaling) in _NUMBERS and scaling == 1 else added * scaling)
         return result if result.dtype is dtype else result.to(dtype)
 

@@ -122,16 +122,25 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        gradients, codes, needed, rest = ctx.gradients, ctx.codes, ctx.needs_input_grad[1:], ctx.rest
-        saved = (*ctx.saved_tensors, *rest)
-        if rest and _versions(rest) != ctx.versions:
-            raise RuntimeError(
-                "one of the modulations, weights or tables needed for gradient computation has been modified by an inplace operation"
-            )
+        gradients, codes, needed, saved = ctx.gradients, ctx.codes, ctx.needs_input_grad[1:], kept_by(ctx)
         rows = gradients.of_rows(grads, saved, codes, needed)
         if len(needed) == len(rows):
             return None, *rows
         return None, *rows, *gradients.of_rest(grads, rows, saved, codes, needed[len(rows) :])
+
+
+def kept_by(ctx: Any) -> Tensors:
+    """What the function of ``ctx`` has saved, rows first.
+
+    Raises:
+        RuntimeError: where something of it has changed since.
+    """
+    rest = ctx.rest
+    if rest and _versions(rest) != ctx.versions:
+        raise RuntimeError(
+            "one of the modulations, weights or tables needed for gradient computation has been modified by an inplace operation"
+        )
+    return *ctx.saved_tensors, *rest
 
 
 def _versions(tensors: Tensors) -> int | None:

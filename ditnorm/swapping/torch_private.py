@@ -31,6 +31,10 @@ def _yes() -> bool:
     return True
 
 
+def _no() -> bool:
+    return False
+
+
 def _found(holder: Any, name: str) -> Any:
     return holder if hasattr(holder, name) else _Unknown
 
@@ -159,6 +163,9 @@ def saves_through_hooks() -> bool:
     """Whether hooks see what autograd saves, and may keep it. Where that can't be seen: yes."""
     return _saved_tensors_hooks(False) is not None
 
+
+takes_saved_tensors_hooks: Callable[[], bool] = getattr(_autograd, "_saved_tensors_hooks_is_enabled", _no)
+"""Whether hooks may be put around what autograd saves. Where that can't be seen: no."""
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _one)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", _one)
