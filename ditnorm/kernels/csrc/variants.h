@@ -184,15 +184,17 @@ constexpr NormBackward kNormBackward[] = {
   {f32,  1,    0, {6, 12}},
 };
 
-// Those of the models that are trained most: 3072 in FLUX.1, HunyuanVideo and Qwen-Image, 1536 and
-// 5120, with tables, in Wan (known_norm_backward.cuh). kNormBackward serves them too, but its kernels
-// find out at run time what there is and take up to a quarter longer.
+// Those of models that are trained: 1536 in Stable Diffusion 3.5 Medium, 3072 in FLUX.1, HunyuanVideo
+// and Qwen-Image, 1536 and 5120 with tables in Wan (known_norm_backward.cuh). kNormBackward serves
+// them too, but its kernels find out at run time what there is and take up to a quarter longer.
 constexpr KnownNormBackward kKnownNormBackward[] = {
   // op           tables x     lanes ahead     tiles blocks
+  {kNorm,         false, bf16, 2,    kWithRow, 3,    0},
   {kNorm,         false, bf16, 1,    kWithRow, 6,    0},
   {kNorm,         true,  bf16, 2,    0,        3,    14},
   {kNorm,         true,  bf16, 1,    2,        10,   4},
-  {kResidualNorm, false, bf16, 1,    2,        6,    0},
+  {kResidualNorm, false, bf16, 2,    1,        3,    12},
+  {kResidualNorm, false, bf16, 1,    kWithRow, 6,    0},
   {kResidualNorm, true,  bf16, 1,    2,        10,   0},
 };
 
