@@ -262,6 +262,12 @@ class FusedAttention(FusedModule):
             kernels.count_reference(op)
         return condition
 
+    def project(self, x: Any) -> Tensor:
+        """What ``to_out``, a linear layer and its dropout, makes of ``x``."""
+        linear, dropout = self.to_out._modules.values()  # an index into a list of modules costs two microseconds
+        projected: Tensor = dropout(linear(x))
+        return projected
+
     def eps(self) -> float:
         eps: float | None = self.norm_q.eps
         return RMS_EPS if eps is None else eps

@@ -80,7 +80,7 @@ class Lumina2Attention(FusedAttention):
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
         attended = attended.transpose(1, 2).reshape(batch, -1, self.heads * head_dim).type_as(query)
-        return self.to_out[1](self.to_out[0](attended))
+        return self.project(attended)
 
 
 class LuminaFeedForward(FusedModule):

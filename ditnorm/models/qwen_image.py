@@ -107,10 +107,11 @@ class QwenImageAttention(FusedAttention):
         joint = joint.flatten(2, 3).to(query.dtype)
         text_tokens = encoder_hidden_states.shape[1]
         text, image = joint.split((text_tokens, joint.shape[1] - text_tokens), dim=1)  # whose gradients are joined in one copy
-        image = self.to_out[0](dense_for(image, self.to_out[0]))
-        if len(self.to_out) > 1:
-            image = self.to_out[1](image)  # dropout
-        return image, self.to_add_out(dense_for(text, self.to_add_out))
+        to_add_out, (to_out, *dropout) = self.to_add_out, self.to_out._modules.values()
+        image = to_out(dense_for(image, to_out))
+        if dropout:
+            image = dropout[0](image)
+        return image, to_add_out(dense_for(text, to_add_out))
 
 
 def _laws(

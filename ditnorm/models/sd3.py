@@ -87,12 +87,12 @@ class SD3Attention(FusedAttention):
         )
         joint = joint.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
-            return self.to_out[1](self.to_out[0](joint))
+            return self.project(joint)
         tokens = hidden_states.shape[1]
         image, text = joint[:, :tokens], joint[:, tokens:]
         if not self.context_pre_only:
             text = self.to_add_out(quantized_for(text, self.to_add_out))
-        return self.to_out[1](self.to_out[0](quantized_for(image, self.to_out[0]))), text
+        return self.project(quantized_for(image, self.to_out._modules["0"])), text
 
 
 class SD35AdaLayerNormZeroX(Modulating, FusedUnit):

@@ -93,7 +93,7 @@ class WanAttention(FusedAttention):
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
         if of_image is not None:
             hidden_states = hidden_states + of_image
-        return self.to_out[1](self.to_out[0](hidden_states))
+        return self.project(hidden_states)
 
 
 def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Wanted | None:

@@ -97,7 +97,7 @@ class HunyuanVideoAttention(FusedAttention):
         split = hidden_states.shape[1] - text_tokens
         hidden_states, encoder_hidden_states = hidden_states.split((split, text_tokens), dim=1)  # gradients are joined in one copy
         if getattr(self, "to_out", None) is not None:
-            hidden_states = self.to_out[1](self.to_out[0](hidden_states))
+            hidden_states = self.project(hidden_states)
         if getattr(self, "to_add_out", None) is not None:
             encoder_hidden_states = self.to_add_out(encoder_hidden_states)
         return hidden_states, encoder_hidden_states

@@ -102,7 +102,7 @@ class LTX2Attention(FusedAttention):
         if gate_logits is not None:
             gates = 2.0 * torch.sigmoid(gate_logits)
             attended = (attended.unflatten(2, (self.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
-        return self.to_out[1](self.to_out[0](attended))
+        return self.project(attended)
 
     def takes(self, x: Tensor, context: Tensor, rotary: Rotary | None, key_rotary: Rotary | None) -> bool:
         """Whether the fused path serves a call: tables are of the module's heads and of the tokens.
