@@ -162,6 +162,19 @@ def test_from_norm_shares_parameters_and_computes_the_same(which: int) -> None:
                 torch.testing.assert_close(layer(x), expected.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_weight_that_is_no_parameter_of_the_layer_any_more_counts(kind: str) -> None:
+    """FSDP, and the replicas of ``DataParallel``, have it as an attribute."""
+    layer = randomized(MAKERS[kind](D))
+    inputs, (scale, shift) = activations(2 if kind.startswith("residual") else 1), modulations(2)
+    expected = layer(*inputs, scale=scale, shift=shift)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    got = layer(*inputs, scale=scale, shift=shift)
+    assert all(map(torch.equal, got, expected))
+
+
 def test_from_norm_refuses_what_it_cannot_equal() -> None:
     normalization = pytest.importorskip("diffusers.models.normalization")
 

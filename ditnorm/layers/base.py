@@ -77,6 +77,14 @@ class NormLayer(Swapped, nn.Module):
         return f"{super().extra_repr()}, rounding={self.rounding!r}"
 
 
+def parameter(layer: NormLayer, name: str) -> Any:
+    """An attribute that a layer has among its Parameters, where they weren't moved elsewhere as by
+    FSDP: PyTorch looks for it in half a microsecond.
+    """
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)
+
+
 def nothing_modulated(*modulation: Any, **named: Any) -> None:
     """Raises ``TypeError`` where a layer that was called without ``x`` has been given what only
     applies with it.

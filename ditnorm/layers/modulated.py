@@ -10,7 +10,7 @@ from ..functional import norm_scale_shift, norm_scale_shift_and_quantize, norm_s
 from ..ops import calls, reference
 from ..ops.quantization import Law, Wanted, keep
 from ..swapping.swapped import untouched
-from .base import NormLayer
+from .base import NormLayer, parameter
 
 
 class NormScaleShiftLayer(NormLayer):
@@ -39,8 +39,8 @@ class NormScaleShiftLayer(NormLayer):
             x,
             scale,
             shift,
-            weight=self.weight,
-            bias=self.bias,
+            weight=parameter(self, "weight"),
+            bias=parameter(self, "bias"),
             scale_table=scale_table,
             shift_table=shift_table,
             index=index,

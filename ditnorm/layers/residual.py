@@ -15,7 +15,7 @@ from ..functional import (
 from ..ops import calls, reference
 from ..ops.quantization import Law, Quantized, Wanted, keep
 from ..swapping.swapped import untouched
-from .base import NormLayer, nothing_modulated
+from .base import NormLayer, nothing_modulated, parameter
 
 
 class ScaleResidualNormScaleShift(NormLayer):
@@ -91,8 +91,8 @@ class ScaleResidualNormScaleShift(NormLayer):
             gate,
             scale,
             shift,
-            weight=self.weight,
-            bias=self.bias,
+            weight=parameter(self, "weight"),
+            bias=parameter(self, "bias"),
             gate_table=gate_table,
             scale_table=scale_table,
             shift_table=shift_table,
