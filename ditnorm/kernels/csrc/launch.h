@@ -42,6 +42,11 @@ bool waits_for_previous_kernel(Kernel kernel) {
   }
   return answer == 2;
 }
+#else
+template <class Kernel>
+bool waits_for_previous_kernel(Kernel) {
+  return true;
+}
 #endif
 
 // Shared memory of a size that the launch says: more than the 48 KB that a kernel may declare.
@@ -57,9 +62,10 @@ __device__ __forceinline__ Contents& launched_with() {
 }
 
 // How many blocks of `threads` threads and `bytes` of shared memory run at the same time, for
-// kernels that go from row to row; 0 on a GPU that hasn't as many bytes. Lets the kernel have them.
+// kernels that go from row to row; 0 on a GPU that hasn't the bytes for LEAST a multiprocessor. Lets
+// the kernel have them.
 #ifdef __CUDACC__
-template <auto KERNEL>
+template <auto KERNEL, int LEAST = 1>
 int resident_blocks(unsigned threads, int bytes = 0) {
   constexpr int kDevices = 64, kWarps = 33;
   static std::atomic<int> known[kDevices][kWarps];  // one more; 0: not asked yet
@@ -71,12 +77,12 @@ int resident_blocks(unsigned threads, int bytes = 0) {
     const bool fits = bytes == 0 || cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
     if (!fits) cudaGetLastError();
     if (fits) cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, KERNEL, static_cast<int>(threads), static_cast<size_t>(bytes));
-    answer.store(1 + processors * each, std::memory_order_relaxed);
+    answer.store(each < LEAST ? 1 : 1 + processors * each, std::memory_order_relaxed);
   }
   return answer.load(std::memory_order_relaxed) - 1;
 }
 #else
-template <auto>
+template <auto, int = 1>
 int resident_blocks(unsigned, int = 0) {
   return 3;
 }

@@ -91,6 +91,66 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
   }
 }
 
+// The same for wide rows, by a table without conflicts to speak of, for which a multiprocessor of
+// compute capability 9.0 and later has room twice.
+__global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_copies_quantize_kernel(const QuantizeProblem p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  using T = __nv_bfloat16;
+  constexpr int N = 16 / sizeof(T);
+  constexpr auto kEach = std::make_integer_sequence<int, kTableItems>{};
+  // In place of a row's largest |y|: there is a number that isn't finite, or all are tiny, not all 0.
+  constexpr uint32_t kNotFinite = 0x7f80u << 16, kTiny = 1, kLeast = 0x0d80u << 16;  // 2**-100
+  const GeluCopies table(launched_with<GeluCopies::Memory>(), p.gelu ? 0x5410u : 0);
+  __shared__ uint32_t exchange[2][kMaxWarps];
+  table.fill();
+  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
+  const auto rows = static_cast<unsigned>(p.batch * p.tokens);
+  const auto inside = [&](int i) { return first + i * step < width; };
+  const auto source = [&](unsigned row) { return static_cast<const T*>(p.x.data) + row * p.x.token_stride; };
+  Pack<T, N> x[kTableItems], y[kTableItems];
+  const auto load = [&](unsigned row) {
+    const T* const from = source(row);
+    // Behind the row is its end once more: no branch waits, and the largest is the same.
+    each(kEach, [&](auto i) { x[i] = load_row<Cache::streaming, T, N>(from + (inside(i) ? first + i * step : width - N)); });
+  };
+  wait_for_previous_kernel();
+  load(blockIdx.x);
+  __syncthreads();
+  int turn = 0;
+  unsigned left = 0;
+  for (unsigned row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+    GeluCopies::Largest largest;
+    each(kEach, [&](auto i) { y[i] = table.of(x[i], largest); });
+    load(row + gridDim.x < rows ? row + gridDim.x : row);
+    const auto of_both = [](uint32_t halves) { return Amax<float>::larger(halves << 16, halves & 0xffff0000u); };
+    uint32_t bits = of_both(largest.y);
+    if (bits < kLeast && largest.x != 0) bits = kTiny;
+    if (of_both(largest.x) >= kNotFinite) bits = kNotFinite;
+    bits = reduce_max(bits, exchange[turn]);
+    const bool later = bits == kTiny || bits == kNotFinite;
+    left |= later ? 1 : 0;
+    const Divisor by = divide_by(scale_of<T>(float_of(bits), p.out.law), p.out.law);
+    if (threadIdx.x == 0) p.out.scale[row] = later ? kNaN : by.scale;
+    store_quantized(y, by, p.out.values + row * p.width + first, step, inside);
+  }
+  if (!unlikely(left != 0)) return;
+  __syncthreads();
+  for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
+    if (p.out.scale[row] == p.out.scale[row]) continue;  // not NaN: done
+    const auto part = [&](int column) { return activated<true>(load_row<Cache::normal, T, N>(source(row) + column)); };
+    Amax<T> amax;
+    for (int column = first; column < width; column += step) amax.take(part(column));
+    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
+    for (int column = first; column < width; column += step) {
+      const Pack<T, N> result[1] = {part(column)};
+      store_quantized(result, by, p.out.values + row * p.width + column, 0, [](int) { return true; });
+    }
+    if (threadIdx.x == 0) p.out.scale[row] = by.scale;
+    turn ^= 1;
+  }
+#endif
+}
+
 // The largest |x| of the rows of each block.
 template <class T, bool GELU>
 __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const QuantizeProblem p) {
@@ -177,10 +237,14 @@ bool table_serves(const QuantizeProblem& p) {
 }
 
 int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
+  constexpr int kBytes = sizeof(GeluCopies::Memory);
   const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
-  const int64_t resident = resident_blocks<&gelu_table_quantize_kernel>(threads);
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident)));
-  return launch(&gelu_table_quantize_kernel, grid, threads, stream, p);
+  const auto grid = [&](int64_t resident) { return dim3(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident))); };
+  if (p.width >= kNarrowestCopiesRow && waits_for_previous_kernel(&gelu_copies_quantize_kernel)) {
+    const int64_t resident = resident_blocks<&gelu_copies_quantize_kernel, 2>(threads, kBytes);
+    if (resident > 0) return launch_with(kBytes, &gelu_copies_quantize_kernel, grid(resident), threads, stream, p);
+  }
+  return launch(&gelu_table_quantize_kernel, grid(resident_blocks<&gelu_table_quantize_kernel>(threads)), threads, stream, p);
 }
 
 template <class T, bool GELU>
