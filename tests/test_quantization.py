@@ -147,13 +147,14 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
 @compiled_only
 @pytest.mark.parametrize("law", [FLOAT8_ROW, INT8_ROW], ids=str)
 def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
-    """There is a kernel that looks it up in a table of most numbers."""
+    """Kernels look it up in tables, of which wide rows have one with copies for lanes."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for width in (2056, 4096):
+    for width in (2056, 8200):
         x = (3 * torch.randn(1027, width)).to(torch.bfloat16)
         x[::3] = every.repeat(width // 64)[: 343 * width].view(343, width).nan_to_num(0.0, 0.0, 0.0)
         x[::5] = every.nan_to_num(0.0, 0.0, 0.0)[torch.randint(2**16, (206, 1))]
         x[7, 5], x[8, 6], x[9] = float("nan"), -float("inf"), 0
+        x[11], x[13] = x[11] * 2.0**-128, x[13] * 2.0**-64  # tiny, in part not normal; small
         x = x.to(device)
         whole = functional.gelu_quantize(x, law)
         parts = [functional.gelu_quantize(part, law) for part in x.split(512)]
@@ -263,6 +264,35 @@ def test_a_norm_site_of_many_rows_quantises_what_it_returns_otherwise(shape: tup
         kept, beside = functional.norm_scale_shift_and_quantize(x, law=law, **options, norm=norm)
         assert torch.equal(kept.nan_to_num(), y.nan_to_num())
         assert equal(beside[:2], wanted)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("case", ["plain", "tables", "none", "gate", "no gate", "one gate a token"])
+@pytest.mark.parametrize("shape", MANY_ROWS[:3], ids=str)
+def test_a_residual_of_many_rows_is_added_and_quantised_as_otherwise(shape: tuple[int, ...], case: str, device: str) -> None:
+    law = {3072: FLOAT8_ROW, 1536: FLOAT8_TENSOR}.get(shape[2], INT8_ROW)
+    x, residual = (rows(shape, torch.bfloat16).clamp(-1e4, 1e4).to(device) for _ in range(2))
+    x[:, 7], residual[:, 7] = 0, 0
+    modulation = {
+        name: t.to(device) for name, t in modulations(shape, case if case in ("plain", "none") else "tables", torch.bfloat16).items()
+    }
+    if case == "gate":
+        modulation = {name: t for name, t in modulation.items() if "gate" in name}
+    elif case == "no gate":
+        modulation = {name: t for name, t in modulation.items() if "gate" not in name}
+    elif case == "one gate a token":
+        modulation["gate"] = torch.randn(shape).to(torch.bfloat16).to(device)
+    options: dict[str, Any] = {"eps": 1e-6, "rounding": "eager", **modulation}
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    for norm in ("layer", "rms"):
+        y, r = functional.scale_residual_norm_scale_shift(residual, x, **options, norm=norm)
+        got, got_r = functional.scale_residual_norm_scale_shift_quantize(residual, x, law=law, **options, norm=norm)
+        assert torch.equal(got_r.nan_to_num(), r.nan_to_num())
+        assert equal(got[:2], expected(y, law))
+        kept, beside, beside_r = functional.scale_residual_norm_scale_shift_and_quantize(residual, x, law=law, **options, norm=norm)
+        assert torch.equal(kept.nan_to_num(), y.nan_to_num())
+        assert torch.equal(beside_r.nan_to_num(), r.nan_to_num())
+        assert equal(beside[:2], got[:2])
 
 
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:

@@ -128,14 +128,17 @@ __device__ __forceinline__ void store_row(T* target, const Pack<T, N>& pack) {
   }
 }
 
-template <class T, int N>
-__device__ __forceinline__ void to_floats(float (&out)[N], const Pack<T, N>& pack) {
+// MULTIPLIES: by two_to_16, instead of a shift by 16 bits. The integer unit, which shifts, takes an
+// instruction every second cycle, and in some kernels has more of them than the others. ptxas, if it
+// knew the factor, would choose.
+template <bool MULTIPLIES = false, class T, int N>
+__device__ __forceinline__ void to_floats(float (&out)[N], const Pack<T, N>& pack, uint32_t two_to_16 = 0x10000u) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // one instruction an element; nvcc takes two
       uint32_t word;
       __builtin_memcpy(&word, &pack.v[j / 2 * 2], sizeof word);
-      word = j % 2 == 0 ? word << 16 : word & 0xffff0000u;
+      word = j % 2 != 0 ? word & 0xffff0000u : MULTIPLIES ? word * two_to_16 : word << 16;
       __builtin_memcpy(&out[j], &word, sizeof word);
     } else {
       out[j] = to_float(pack.v[j]);

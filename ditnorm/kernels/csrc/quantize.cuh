@@ -319,15 +319,15 @@ __device__ __forceinline__ void store_bytes(uint8_t* target, const Bytes<N>& byt
 // Writes the values of a row that the block's threads hold. `inside(i)`: whether access i of this
 // thread lies in the row; it begins at element i * step of `target`, which is the thread's own
 // first.
-template <class T, int N, int ACCESSES, class INSIDE>
+template <bool MULTIPLIES = false, class T, int N, int ACCESSES, class INSIDE>
 __device__ __forceinline__ void store_quantized(const Pack<T, N> (&row)[ACCESSES], const Divisor& by, uint8_t* target, int step,
-                                                INSIDE inside) {
+                                                INSIDE inside, uint32_t two_to_16 = 0x10000u) {
   constexpr auto kEach = std::make_integer_sequence<int, ACCESSES>{};
   const auto store = [&](auto convert) {
     each(kEach, [&](auto i) {
       if (!inside(i)) return;
       float values[N];
-      to_floats(values, row[i]);
+      to_floats<MULTIPLIES>(values, row[i], two_to_16);
       store_bytes<N>(target + i * step, convert(values));
     });
   };

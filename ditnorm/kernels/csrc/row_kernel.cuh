@@ -44,8 +44,9 @@ struct Columns {
 
 // What one thread does with its columns of one row, phase by phase. What the phases hand on lies in
 // the kernel: nvcc keeps members of a class in registers too, but with a few more instructions.
-// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T.
-template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
+// RESIDUAL: scale_residual_norm_scale_shift. ROUND: every intermediate is rounded to T. SPARING: of
+// the integer unit, and of moves.
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE, bool SPARING = false>
 class Row {
  public:
   using Place = Columns<T, TILES, SHAPE>;
@@ -85,6 +86,9 @@ class Row {
     if constexpr (SHAPE::kAhead == kWithRow) each(kFirst, [&](auto i) { ask(m, i); });
     if constexpr (kAny && SHAPE::kAhead == kWithRow) prefetch_extras();
   }
+
+  // 2**16, which ptxas doesn't know.
+  __device__ __forceinline__ uint32_t two_to_16() const { return 0x10000u + none(); }
 
   // Where the results of this thread's first column go, in elements.
   __device__ __forceinline__ int64_t target() const { return (at_.batch * p_.tokens + at_.token) * p_.width + place_.first; }
@@ -177,7 +181,14 @@ class Row {
     const uint32_t largest = reduce_max<SHAPE::kThreadsPerRow>(amax.bits(), exchange);
     const int64_t row = at_.batch * p_.tokens + at_.token;
     if (unlikely(p_.y != nullptr)) {
-      place_.each([&](auto i) { store_row<kCache>(static_cast<T*>(p_.y) + target + i * kStep, v[i]); });
+      place_.each([&](auto i) {
+        T* const y = static_cast<T*>(p_.y) + target + i * kStep;
+        if constexpr (SPARING) {
+          store_row<kCache>(y, elsewhere(v[i]));
+        } else {
+          store_row<kCache>(y, v[i]);
+        }
+      });
     }
     if (p_.quantized.maxima != nullptr) {
       if (place_.first == 0) p_.quantized.maxima[row] = largest;
@@ -185,13 +196,29 @@ class Row {
     }
     const Divisor by = divide_by(scale_of<T>(float_of(largest), law), law);
     if (place_.first == 0) p_.quantized.scale[row] = by.scale;
-    ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, [&](int i) { return place_.inside(i); });
+    const auto inside = [&](int i) { return place_.inside(i); };
+    if constexpr (SPARING) {
+      ditnorm::store_quantized<true>(v, by, p_.quantized.values + target, kStep, inside, two_to_16());
+    } else {
+      ditnorm::store_quantized(v, by, p_.quantized.values + target, kStep, inside);
+    }
   }
 
  private:
   static constexpr int kStep = Place::kStep;
   static constexpr auto kFirst = std::make_integer_sequence<int, kAhead>{};
   static constexpr Cache kCache = RESIDUAL ? Cache::normal : Cache::streaming;
+
+  // 0: a width is below 2**32. ptxas doesn't know.
+  __device__ __forceinline__ uint32_t none() const { return static_cast<uint32_t>(p_.width >> 32); }
+
+  // The same in other registers. What is stored 16 bytes at a time lies in neighbours, and ptxas would
+  // move all of a row there for a branch that few rows take, if it saw that nothing changes.
+  __device__ __forceinline__ Pack<T, N> elsewhere(Pack<T, N> v) const {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) *reinterpret_cast<uint32_t*>(&v.v[j]) ^= none();
+    return v;
+  }
 
   __device__ __forceinline__ void ask_gate(const Modulations& m, int i) const {
     if (i < kAccesses && gated_ && place_.inside(i)) {
@@ -243,7 +270,11 @@ class Row {
   __device__ __forceinline__ void add_up(const Elements& v, Welford (&lanes)[SHAPE::kLanesPerThread]) const {
     place_.each([&](auto i) {
       float values[N];
-      to_floats(values, v[i]);
+      if constexpr (SPARING) {
+        to_floats<true>(values, v[i], two_to_16());
+      } else {
+        to_floats(values, v[i]);
+      }
       constexpr int tile = i / Place::kPerTile, access = i % Place::kPerTile;
       each(std::make_integer_sequence<int, N>{}, [&](auto j) {
         Welford& lane = lanes[access * (N / kGroup) + j / kGroup];

@@ -20,7 +20,8 @@ inline Extras extras(const Problem& p) {
 }
 
 inline bool shared_modulations(const Problem& p) {
-  return p.index.data == nullptr && p.scale.row_stride == 0 && p.shift.row_stride == 0 && p.batch * p.tokens > kManyRows;
+  return p.index.data == nullptr && p.scale.row_stride == 0 && p.shift.row_stride == 0 && p.gate.row_stride == 0 &&
+         p.batch * p.tokens > kManyRows;
 }
 
 // Goes through kNormSites, or where y is quantised through kQuantizedNormSites. (Templates of
@@ -61,8 +62,8 @@ class RowLaunch {
     using Threads = Shape<kSite.lanes, kSite.ahead, kSite.rows>;
     if (!Row::serves(p_.width)) return false;
     if constexpr (kSite.rows > 1) {
-      using Memory = WalkingMemory<T, M, kSite.extras == Extras::tables, Columns<T, Row, Threads>, Threads>;
-      return walk<&walking_kernel<T, M, kSite.extras, ROUND, Row, Threads>, Threads>(sizeof(Memory));
+      using Memory = WalkingMemory<T, M, kSite.extras == Extras::tables, RESIDUAL, Columns<T, Row, Threads>, Threads>;
+      return walk<&walking_kernel<T, M, kSite.extras, RESIDUAL, ROUND, Row, Threads>, Threads>(sizeof(Memory));
     } else {
       const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
       result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);

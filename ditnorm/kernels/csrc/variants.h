@@ -168,6 +168,8 @@ constexpr NormSite kQuantizedNormSites[] = {
 
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    2, kAfterRow, 0, {4}},
   {kResidualNorm, bf16, of_x,      rounded,      none,   all,    1, kAfterRow, 4, {6, 8, 10}},
+  {kResidualNorm, bf16, of_x,      exact,        tables, shared, 4, 0,         kExactly, {{3, 2}},         8},
+  {kResidualNorm, bf16, of_x,      exact,        tables, shared, 4, 0,         kExactly, {6},              12},
   {kResidualNorm, bf16, of_x,      exact,        tables, all,    4, 1,         kExactly, {3}},
   {kResidualNorm, bf16, of_x,      exact,        tables, all,    2, 1,         kExactly, {6}},
   {kResidualNorm, bf16, of_x,      exact,        tables, all,    1, 5,         kExactly, {10}},

@@ -6,8 +6,8 @@
 
 namespace ditnorm {
 
-// 1 + scale, and shift: in T, or with their tables in float32.
-template <class T, class M, bool TABLES, class PLACE, int THREADS>
+// 1 + scale, and shift, and with a residual the gate: in T, or with their tables in float32.
+template <class T, class M, bool TABLES, bool RESIDUAL, class PLACE, int THREADS>
 struct SharedModulations {
   using Element = std::conditional_t<TABLES, float, T>;
   static constexpr int N = PLACE::N, kStep = PLACE::kStep;
@@ -15,7 +15,8 @@ struct SharedModulations {
   static constexpr int kTogether = THREADS * kPart;                       // elements that all threads make at a time
   static constexpr int kRounds = (PLACE::kAccesses * kStep + kTogether - 1) / kTogether;
   static_assert(kTogether % kStep == 0);
-  alignas(16) Element scale[kRounds * kTogether], shift[kRounds * kTogether];
+  static constexpr int kColumns = kRounds * kTogether;
+  alignas(16) Element scale[kColumns], shift_and_gate[(RESIDUAL ? 2 : 1) * kColumns];
 
   // A part of an access of one thread is next to that of its neighbour, for the sake of the banks.
   static __device__ __forceinline__ int at(int access, int thread, int part) {
@@ -33,32 +34,55 @@ struct SharedModulations {
       // Behind the row is its end once more: a branch would wait for each load.
       const int last = static_cast<int>(p.width) - kPart, column = first + kOffset < last ? first + kOffset : last;
       if constexpr (TABLES) {
-        float factor[kPart], sum[kPart];
-        add_table(factor, scales.load(column), scales.load_table(column));
-        add_table(sum, shifts.load(column), shifts.load_table(column));
+        const auto sum = [&](float (&sums)[kPart], const Modulation& m, const ModulationRow<M, kPart>& row, float none) {
+          if (!RESIDUAL || m.data != nullptr) {
+            add_table(sums, row.load(column), row.load_table(column));
+          } else {
 #pragma unroll
-        for (int j = 0; j < kPart; ++j) factor[j] = __fadd_rn(1.0f, factor[j]);
-        store_row<Cache::normal>(&scale[target + kOffset], from_floats<float, kPart>(factor));
-        store_row<Cache::normal>(&shift[target + kOffset], from_floats<float, kPart>(sum));
+            for (int j = 0; j < kPart; ++j) sums[j] = none;
+          }
+        };
+        float sums[3][kPart];
+        sum(sums[0], p.scale, scales, kNoScale);
+        sum(sums[1], p.shift, shifts, kNoShift);
+        if constexpr (RESIDUAL) sum(sums[2], p.gate, {p.gate, token, p.index, 0}, kNoGate);
+#pragma unroll
+        for (int j = 0; j < kPart; ++j) sums[0][j] = __fadd_rn(1.0f, sums[0][j]);
+        store_row<Cache::normal>(&scale[target + kOffset], from_floats<float, kPart>(sums[0]));
+        store_row<Cache::normal>(&shift_and_gate[target + kOffset], from_floats<float, kPart>(sums[1]));
+        if constexpr (RESIDUAL) store_row<Cache::normal>(&shift_and_gate[kColumns + target + kOffset], from_floats<float, kPart>(sums[2]));
       } else {
         const auto factor = modulated ? one_plus(scales.load(column)) : filled<T, kPart>(kNoWeight);
         store_row<Cache::normal>(&scale[target + kOffset], factor);
-        store_row<Cache::normal>(&shift[target + kOffset], modulated ? shifts.load(column) : filled<T, kPart>(kNoShift));
+        store_row<Cache::normal>(&shift_and_gate[target + kOffset], modulated ? shifts.load(column) : filled<T, kPart>(kNoShift));
       }
     });
   }
 
+  // Access i of residual + gate * x.
+  __device__ __forceinline__ Pack<T, N> add(const Pack<T, N>& residual, const Pack<T, N>& x, const PLACE& place, int i) const {
+    float gates[N];
+    each(std::make_integer_sequence<int, kParts>{}, [&](auto part) {
+      const auto some = load_row<Cache::normal, float, kPart>(&shift_and_gate[kColumns + at(i, place.first / N, part)]);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) gates[part * kPart + j] = some.v[j];
+    });
+    return add_gated(residual, x, gates);
+  }
+
   // Access i of norm(row) * (1 + scale) + shift.
-  __device__ __forceinline__ Pack<T, N> modulate(const Pack<T, N>& v, const Statistics& statistics, const PLACE& place, int i) const {
+  template <bool SPARING>
+  __device__ __forceinline__ Pack<T, N> modulate(const Pack<T, N>& v, const Statistics& statistics, const PLACE& place, int i,
+                                                 uint32_t two_to_16) const {
     float n[N];
-    to_floats(n, v);
+    to_floats<SPARING>(n, v, two_to_16);
 #pragma unroll
     for (int j = 0; j < N; ++j) n[j] = __fmul_rn(statistics.rstd, __fsub_rn(n[j], statistics.mean));
     const int thread = place.first / N;
     if constexpr (TABLES) {
       each(std::make_integer_sequence<int, kParts>{}, [&](auto part) {
         const auto factor = load_row<Cache::normal, float, kPart>(&scale[at(i, thread, part)]);
-        const auto sum = load_row<Cache::normal, float, kPart>(&shift[at(i, thread, part)]);
+        const auto sum = load_row<Cache::normal, float, kPart>(&shift_and_gate[at(i, thread, part)]);
 #pragma unroll
         for (int j = 0; j < kPart; ++j) {
           float& element = n[part * kPart + j];
@@ -68,7 +92,7 @@ struct SharedModulations {
       return from_floats<T, N>(n);
     } else {
       const auto factor = load_row<Cache::normal, T, N>(&scale[at(i, thread, 0)]);
-      const auto sum = load_row<Cache::normal, T, N>(&shift[at(i, thread, 0)]);
+      const auto sum = load_row<Cache::normal, T, N>(&shift_and_gate[at(i, thread, 0)]);
       return modulate_rounded_by(from_floats<T, N>(n), factor, sum);
     }
   }
@@ -89,10 +113,11 @@ __device__ __forceinline__ void keep_packed(Pack<T, N> (&row)[ACCESSES]) {
 }
 
 // What a block has in shared memory.
-template <class T, class M, bool TABLES, class PLACE, class SHAPE>
+template <class T, class M, bool TABLES, bool RESIDUAL, class PLACE, class SHAPE>
 struct WalkingMemory {
-  SharedModulations<T, M, TABLES, PLACE, SHAPE::kThreads> modulations;
-  alignas(16) T next[SHAPE::kRows][PLACE::kAccesses * PLACE::kStep];  // the row that each warp goes on to
+  SharedModulations<T, M, TABLES, RESIDUAL, PLACE, SHAPE::kThreads> modulations;
+  // The row that each warp goes on to; of the residual, the branch behind it.
+  alignas(16) T next[SHAPE::kRows][RESIDUAL ? 2 : 1][PLACE::kAccesses * PLACE::kStep];
 };
 
 // 16 bytes into shared memory, past the registers. Who asked for them may read them after the wait.
@@ -110,13 +135,14 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-template <class T, class M, Extras EXTRAS, bool ROUND, class TILES, class SHAPE>
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
 __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p) {
-  using R = Row<T, M, EXTRAS, false, ROUND, TILES, SHAPE>;
-  using Place = typename R::Place;
   constexpr bool kTables = EXTRAS == Extras::tables;
-  static_assert(SHAPE::kThreadsPerRow == 32 && SHAPE::kAhead == 0 && ROUND != kTables);
-  auto& memory = launched_with<WalkingMemory<T, M, kTables, Place, SHAPE>>();
+  constexpr bool kSparing = kTables && !RESIDUAL && TILES::kCount > 3;  // where that was measured to be faster
+  using R = Row<T, M, EXTRAS, false, ROUND, TILES, SHAPE, kSparing>;
+  using Place = typename R::Place;
+  static_assert(SHAPE::kThreadsPerRow == 32 && SHAPE::kAhead == 0 && ROUND != kTables && (kTables || !RESIDUAL));
+  auto& memory = launched_with<WalkingMemory<T, M, kTables, RESIDUAL, Place, SHAPE>>();
   __shared__ Exchange exchange;  // of rows that several warps have: unused, as the next
   __shared__ uint32_t maxima[kMaxWarps];
   const Place place(p);
@@ -125,11 +151,17 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
   // The warps of a block that have no row of their own work on the last one too: so all of them go
   // the same way, and the compiler knows it.
   const auto own = [&](unsigned first) { return first + warp < tokens ? first + warp : tokens - 1; };
-  const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + place.first;
-  T* const next = &memory.next[warp][place.first];
+  const auto rows_of = [&](const Rows& rows) { return static_cast<const T*>(rows.data) + batch * rows.batch_stride + place.first; };
+  const T *const x = rows_of(p.x), *const residual = RESIDUAL ? rows_of(p.residual) : x;
+  T* const next = &memory.next[warp][0][place.first];
+  T* const next_branch = &memory.next[warp][RESIDUAL ? 1 : 0][place.first];
   const auto fetch = [&](unsigned token) {
-    const T* const source = x + token * p.x.token_stride;
+    const T* const source = residual + token * (RESIDUAL ? p.residual : p.x).token_stride;
     place.each([&](auto i) { copy_ahead(next + i * Place::kStep, source + i * Place::kStep); });
+    if constexpr (RESIDUAL) {
+      const T* const branch = x + token * p.x.token_stride;
+      place.each([&](auto i) { copy_ahead(next_branch + i * Place::kStep, branch + i * Place::kStep); });
+    }
   };
   wait_for_previous_kernel();
   unsigned first = blockIdx.x * SHAPE::kRows;
@@ -138,10 +170,23 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
   __syncthreads();
   while (first < tokens) {
     typename R::Elements v;
-    wait_for_copies();
-    place.each([&](auto i) { v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep); });
+    if constexpr (!RESIDUAL) {
+      wait_for_copies();
+      place.each([&](auto i) { v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep); });
+    }
     const Token at(batch, own(first));
     const R row(p, place, at);
+    if constexpr (RESIDUAL) {
+      wait_for_copies();
+      place.each([&](auto i) {
+        v[i] = load_row<Cache::normal, T, R::N>(next + i * Place::kStep);
+        v[i] = memory.modulations.add(v[i], load_row<Cache::normal, T, R::N>(next_branch + i * Place::kStep), place, i);
+        store_row<Cache::normal>(static_cast<T*>(p.r) + row.target() + i * Place::kStep, v[i]);
+      });
+      first += gridDim.x * SHAPE::kRows;
+      keep_packed(v);
+      if (first < tokens) fetch(own(first));
+    }
     typename R::Gate::Slots gate;
     typename R::Gate::TableSlots gate_table;
     typename R::ScaleShift::Slots slots;
@@ -151,9 +196,11 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
                                        {{p.shift, at, p.index, 0}, slots, table_slots}};
     const Statistics statistics = row.statistics(v, none, exchange);
     keep_packed(v);
-    first += gridDim.x * SHAPE::kRows;
-    if (first < tokens) fetch(own(first));  // the statistics have read all of this row
-    const auto make = [&](auto i) { return memory.modulations.modulate(v[i], statistics, place, i); };
+    if constexpr (!RESIDUAL) {
+      first += gridDim.x * SHAPE::kRows;
+      if (first < tokens) fetch(own(first));  // the statistics have read all of this row
+    }
+    const auto make = [&](auto i) { return memory.modulations.template modulate<kSparing>(v[i], statistics, place, i, row.two_to_16()); };
     row.quantize(v, make, row.target(), maxima);
   }
 }
