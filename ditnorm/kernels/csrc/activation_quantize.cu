@@ -72,7 +72,7 @@ int activate_quantized(const ActivationProblem& p, void* stream) {
   const auto threads = static_cast<unsigned>((accesses + items * 32 - 1) / (items * 32) * 32);
   const auto go = [&](auto kernel) { return launch(kernel, grid, threads, stream, p); };
   if (p.activation == Activation::gelu) {
-    return wide ? go(&activation_quantize_kernel<Activation::gelu, 8>) : go(&activation_quantize_kernel<Activation::gelu, 4>);
+    return wide ? kNotServed : go(&activation_quantize_kernel<Activation::gelu, 4>);  // no model has wider ones
   }
   return wide ? go(&activation_quantize_kernel<Activation::swiglu, 8>) : go(&activation_quantize_kernel<Activation::swiglu, 4>);
 }

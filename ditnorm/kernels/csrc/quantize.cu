@@ -253,12 +253,15 @@ int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   if constexpr (GELU && std::is_same_v<T, __nv_bfloat16>) {
     if (table_serves(p)) return launch_gelu_table_kernel(p, stream);
   }
+  const int64_t accesses = p.width / N;
+  // Of models' rows, those with GELU have at most 16384 elements, and float16 is as rare.
+  constexpr bool kWidest = !GELU && std::is_same_v<T, __nv_bfloat16>;
+  if (!kWidest && accesses > kMaxQuantizeThreads * 4) return kNotServed;
   if (p.partials != nullptr) {
     const auto kernel = p.maxima != nullptr ? &maxima_kernel : &amax_kernel<T, GELU>;
     const int error = launch(kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
     if (error != 0) return error;
   }
-  const int64_t accesses = p.width / N;
   if constexpr (!GELU) {
     if (p.partials == nullptr && accesses <= kNarrowItems * 32 && p.batch * p.tokens > kManyNarrowRows) {
       const dim3 grid(static_cast<unsigned>((p.tokens + kNarrowRows - 1) / kNarrowRows), static_cast<unsigned>(p.batch));
@@ -272,8 +275,10 @@ int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   };
   if (accesses <= 256) return go(Constant<1>{});
   if (accesses <= 768) return go(Constant<2>{});
-  if (accesses <= 2048) return go(Constant<4>{});
-  return go(Constant<8>{});
+  if constexpr (kWidest) {
+    if (accesses > kMaxQuantizeThreads * 4) return go(Constant<8>{});
+  }
+  return go(Constant<4>{});
 }
 
 template <bool GELU>
@@ -291,9 +296,10 @@ int quantize_after(const QuantizeProblem& p, void* stream) {
   const bool fits = p.tokens <= 0x7fffffff && p.batch <= 0xffff && p.width * bytes(p.x.dtype) % 16 == 0 &&
                     p.width * bytes(p.x.dtype) <= kMaxQuantizeThreads * 8 * 16 &&
                     aligned16(p.x.data, p.x.dtype, p.x.batch_stride, p.x.token_stride);
-  if (fits && p.x.dtype == DType::bf16) return launch_quantize_kernel<__nv_bfloat16, GELU>(p, stream);
-  if (fits && p.x.dtype == DType::f16) return launch_quantize_kernel<__half, GELU>(p, stream);
-  return launch_any_quantize_kernel<GELU>(p, stream);
+  int result = kNotServed;
+  if (fits && p.x.dtype == DType::bf16) result = launch_quantize_kernel<__nv_bfloat16, GELU>(p, stream);
+  if (fits && p.x.dtype == DType::f16) result = launch_quantize_kernel<__half, GELU>(p, stream);
+  return result == kNotServed ? launch_any_quantize_kernel<GELU>(p, stream) : result;
 }
 
 // Whether the current GPU multiplies float8 matrices.
