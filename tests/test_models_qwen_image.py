@@ -3,7 +3,6 @@
 import pytest
 import torch
 from support import tiny
-from torch.utils.flop_counter import FlopCounterMode
 
 from ditnorm.models import body_for, qwen_image, qwen_image21
 from ditnorm.patching import patch_model
@@ -76,40 +75,3 @@ def test_a_changed_selection_of_rows_is_refused(monkeypatch):
     assert qwen_image21.QwenImage21TransformerBlock.unsupported(block) is None
     monkeypatch.setattr(transformer_qwenimage21, "_select_modulation_rows", lambda params, target_token_mask: params)
     assert qwen_image21.QwenImage21TransformerBlock.unsupported(block) == "this version of _select_modulation_rows is unknown"
-
-
-def test_the_joint_mask_is_made_once_for_all_blocks_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again for each pass, whatever has become of the text's mask meanwhile."""
-    model, arguments = tiny.load("qwen-image", torch.float32), tiny.inputs("qwen-image", 2, torch.float32)
-    arguments["encoder_hidden_states_mask"] = mask = arguments["encoder_hidden_states_mask"].bool()
-    patched = patch_model(tiny.load("qwen-image", torch.float32), strict=True)
-    made: list[object] = []
-    ones = torch.ones
-
-    def counted(*args, **kwargs):
-        made.append(args)
-        return ones(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "ones", counted)
-    for change in (lambda: None, lambda: mask[0].logical_not_(), lambda: mask.data.fill_(True)):
-        change()
-        expected = tiny.run(model, arguments)
-        made.clear()
-        assert torch.equal(tiny.run(patched, arguments), expected)
-        assert len(made) == 1 < len(patched.transformer_blocks)
-    del expected
-    assert not qwen_image._shared  # nothing is held after a pass
-
-
-def test_the_joint_mask_is_made_in_each_block_where_somebody_could_tell() -> None:
-    rotary, image = (torch.ones(2, 3), torch.ones(4, 3)), torch.ones(1, 2, 8)
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    joint = qwen_image._joint_mask(mask, image, rotary)
-    assert qwen_image._joint_mask(mask, image, rotary) is joint
-    assert qwen_image._joint_mask(mask, torch.ones(1, 3, 8), rotary).shape[-1] == 7
-    with FlopCounterMode(display=False):
-        assert qwen_image._joint_mask(mask, image, rotary) is not joint
-    joint = qwen_image._joint_mask(mask, image, rotary)
-    mask[0, 0] = False
-    assert not qwen_image._joint_mask(mask, image, rotary)[0, 0, 0, 0]
-    assert qwen_image._joint_mask(mask, image, None) is not qwen_image._joint_mask(mask, image, None)

@@ -1,6 +1,5 @@
 """Qwen-Image: text-to-image, Edit, Edit-Plus, Layered, Inpaint, and its ControlNets."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ from ..fused.modulation import ModulatedModel
 from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import dense_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
-from ..ops.context import transformed
 from ..ops.quantization import Wanted
-from ..swapping.torch_private import seen_by_a_mode
 
 MODULATED = (
     ModulatedModel(
@@ -69,7 +66,8 @@ class QwenImageAttention(FusedAttention):
         if encoder_hidden_states is None or kwargs or known is None or not self.fits("joint_qk_norm_rope", fits):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[misc]
         if mask is not None and form == "joint_mask":
-            attention_mask = _joint_mask(mask, hidden_states, rotary)
+            of_image = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+            attention_mask = torch.cat([mask, of_image], dim=1)[:, None, None, :]
 
         image_rotary, text_rotary = (None, None) if rotary is None else rotary
         # In upstream's order, which offloading with prefetching relies on.
@@ -114,30 +112,6 @@ class QwenImageAttention(FusedAttention):
         if dropout:
             image = dropout[0](image)
         return image, to_add_out(dense_for(text, to_add_out))
-
-
-_Shared = tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, torch.Size, Tensor]
-_shared: list[_Shared] = []
-"""The latest joint mask, with what it was made for; nothing where that is gone."""
-
-
-def _joint_mask(mask: Tensor, image: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The mask of the text's tokens and then the image's, who all take part: made once for all
-    blocks of a pass, which are given the same ``mask`` and tables.
-    """
-    alone = rotary is None or transformed() or seen_by_a_mode() or mask.is_inference()
-    alone = alone or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    for of_mask, of_tables, version, shape, joint in () if alone else _shared[:]:
-        if of_mask() is mask and of_tables() is rotary[1] and version == mask._version and shape == image.shape:  # type: ignore[index]
-            return joint
-    joint = torch.cat([mask, torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)], dim=1)[:, None, None, :]
-    if not alone:
-        _shared[:] = [(weakref.ref(mask), weakref.ref(rotary[1], _forget), mask._version, image.shape, joint)]  # type: ignore[index]
-    return joint
-
-
-def _forget(tables: weakref.ref[Tensor]) -> None:
-    _shared[:] = [shared for shared in _shared if shared[1] is not tables]
 
 
 def _laws(
