@@ -2,6 +2,7 @@
 and only where nobody could tell.
 """
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,18 @@ def test_gradients_are_differentiated() -> None:
         first = torch.autograd.grad(loss(call, linears, y), [linear.weight for linear in linears], create_graph=True)
         results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), [x, linears[0].weight])])
     assert equal(*results)
+
+
+def test_a_graph_that_is_not_followed_is_gone_with_its_result() -> None:
+    """Without the garbage collector."""
+    _, y = normed()
+    total, node = loss(read, readers(), y), weakref.ref(y.grad_fn)
+    gc.disable()
+    try:
+        del y, total
+        assert node() is None
+    finally:
+        gc.enable()
 
 
 def test_a_scale_that_changed_in_place_is_an_error() -> None:

@@ -3,6 +3,7 @@ the stream, in every block. The norm keeps what it was made of anyway, so the ba
 again, with the same kernel.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,12 @@ _NODE: Any = Fused._backward_cls
 
 
 class MadeAgain:
-    """The result of a norm, for all who read it in a forward pass."""
+    """The result of a norm, for all who read it in a forward pass. The norm's node has it, and
+    lives as long as the readers' nodes, whose gradients go there.
+    """
 
     def __init__(self, norm: Any, y: Tensor) -> None:
-        self.norm, self.place, self.size = norm, y.data_ptr(), y.numel()
+        self.norm, self.place, self.size = weakref.ref(norm), y.data_ptr(), y.numel()
         self.readers = self.waiting = 0
         self.y: Tensor | None = None
 
@@ -42,8 +45,9 @@ class MadeAgain:
             return packed
         y: Any = self.y
         if y is None:
+            norm: Any = self.norm()
             with torch.no_grad():
-                y = self.y = kernel_of(_NORM)(*kept_by(self.norm), *self.norm.codes)
+                y = self.y = kernel_of(_NORM)(*kept_by(norm), *norm.codes)
             self.waiting = self.readers
         self.waiting -= 1
         if self.waiting == 0:
