@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
 
 // The same for wide rows, by a table without conflicts to speak of, for which a multiprocessor of
 // compute capability 9.0 and later has room twice.
-__global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_copies_quantize_kernel(const QuantizeProblem p) {
+__global__ void __launch_bounds__(kMaxCopiesThreads, 2) gelu_copies_quantize_kernel(const QuantizeProblem p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = __nv_bfloat16;
   constexpr int N = 16 / sizeof(T);
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_copies_quantize_kern
   wait_for_previous_kernel();
   load(blockIdx.x);
   __syncthreads();
-  int turn = 0;
-  unsigned left = 0;
-  for (unsigned row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+  constexpr unsigned kTurn = 1, kLeft = 2;  // whose places in exchange it is; rows are left for later
+  unsigned state = 0;
+  for (unsigned row = blockIdx.x; row < rows; row += gridDim.x, state ^= kTurn) {
     GeluCopies::Largest largest;
     each(kEach, [&](auto i) { y[i] = table.of(x[i], largest); });
     load(row + gridDim.x < rows ? row + gridDim.x : row);
@@ -126,27 +126,27 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_copies_quantize_kern
     uint32_t bits = of_both(largest.y);
     if (bits < kLeast && largest.x != 0) bits = kTiny;
     if (of_both(largest.x) >= kNotFinite) bits = kNotFinite;
-    bits = reduce_max(bits, exchange[turn]);
+    bits = reduce_max(bits, exchange[state & kTurn]);
     const bool later = bits == kTiny || bits == kNotFinite;
-    left |= later ? 1 : 0;
+    if (later) state |= kLeft;
     const Divisor by = divide_by(scale_of<T>(float_of(bits), p.out.law), p.out.law);
     if (threadIdx.x == 0) p.out.scale[row] = later ? kNaN : by.scale;
     store_quantized(y, by, p.out.values + row * p.width + first, step, inside);
   }
-  if (!unlikely(left != 0)) return;
+  if (!unlikely((state & kLeft) != 0)) return;
   __syncthreads();
   for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
     if (p.out.scale[row] == p.out.scale[row]) continue;  // not NaN: done
     const auto part = [&](int column) { return activated<true>(load_row<Cache::normal, T, N>(source(row) + column)); };
     Amax<T> amax;
     for (int column = first; column < width; column += step) amax.take(part(column));
-    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
+    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[state & kTurn])), p.out.law), p.out.law);
     for (int column = first; column < width; column += step) {
       const Pack<T, N> result[1] = {part(column)};
       store_quantized(result, by, p.out.values + row * p.width + column, 0, [](int) { return true; });
     }
     if (threadIdx.x == 0) p.out.scale[row] = by.scale;
-    turn ^= 1;
+    state ^= kTurn;
   }
 #endif
 }
@@ -240,7 +240,7 @@ int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
   constexpr int kBytes = sizeof(GeluCopies::Memory);
   const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
   const auto grid = [&](int64_t resident) { return dim3(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident))); };
-  if (p.width >= kNarrowestCopiesRow && waits_for_previous_kernel(&gelu_copies_quantize_kernel)) {
+  if (p.width >= kNarrowestCopiesRow && threads <= kMaxCopiesThreads && waits_for_previous_kernel(&gelu_copies_quantize_kernel)) {
     const int64_t resident = resident_blocks<&gelu_copies_quantize_kernel, 2>(threads, kBytes);
     if (resident > 0) return launch_with(kBytes, &gelu_copies_quantize_kernel, grid(resident), threads, stream, p);
   }

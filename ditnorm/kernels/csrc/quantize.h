@@ -9,7 +9,7 @@ namespace ditnorm {
 
 constexpr unsigned kMaxQuantizeThreads = 512, kAmaxThreads = 256;
 constexpr int64_t kMaxPartials = 1024;
-constexpr unsigned kMaxTableThreads = 576, kTableItems = 4;  // see gelu_table_quantize_kernel
+constexpr unsigned kMaxTableThreads = 576, kMaxCopiesThreads = 512, kTableItems = 4;  // see gelu_table_quantize_kernel
 constexpr int64_t kFewestTableRows = 1024, kNarrowestTableRow = 2048, kNarrowestCopiesRow = 8192;
 
 // Rows of at most 256 accesses of 16 bytes, of which a block has several where there are many: a
