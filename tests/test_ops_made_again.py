@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from support import tiny
 from support.cases import DEVICE, compiled_only
+from support.model_checks import moved
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -151,9 +152,7 @@ def test_it_is_kept_where_somebody_could_tell() -> None:
 def test_the_lora_of_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny.load(name, torch.float32).requires_grad_(False).to(DEVICE)
     model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    arguments = {
-        key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in tiny.inputs(name, 2, torch.float32).items()
-    }
+    arguments = moved(tiny.inputs(name, 2, torch.float32), DEVICE)
     patch_model(model)
     storages: list[weakref.ref[torch.UntypedStorage]] = []
     for path, module in model.named_modules():
