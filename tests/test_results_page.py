@@ -129,6 +129,18 @@ def test_a_run_of_ops_is_the_record_unless_it_has_fewer_cells(take):
     assert "not a record" in said[2]
 
 
+def test_cells_measured_again_replace_those_of_the_record_on_the_same_card_only(take):
+    def ops(options, gpu="A", **cells):
+        environment = {"command": f"python /x/scripts/bench_qk.py{options}", "gpu": gpu, "driver": "1", "torch": "2", "cuda": "3"}
+        return {"environment": environment, "cells": [{"name": name, "us": us} for name, us in cells.items()]}
+
+    said, docs = take(ops("", a=1, b=2), ops(" --cells b", b=3), ops(" --cells a", gpu="B", a=4))
+    record = json.loads((docs / "qk.json").read_text())
+    assert [cell["us"] for cell in record["cells"]] == [1, 3]
+    assert record["environment"]["again"] == ["python /x/scripts/bench_qk.py --cells b"]
+    assert "left out: it has 1 cells" in said[2]
+
+
 def test_the_first_screen_says_what_the_table_says(take):
     partly = entry(60.0, all_layers={"num_layers": 4})
     _, docs = take(run({"a": entry(80.0)}), run({"b": partly}, OTHER_CARD))

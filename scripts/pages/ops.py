@@ -38,11 +38,18 @@ def written(docs: Path) -> dict[str, str]:
 
 def _where(script: str, environment: Mapping[str, Any]) -> str:
     peers = "".join(f", {name} {version}" for name, version in environment["peers"].items())
-    options = re.sub(r"^.*?\.py| --out \S+", "", environment["command"])
+    commands = [
+        f"`python scripts/bench_{script}.py{options}`" for options in map(_options, (environment["command"], *environment.get("again", ())))
+    ]
     return (
         f"Measured {environment['date'][:10]}, {environment['gpu']}, driver {environment['driver']}, torch {environment['torch']}{peers}; "
-        f"`python scripts/bench_{script}.py{options}`, all cells in [{script}.json]({script}.json)."
+        f"{', then some cells again by '.join(commands)}; all cells in [{script}.json]({script}.json)."
     )
+
+
+def _options(command: str) -> str:
+    """Of a benchmark, without where it wrote."""
+    return re.sub(r"^.*?\.py| --out \S+", "", command)
 
 
 def _bars(bars: list[Mapping[str, Any]]) -> str:

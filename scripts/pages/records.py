@@ -2,7 +2,8 @@
 
 A record of models is a list of runs, each with its command, date and environment. A run that is
 taken in replaces what older runs measured of the same models on the same device. A record of ops is
-one whole run.
+one whole run; what a later one measured of some cells, with the same versions on the same device,
+replaces these.
 """
 
 import json
@@ -111,12 +112,25 @@ def take(path: Path, docs: Path) -> list[str]:
 
 
 def _take_ops(path: Path, docs: Path, script: str, document: Run) -> str:
-    record, cells = docs / f"{script}.json", len(document["cells"])
-    before = len(json.loads(record.read_text())["cells"]) if record.exists() else 1
-    if cells < before:
+    record = docs / f"{script}.json"
+    old = json.loads(record.read_text()) if record.exists() else {"cells": []}
+    cells, before = len(document["cells"]), len(old["cells"])
+    if 0 < cells >= before:
+        shutil.copyfile(path, record)
+        return f"{path}: docs/{record.name}"
+    if not cells or not _alike(old["environment"], document["environment"]):
         return f"{path}: left out: it has {cells} cells, where docs/{record.name} has {before}"
-    shutil.copyfile(path, record)
-    return f"{path}: docs/{record.name}"
+    again = {cell["name"]: cell for cell in document["cells"]}
+    old["cells"] = [again.get(cell["name"], cell) for cell in old["cells"]]
+    command = document["environment"]["command"]
+    old["environment"]["again"] = [*(c for c in old["environment"].get("again", []) if c != command), command]
+    record.write_text(json.dumps(old, indent=1) + "\n")
+    return f"{path}: {cells} cells of docs/{record.name}"
+
+
+def _alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether cells of two runs may stand in one record."""
+    return all(name in old and old[name] == new.get(name) for name in ("gpu", "driver", "torch", "cuda"))
 
 
 def _script(document: Mapping[str, Any]) -> str | None:
