@@ -3,6 +3,7 @@ multiplies by 1.
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,6 +183,16 @@ def test_a_forward_that_somebody_else_puts_there_is_called(monkeypatch: pytest.M
     monkeypatch.setattr(PeftLinear, "forward", lambda self, x, *args, **kwargs: x[..., : self.out_features] + 1)
     x = torch.randn(1, 3, layers(model)[0].in_features, dtype=DTYPE)
     assert torch.equal(layers(model)[0](x), x[..., : layers(model)[0].out_features] + 1)
+
+
+def test_the_compiler_says_nothing_of_adapters_in_a_block() -> None:
+    """It warns of cached functions that it meets."""
+    model = patch_model(adapted("qwen-image"))
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gradients(model, "qwen-image")
+    assert not [str(w.message) for w in caught if "ditnorm" in str(w.message) or "lru_cache" in str(w.message)]
 
 
 def test_the_report_has_nothing_to_say_of_adapters() -> None:

@@ -172,8 +172,9 @@ def quantized_base(linear: Any) -> Any:
     if isinstance(linear, QuantizedLinear):
         return linear
     base = None if linear is None else linear._modules.get("base_layer")
-    adapter = isinstance(linear, LoraLinear) or _is_pefts(type(linear).forward)
-    return base if adapter and isinstance(base, QuantizedLinear) else None
+    if not isinstance(base, QuantizedLinear):
+        return None
+    return base if isinstance(linear, LoraLinear) or _is_pefts(type(linear).forward) else None
 
 
 @functools.cache
