@@ -38,7 +38,7 @@ def readers() -> list[nn.Linear]:
 
 
 def read(linear: nn.Linear, y: Tensor) -> Any:
-    found = made_again(y)
+    found = made_again(y, linear)
     assert found is not None
     return found.read_by(linear, y)
 
@@ -130,22 +130,74 @@ def test_a_scale_that_changed_in_place_is_an_error() -> None:
         total.backward()
 
 
+def test_a_readers_weight_that_changed_in_place_is_an_error() -> None:
+    (_, y), linear = normed(), readers()[0]
+    total = read(linear, y).sum()
+    with torch.no_grad():
+        linear.weight.clamp_(-0.1, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_compiled_autograd_has_the_same_gradients() -> None:
+    """It asks for what was saved when the norm has been let go of."""
+    results = []
+    for call in (as_it_is, read):
+        (x, y), linears = normed(), readers()
+        total = loss(call, linears, y)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            total.backward()
+        results.append([x.grad, *(linear.weight.grad for linear in linears)])
+    assert equal(*results)
+
+
+def test_a_dropout_in_place_is_seen() -> None:
+    results = []
+    for again in (True, False):
+        (x, y), linear = normed(), readers()[0]
+        torch.manual_seed(3)
+        dropped = nn.functional.dropout(y, 0.5, inplace=True)
+        found = made_again(dropped, linear)
+        assert found is None
+        out = linear(dropped) if again else linear(dropped.clone())
+        results.append(torch.autograd.grad(out.square().sum(), [x, linear.weight]))
+    assert equal(*results)
+
+
+def test_what_was_made_again_in_part_goes_with_the_graph() -> None:
+    """As what is kept without it does."""
+    (_, y), linears = normed(), readers()
+    total = loss(read, linears, y)
+    made = y.grad_fn.made_again  # type: ignore[union-attr]
+    del y
+    torch.autograd.grad(total, [linears[1].weight])
+    gc.disable()
+    try:
+        del total
+        assert made() is None
+    finally:
+        gc.enable()
+
+
 def test_it_is_kept_where_somebody_could_tell() -> None:
     x, scale, shift = inputs()
+    linear = readers()[0]
     _, y = normed()
-    assert made_again(y) is not None
+    assert made_again(y, linear) is not None
+    assert made_again(y, nn.Sequential(linear)) is None
     with torch.no_grad():
-        assert made_again(y) is None
+        assert made_again(y, linear) is None
     with torch.autograd.graph.save_on_cpu():
-        assert made_again(y) is None
+        assert made_again(y, linear) is None
     with torch.autograd.graph.disable_saved_tensors_hooks("none"):
-        assert made_again(y) is None
+        assert made_again(y, linear) is None
     with torch.no_grad():
         y.mul_(2)
-    assert made_again(y) is None
-    assert made_again(norm_scale_shift(x.detach(), scale, shift)) is None  # which keeps nothing
-    assert made_again(scale_residual(x, x, scale)) is None
-    assert made_again(y + 1) is None
+    assert made_again(y, linear) is None
+    assert made_again(norm_scale_shift(x.detach(), scale, shift), linear) is None  # which keeps nothing
+    assert made_again(norm_scale_shift(x, scale, shift, weight=torch.ones(D, device=DEVICE)), linear) is None  # FSDP may take it away
+    assert made_again(scale_residual(x, x, scale), linear) is None
+    assert made_again(y + 1, linear) is None
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "wan-t2v", "flux", "z-image"])
@@ -167,7 +219,7 @@ def test_the_lora_of_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         return kept, list(torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True))
 
     found, gradients_found = gradients()
-    monkeypatch.setattr(lora_linear, "made_again", lambda y: None)
+    monkeypatch.setattr(lora_linear, "made_again", lambda y, reader: None)
     expected, gradients_expected = gradients()
     if name in ("qwen-image", "wan-t2v"):
         assert found < expected

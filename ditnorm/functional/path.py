@@ -15,14 +15,14 @@ from ..ops.autograd import Recompute
 from ..ops.gradients import GRADIENTS
 from ..ops.options import FLOATS, HALVES, HALVES_OF_CUDA, NORMS, PAIRS, QK_NORMS, ROUNDINGS
 from ..ops.table import OPS
-from ..swapping.torch_private import any_autocast_enabled, calling, compiler, forward_ad
+from ..swapping.torch_private import any_autocast_enabled, compiler, forward_ad, without_frame
 
 NORM = {name: code for code, name in enumerate(NORMS)}
 QK_NORM = {name: code for code, name in enumerate(QK_NORMS)}
 PAIR = {"neighbours": 0, "halves": PAIRS.index(HALVES_OF_CUDA)}
 ROUNDING = {name: code for code, name in enumerate(ROUNDINGS)}
 HALF = {dtype: code for code, dtype in enumerate(HALVES)}
-_KERNELS = {name: calling(getattr(kernels.ops, name).default) for name in OPS}
+_KERNELS = {name: without_frame(getattr(kernels.ops, name).default) for name in OPS}
 # What bad arguments raise on the way to the kernel.
 REJECTED = (RuntimeError, TypeError, KeyError, AttributeError)
 

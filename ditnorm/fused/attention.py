@@ -264,7 +264,7 @@ class FusedAttention(FusedModule):
 
     def project(self, x: Any) -> Tensor:
         """What ``to_out``, a linear layer and its dropout, makes of ``x``."""
-        linear, dropout = self.to_out._modules.values()  # an index into a list of modules costs two microseconds
+        linear, dropout, *_ = self.to_out._modules.values()  # an index into a list of modules costs two microseconds
         projected: Tensor = dropout(linear(x))
         return projected
 

@@ -106,7 +106,7 @@ class FluxAttention(FusedAttention):
         if encoder_hidden_states is None:
             return attended
         image, words, to_add_out = attended[:, text:], attended[:, :text], self.to_add_out
-        to_out, dropout = self.to_out._modules.values()
+        to_out, dropout, *_ = self.to_out._modules.values()
         if known.form == TEXT_FIRST:
             words = to_add_out(words)
             return dropout(to_out(image)), words

@@ -1,4 +1,5 @@
-"""PEFT's LoRA around a linear layer, without the pass over its result that multiplies by 1.
+"""PEFT's LoRA around a linear layer, without the pass over its result that multiplies by 1, and
+without keeping what a norm can make again.
 
 The scaling is ``lora_alpha / r``, which training scripts set to 1. The product with it is a pass
 over memory forward and another one backward, for each of a block's adapted layers.
@@ -36,8 +37,9 @@ class LoraLinear(FusedModule):
                 continue
             if x.dtype is not first.weight.dtype:
                 x = self._cast_input_dtype(x, first.weight.dtype)
-            read, dropped = made_again(x), dropouts[name](x)
-            added, scaling = up[name](first(dropped) if read is None else read.read_by(first, dropped)), self.scaling[name]
+            dropped, scaling = dropouts[name](x), self.scaling[name]
+            read = made_again(dropped, first)
+            added = up[name](first(dropped) if read is None else read.read_by(first, dropped))
             result = result + (added if type(scaling) in _NUMBERS and scaling == 1 else added * scaling)
         return result if result.dtype is dtype else result.to(dtype)
 

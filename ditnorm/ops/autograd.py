@@ -99,8 +99,8 @@ class Fused(torch.autograd.Function):
     ``inputs``: its rows, and where something else wants a gradient, the rest. All that isn't among
     them costs nothing.
 
-    Each tensor that autograd saves costs hooks that see it, as those of checkpointing do, several
-    microseconds. So what is no row and wants no gradient is kept here, if little memory is.
+    Hooks on saved tensors, as checkpointing has, cost several microseconds for each tensor. So what
+    is no row and wants no gradient is kept here, if little memory is.
     """
 
     @staticmethod
@@ -144,8 +144,8 @@ def kept_by(ctx: Any) -> Tensors:
 
 
 def _versions(tensors: Tensors) -> int | None:
-    """A number that changes with every change of ``tensors`` in place. None where one of them has
-    values for each token, or can't be asked.
+    """A number that changes with every change of ``tensors`` in place. None where a tensor of
+    three or more dimensions has values for each token, or one can't be asked.
     """
     versions = 0
     try:

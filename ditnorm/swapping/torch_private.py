@@ -82,8 +82,8 @@ frame is.
 
 
 def without_frame(op: Any) -> Any:
-    """What an overload of an operator calls when it is called, in nine tenths of the time. Dynamo
-    can't trace it. Where it has another name: the overload.
+    """An operator's overload without its Python frame: a call takes nine tenths of the time. Dynamo
+    can't trace it. Where the frame can't be left out: the overload.
     """
     return getattr(op, "_op", op)
 
@@ -119,13 +119,6 @@ _transform_stack: Callable[[], Any] = getattr(getattr(torch._C, "_functorch", No
 _PROXY: Any = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)
 _jit_traces: Callable[[], bool] = getattr(torch._C, "_is_tracing", _yes)
 _dispatch_mode: Callable[[Any], Any] = _something if _PROXY is None else getattr(torch._C, "_get_dispatch_mode", _something)
-
-
-def calling(overload: Callable[..., Any]) -> Callable[..., Any]:
-    """``overload``, an op's, without the Python that PyTorch puts around it. Where that can't be
-    left out: ``overload``. Dynamo traces only the whole.
-    """
-    return getattr(overload, "_op", overload)
 
 
 def only_traced(call: Any) -> bool:

@@ -118,9 +118,9 @@ def _take_ops(path: Path, docs: Path, script: str, document: Run) -> str:
     if 0 < cells >= before:
         shutil.copyfile(path, record)
         return f"{path}: docs/{record.name}"
-    if not cells or not _alike(old["environment"], document["environment"]):
-        return f"{path}: left out: it has {cells} cells, where docs/{record.name} has {before}"
     again = {cell["name"]: cell for cell in document["cells"]}
+    if not cells or not _joins(old, document, again):
+        return f"{path}: left out: it has {cells} cells, where docs/{record.name} has {before}"
     old["cells"] = [again.get(cell["name"], cell) for cell in old["cells"]]
     command = document["environment"]["command"]
     old["environment"]["again"] = [*(c for c in old["environment"].get("again", []) if c != command), command]
@@ -128,9 +128,15 @@ def _take_ops(path: Path, docs: Path, script: str, document: Run) -> str:
     return f"{path}: {cells} cells of docs/{record.name}"
 
 
-def _alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether cells of two runs may stand in one record."""
-    return all(name in old and old[name] == new.get(name) for name in ("gpu", "driver", "torch", "cuda"))
+def _joins(old: Run, new: Run, again: Mapping[str, Any]) -> bool:
+    """Whether cells of a later run may stand in a record: nothing that was measured is lost, and
+    nothing that was judged together comes apart.
+    """
+    versions = ("gpu", "driver", "torch", "cuda", "peers")
+    if old.get("bars") or any(old["environment"].get(name) != new["environment"].get(name) for name in versions):
+        return False
+    before = {cell["name"]: cell.get("contestants", {}).keys() for cell in old["cells"]}
+    return all(name in before and before[name] <= cell.get("contestants", {}).keys() for name, cell in again.items())
 
 
 def _script(document: Mapping[str, Any]) -> str | None:
