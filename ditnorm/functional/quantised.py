@@ -38,9 +38,7 @@ def quantize(x: Tensor, law: Law) -> Quantized:
 
 
 def values_and_scale(x: Tensor, law: Law) -> tuple[Tensor, Tensor]:
-    """Those of :func:`quantize`, for who hands them on to nobody and so needs nothing around
-    them.
-    """
+    """Those of :func:`quantize`, for a caller that keeps them to itself."""
     rows = x if x.dim() <= 3 else x.flatten(0, -2)
     op = _quantize if traced_by_dynamo() else _quantize_in_eager
     try:
