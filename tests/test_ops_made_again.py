@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig
@@ -20,6 +21,8 @@ from ditnorm import kernels, patch_model
 from ditnorm.functional import norm_scale_shift, scale_residual
 from ditnorm.fused import lora_linear
 from ditnorm.ops.made_again import made_again
+from ditnorm.swapping.generated import subclass
+from ditnorm.swapping.hook_chains import set_class
 
 pytestmark = compiled_only
 
@@ -151,16 +154,20 @@ def test_compiled_autograd_has_the_same_gradients() -> None:
     assert equal(*results)
 
 
-def test_a_dropout_in_place_is_seen() -> None:
+def test_a_dropout_in_place_is_seen_by_an_adapter() -> None:
     results = []
-    for again in (True, False):
-        (x, y), linear = normed(), readers()[0]
+    for swapped in (False, True):
+        torch.manual_seed(1)
+        holder = nn.ModuleDict({"linear": nn.Linear(D, D, device=DEVICE).requires_grad_(False)})
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["linear"], init_lora_weights=False)
+        layer: Any = peft.inject_adapter_in_model(config, holder)["linear"]  # type: ignore[index]
+        layer.lora_dropout["default"] = nn.Dropout(0.5, inplace=True)
+        if swapped:
+            set_class(layer, subclass(lora_linear.LoraLinear, type(layer), "eager"))
+        x, y = normed()
         torch.manual_seed(3)
-        dropped = nn.functional.dropout(y, 0.5, inplace=True)
-        found = made_again(dropped, linear)
-        assert found is None
-        out = linear(dropped) if again else linear(dropped.clone())
-        results.append(torch.autograd.grad(out.square().sum(), [x, linear.weight]))
+        out = layer(y)
+        results.append(torch.autograd.grad(out.square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]))
     assert equal(*results)
 
 
