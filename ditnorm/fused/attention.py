@@ -288,4 +288,4 @@ def laws_in(attention: Any, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[W
 
 def law_in(attention: Any, x: Tensor, *names: str) -> Wanted | None:
     """The same of one stream."""
-    return attention.laws((x, names))[0] if isinstance(attention, FusedAttention) else None
+    return laws_in(attention, (x, names))[0]

@@ -137,10 +137,13 @@ def kept_by(ctx: Any) -> Tensors:
     """
     rest = ctx.rest
     if rest and _versions(rest) != ctx.versions:
-        raise RuntimeError(
-            "one of the modulations, weights or tables needed for gradient computation has been modified by an inplace operation"
-        )
+        raise changed_in_place()
     return *ctx.saved_tensors, *rest
+
+
+def changed_in_place() -> RuntimeError:
+    """What autograd raises where a tensor that it keeps has changed."""
+    return RuntimeError("one of the variables needed for gradient computation has been modified by an inplace operation")
 
 
 def _versions(tensors: Tensors) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..swapping.torch_private import saves_through_hooks, takes_saved_tensors_hooks
-from .autograd import Fused, Tensors, kept_by, kernel_of
+from .autograd import Fused, Tensors, changed_in_place, kept_by, kernel_of
 from .calls import NormScaleShift
 from .context import transformed
 from .gradients_norm import GRADIENTS
@@ -46,11 +46,13 @@ class MadeAgain:
     def _unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, torch.Size):
             kept, version = packed
-            _unchanged(kept._version == version)
+            if kept._version != version:
+                raise changed_in_place()
             return kept
         stream, y = self.made_of[0].is_cuda and torch.cuda.current_stream(self.made_of[0].device), self.y
         if y is None or stream != self.stream:
-            _unchanged(_versions(self.made_of) == self.versions)
+            if _versions(self.made_of) != self.versions:
+                raise changed_in_place()
             with torch.no_grad():
                 y = kernel_of(_NORM)(*self.made_of, *self.codes)
             self.y, self.stream, self.waiting = y, stream, self.readers
@@ -85,8 +87,3 @@ def made_again(y: Tensor, reader: nn.Module) -> MadeAgain | None:
 
 def _versions(tensors: Tensors) -> int:
     return sum(t._version for t in tensors if t is not None)
-
-
-def _unchanged(same: bool) -> None:
-    if not same:
-        raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace operation")

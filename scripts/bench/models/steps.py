@@ -94,7 +94,9 @@ def measure(
         def measured(variant: Variant) -> Column:
             progress.set_description(f"{real.title}, {variant.name}")
             with variant.applied(model):
-                return _column(model, real, device, progress.update)
+                column = _column(model, real, device, progress.update)
+            progress.write(f"{real.title}, {variant.name}: {column.step_ms:.1f} ms, the first step {column.first_step_s:.1f} s")
+            return column
 
         plain = {}
         if quantization is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from common.execution import synchronize
 from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..models.kernel_shares import Shares, costs, profiled, shares
 from ..models.real_model import RealModel
@@ -56,7 +57,9 @@ def measure(
     trained = plan.prepare(model)
     before = [p.detach().to("cpu", copy=True) for p in trained]
     columns: dict[str, Column] = {}
-    for variant in (*variants, *(variant for variant in variants if not variant.compiled)):
+    passes = [*variants, *(variant for variant in variants if not variant.compiled)]
+    for variant in (progress := tqdm(passes, unit="pass", leave=False)):
+        progress.set_description(f"{real.title}, {plan.name}, {variant.name}")
         with torch.no_grad():
             for p, value in zip(trained, before, strict=True):
                 p.copy_(value)
@@ -67,6 +70,7 @@ def measure(
             first = columns.get(variant.name)
             again = _column(model, trained, real, device)
             columns[variant.name] = again if first is None else _faster(first, again)
+        progress.write(f"{progress.desc}{again.step_ms:.1f} ms, the first step {again.first_step_s:.1f} s")
     return {name: column.json() for name, column in columns.items()}
 
 
