@@ -16,9 +16,10 @@ def gelu(x: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -
     dim: attention's result and the MLP's in one buffer, as the last linear layer of a block
     reads them.
 
-    Both rounding laws are one here, and on CUDA have the bits of PyTorch's GELU. Fused where all
-    have one dtype: float32, float16, bfloat16. Gradients: see the module. Source:
-    ``FluxSingleTransformerBlock``, ``HunyuanVideoSingleTransformerBlock`` in diffusers.
+    The two rounding laws agree here, and on CUDA they have the bits of PyTorch's GELU. The call is
+    fused where all tensors have one dtype: float32, float16 or bfloat16. For gradients see
+    :mod:`ditnorm.functional`. Source: ``FluxSingleTransformerBlock``,
+    ``HunyuanVideoSingleTransformerBlock`` in diffusers.
 
     Args:
         x: [B, S, D] or [S, D]; any strides: chunks of a fused projection are read in place.
@@ -54,9 +55,9 @@ def gelu(x: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -
 def swiglu(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str = "single") -> Tensor:
     """``silu(x) * value`` (SwiGLU, arXiv:2002.05202) behind ``beside`` along the last dim.
 
-    All that isn't said here is as of :func:`gelu`. ``"eager"`` rounds ``silu(x)`` to its dtype.
-    Source: ``Flux2SwiGLU``, Z-Image's ``FeedForward``, ``OvisImageSingleTransformerBlock`` in
-    diffusers.
+    ``"eager"`` rounds ``silu(x)`` to its dtype before the product, ``"single"`` rounds the product
+    only. For the rest see :func:`gelu`. Source: ``Flux2SwiGLU``, Z-Image's ``FeedForward``,
+    ``OvisImageSingleTransformerBlock`` in diffusers.
 
     Args:
         x: [B, S, D] or [S, D]; any strides.

@@ -1,4 +1,8 @@
-"""The ops of norm sites and residuals."""
+"""The ops of norm sites and residuals.
+
+Each function here and beside it spells out the same few lines. A helper would cost every call
+another Python frame, and these calls run hundreds of times a step.
+"""
 
 import torch
 from torch import Tensor
@@ -29,8 +33,9 @@ def norm_scale_shift(
 ) -> Tensor:
     """``norm(x) * (1 + scale) + shift``: an adaptive LayerNorm or RMSNorm (adaLN).
 
-    Shapes, dtypes, rounding and gradients in full: see the module. Source: ``AdaLayerNormZero``,
-    ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock`` in diffusers.
+    :mod:`ditnorm.functional` has shapes, dtypes, rounding and gradients in full. Source:
+    ``AdaLayerNormZero``, ``QwenImageTransformerBlock._modulate``, ``WanTransformerBlock`` in
+    diffusers.
 
     Args:
         x: [B, S, D], or [S, D] meaning B = 1; float32, float16 or bfloat16; any strides.
@@ -95,8 +100,8 @@ def scale_residual_norm_scale_shift(
     """``r = residual + gate * x`` and ``norm(r) * (1 + scale) + shift``: what stands between two
     sub-layers of a block.
 
-    Shapes, dtypes, rounding and gradients in full: see the module. Source: the middle of
-    ``QwenImageTransformerBlock``, ``WanTransformerBlock``, ``HunyuanVideoTransformerBlock`` in
+    :mod:`ditnorm.functional` has shapes, dtypes, rounding and gradients in full. Source: the middle
+    of ``QwenImageTransformerBlock``, ``WanTransformerBlock``, ``HunyuanVideoTransformerBlock`` in
     diffusers.
 
     Args:
@@ -162,8 +167,8 @@ def scale_residual(
 ) -> Tensor:
     """``residual + gate * x``: the end of a block.
 
-    Shapes, dtypes, rounding and gradients in full: see the module. Source: the end of every
-    transformer block in diffusers.
+    :mod:`ditnorm.functional` has shapes, dtypes, rounding and gradients in full. Source: the end of
+    every transformer block in diffusers.
 
     Args:
         residual: the shape of ``x``; float32, float16 or bfloat16; any strides.

@@ -29,18 +29,18 @@ def qk_norm_rope(
     """Query and key, each RMS-normed, then rotated by position (RoPE, arXiv:2104.09864): what
     stands between the projections and the attention of a block.
 
-    It is fused for one dtype of query and key, under ``"eager"`` also of their weights, and tables
-    of single precision; PyTorch serves the rest. On CUDA the bits of ``"eager"`` are promised for
-    the norms that diffusers has: ``"diffusers_rms"`` per head, ``"rms"`` per head and across heads,
-    with d a multiple of 8. Rounding and gradients in full: see the module. Source:
-    ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``, ``FluxAttnProcessor``,
-    ``LTX2AudioVideoAttnProcessor`` in diffusers.
+    It is fused where query and key have one dtype, which under ``"eager"`` their weights have too,
+    and where tables are float32 or complex64. PyTorch's operations serve the rest. On CUDA the bits
+    of ``"eager"`` are promised for the norms that diffusers has: ``"diffusers_rms"`` per head,
+    ``"rms"`` per head and across heads, with d a multiple of 8. :mod:`ditnorm.functional` has
+    rounding and gradients in full. Source: ``WanAttnProcessor``, ``HunyuanVideoAttnProcessor2_0``,
+    ``FluxAttnProcessor``, ``LTX2AudioVideoAttnProcessor`` in diffusers.
 
     Args:
         query: [B, S, H * d], d being ``head_dim``; float32, float16 or bfloat16; any strides:
             chunks of a fused projection are read in place.
         key: as ``query``, with an S, H and dtype of its own.
-        query_weight: [d], normed per head; [H * d], normed across all heads; None: per head,
+        query_weight: [d] to norm per head, [H * d] to norm across all heads, None to norm per head
             without a weight.
         key_weight: as ``query_weight``.
         rotary: None, a complex64 table [S', d / 2] (Qwen-Image), or ``(cos, sin)``, float32 or as a
@@ -57,8 +57,8 @@ def qk_norm_rope(
         rounding: ``"single"`` or ``"eager"``, the bits of diffusers' own expression.
 
     Returns:
-        ``(query, key)``: [B, S, H, d] each, contiguous, in the dtype that it had, but for what
-            ``"eager"`` promotes.
+        ``(query, key)``: [B, S, H, d] each, contiguous, in the dtype that it had, or under
+            ``"eager"`` in the one that upstream's expression promotes it to.
 
     Raises:
         TypeError: for the kind or dtype of an argument, which the message names.
@@ -113,7 +113,7 @@ def joint_qk_norm_rope(
     """Query, key and value of joint attention: :func:`qk_norm_rope` of two streams, both written
     into one tensor each, with the values beside them.
 
-    All that isn't said here is as there. Source: ``QwenDoubleStreamAttnProcessor2_0``,
+    For the rest see there. Source: ``QwenDoubleStreamAttnProcessor2_0``,
     ``HunyuanVideoAttnProcessor2_0`` in diffusers.
 
     Args:
@@ -122,13 +122,13 @@ def joint_qk_norm_rope(
         value: as ``query``.
         query_weight: [d], [H * d] or None.
         key_weight: [d], [H * d] or None.
-        rotary: of the first stream; None, a complex table or ``(cos, sin)``.
+        rotary: the first stream's: None, a complex table or ``(cos, sin)``.
         encoder_query: [B, S_encoder, H * d] of the second stream, the text.
         encoder_key: as ``encoder_query``.
         encoder_value: as ``encoder_query``.
         encoder_query_weight: [d], [H * d] or None.
         encoder_key_weight: [d], [H * d] or None.
-        encoder_rotary: of the second stream.
+        encoder_rotary: the second stream's.
         head_dim: d.
         norm: ``"rms"`` or ``"diffusers_rms"``.
         eps: of the norm.

@@ -1,4 +1,10 @@
-"""The ops that quantise, and the one that undoes it."""
+"""The ops that quantise what a linear layer reads, and the one that makes numbers of an int8
+product.
+
+``law`` says how: it is one of :data:`ditnorm.ops.quantization.LAWS`. None of these ops is
+differentiable. Errors are those of :mod:`ditnorm.functional`; besides, float8 needs a GPU of
+compute capability 8.9 (``ValueError``).
+"""
 
 from typing import Any
 
@@ -25,11 +31,8 @@ _scale_residual_norm_scale_shift_and_quantize = kernels.ops.scale_residual_norm_
 
 
 def quantize(x: Tensor, law: Law) -> Quantized:
-    """``x`` [..., D] as a linear layer with quantised weights reads it, by a law of
-    :mod:`ditnorm.ops.quantization`.
-
-    Not differentiable. Errors: ``TypeError``, ``ValueError``, naming the argument; float8 needs
-    compute capability 8.9.
+    """``x`` [..., D], float32, float16 or bfloat16, as a linear layer with quantised weights reads
+    it.
 
     Source: torchao's ``Float8Tensor.from_hp`` and ``Int8Tensor.from_hp``.
     """
@@ -38,7 +41,9 @@ def quantize(x: Tensor, law: Law) -> Quantized:
 
 
 def values_and_scale(x: Tensor, law: Law) -> tuple[Tensor, Tensor]:
-    """Those of :func:`quantize`, for a caller that keeps them to itself."""
+    """:func:`quantize` without its structure, which costs a caller that needs none too much: the
+    values [rows, D] and their scale, [rows, 1] or [1, 1].
+    """
     rows = x if x.dim() <= 3 else x.flatten(0, -2)
     op = _quantize if traced_by_dynamo() else _quantize_in_eager
     try:
@@ -63,7 +68,7 @@ def norm_scale_shift_quantize(
     eps: float | None = None,
     rounding: str = "single",
 ) -> Quantized:
-    """:func:`quantize` of :func:`norm_scale_shift`. Not differentiable."""
+    """:func:`norm_scale_shift` and then :func:`quantize`, in one call."""
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
         if not needs_pytorch(tensors, rounding):
@@ -94,8 +99,8 @@ def scale_residual_norm_scale_shift_quantize(
     eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Quantized, Tensor]:
-    """``(y, r)`` of :func:`scale_residual_norm_scale_shift`, its ``y`` as :func:`quantize` makes
-    it. Not differentiable.
+    """``(y, r)`` of :func:`scale_residual_norm_scale_shift`, with ``y`` quantised as by
+    :func:`quantize`.
     """
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
@@ -126,8 +131,8 @@ def norm_scale_shift_and_quantize(
     eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Tensor, Quantized]:
-    """:func:`norm_scale_shift`, and :func:`quantize` of it beside it, for what else reads it. Not
-    differentiable.
+    """``(y, quantised)``: ``y`` of :func:`norm_scale_shift`, and :func:`quantize` of it. It serves
+    sites whose result is also read as it is, by adapters.
     """
     tensors = (x, scale, shift, weight, bias, scale_table, shift_table, index)
     try:
@@ -160,8 +165,8 @@ def scale_residual_norm_scale_shift_and_quantize(
     eps: float | None = None,
     rounding: str = "single",
 ) -> tuple[Tensor, Quantized, Tensor]:
-    """``(y, quantised, r)``: :func:`scale_residual_norm_scale_shift`, and :func:`quantize` of its
-    ``y``. Not differentiable.
+    """``(y, quantised, r)``: ``(y, r)`` of :func:`scale_residual_norm_scale_shift`, and
+    :func:`quantize` of ``y``.
     """
     tensors = (residual, x, gate, scale, shift, weight, bias, gate_table, scale_table, shift_table, index)
     try:
@@ -178,7 +183,9 @@ def scale_residual_norm_scale_shift_and_quantize(
 
 
 def gelu_quantize(x: Tensor, law: Law, beside: Tensor | None = None) -> Quantized:
-    """:func:`quantize` of :func:`gelu`, rounded to the dtype of ``x``. Not differentiable."""
+    """:func:`gelu` and then :func:`quantize`, in one call. Without ``beside``, ``x`` may have any
+    number of dims.
+    """
     rows = x if x.dim() <= 3 or beside is not None else x.flatten(0, -2)
     try:
         values, scale = _gelu_quantize(rows, beside, CODES[law])
@@ -188,7 +195,7 @@ def gelu_quantize(x: Tensor, law: Law, beside: Tensor | None = None) -> Quantize
 
 
 def swiglu_quantize(x: Tensor, value: Tensor, law: Law, beside: Tensor | None = None, *, rounding: str = "single") -> Quantized:
-    """:func:`quantize` of :func:`swiglu`. Not differentiable."""
+    """:func:`swiglu` and then :func:`quantize`, in one call."""
     try:
         values, scale = _swiglu_quantize(x, value, beside, ROUNDING[rounding], CODES[law])
     except REJECTED:
@@ -197,11 +204,11 @@ def swiglu_quantize(x: Tensor, value: Tensor, law: Law, beside: Tensor | None = 
 
 
 def dequantize_product(product: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What an int8 matrix product stands for: ``product`` [rows, N] int32, ``scale`` [rows, 1],
-    ``weight_scale`` [N, 1] -> [rows, N].
+    """``product * scale * weight_scale + bias``, what an int8 matrix product stands for: [rows, N]
+    in ``dtype``, which is float16 or bfloat16.
 
-    ``dtype``: float16 or bfloat16, as the bias [N]. Not differentiable. Errors: ``TypeError``,
-    ``ValueError``, naming the argument.
+    ``product`` is int32 [rows, N], ``scale`` float32 [rows, 1], ``weight_scale`` float32 [N, 1],
+    and ``bias`` [N] in ``dtype`` or None; all are contiguous.
 
     Source: the ``linear`` of torchao's ``Int8Tensor``.
     """

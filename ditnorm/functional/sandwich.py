@@ -1,4 +1,4 @@
-"""The ops of a branch that is normed before it is added."""
+"""The ops of blocks that norm a branch before they add it to the stream (sandwich norm)."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def norm_scale_residual(
 ) -> Tensor:
     """``residual + gate * norm(x)``, the norm being diffusers' ``RMSNorm``.
 
-    Shapes, dtypes, rounding and gradients in full: see the module. Source: the end of
+    :mod:`ditnorm.functional` has shapes, dtypes, rounding and gradients in full. Source: the end of
     ``ZImageTransformerBlock`` in diffusers.
 
     Args:
@@ -77,8 +77,8 @@ def norm_scale_residual_norm_scale_shift(
     """``r = residual + gate * norm(x)`` and ``norm(r) * (1 + scale) + shift``, both norms being
     diffusers' ``RMSNorm`` with one ``eps``.
 
-    Shapes, dtypes, rounding and gradients in full: see the module. Source: the middle of
-    ``ZImageTransformerBlock``, ``Lumina2TransformerBlock`` in diffusers.
+    :mod:`ditnorm.functional` has shapes, dtypes, rounding and gradients in full. Source: the middle
+    of ``ZImageTransformerBlock``, ``Lumina2TransformerBlock`` in diffusers.
 
     Args:
         residual: the shape of ``x``; float32, float16 or bfloat16; any strides.
