@@ -11,7 +11,7 @@ from .gradients_common import maker
 
 
 def _gelu_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequence[bool]) -> Tensors:
-    """PyTorch's own is one kernel."""
+    """PyTorch's own gradient is one kernel already."""
     (x,) = saved
     d_beside, dy = _parted(grads[0], x)
     return torch.ops.aten.gelu_backward.default(dy, x, approximate="tanh") if needed[0] else None, d_beside
@@ -23,8 +23,8 @@ def _swiglu_rows(grads: Tensors, saved: Tensors, codes: Tensors, needed: Sequenc
 
 
 def _parted(d: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Of the gradient of what was written: that of what stands beside the activation of ``x``, and
-    that of the activation.
+    """Splits the gradient of an op's result: that of ``beside``, and that of the activation of
+    ``x``, which stands behind it.
     """
     width, beside = x.shape[-1], d.shape[-1] - x.shape[-1]
     return (d.narrow(-1, 0, beside), d.narrow(-1, beside, width)) if beside else (None, d)
@@ -34,15 +34,15 @@ def _no_rest(grads: Tensors, rows: Tensors, saved: Tensors, codes: Tensors, need
     return ()
 
 
-def _activated(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
+def _keep_rows(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
     return tensors[:-1], ()
 
 
-def _every(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
+def _all_are_rows(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
     return tensors, ()
 
 
 GRADIENTS: Mapping[str, Gradients] = {
-    "gelu": Gradients(_every, _activated, _gelu_rows, _no_rest),
-    "swiglu": Gradients(_every, _activated, _swiglu_rows, _no_rest),
+    "gelu": Gradients(_all_are_rows, _keep_rows, _gelu_rows, _no_rest),
+    "swiglu": Gradients(_all_are_rows, _keep_rows, _swiglu_rows, _no_rest),
 }

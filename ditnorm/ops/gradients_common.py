@@ -1,5 +1,5 @@
-"""What formulas of gradients have in common: the kernels that make those of rows, and sums over
-rows by PyTorch's operations.
+"""What the formulas of gradients share: the kernels that make those of rows, and PyTorch's
+operations that make those that are sums over rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ from .table import OPS
 
 
 def maker(name: str) -> Callable[..., Any]:
-    """An op that makes gradients; where these are to be differentiated, its reference."""
+    """The op ``name``, which makes gradients. Where these are to be differentiated in turn, its
+    reference.
+    """
     return _expression(name) if torch.is_grad_enabled() else kernel_of(name)
 
 
@@ -23,12 +25,12 @@ def _expression(name: str) -> Callable[..., Any]:
 
 
 Paths = list[tuple[Tensor, Tensor]]
-"""Tensors that a result is made of, as wide as it, each with its gradient."""
+"""Tensors as large as an op's result that it is made of, each with the gradient that reaches it."""
 
 
 def sums_over_rows(paths: Callable[[Tensors], Paths], tensors: Tensors, places: Sequence[int | None], needed: Sequence[bool]) -> Tensors:
-    """The gradients of the tensors at ``places`` that want one: those that are sums over rows of
-    what comes through ``paths``. None at the place None.
+    """The gradients of the tensors at ``places``, each a sum over rows of what reaches the tensor
+    through ``paths``. None for the place None, and where ``needed`` says that none is wanted.
     """
     wanted = [place for place, need in zip(places, needed, strict=True) if need and place is not None and tensors[place] is not None]
     if not wanted:
@@ -55,9 +57,10 @@ def _leaf(t: Tensor, wanted: bool) -> Tensor:
 
 
 def keep_two(tensors: Tensors, outputs: Any, sums: bool) -> tuple[Tensors, Tensors]:
-    """Everything, of an op with two rows."""
+    """What an op keeps whose first two tensors are its rows: everything."""
     return tensors[:2], tensors[2:]
 
 
 def first_two(tensors: Tensors, codes: Tensors) -> tuple[Tensors, Tensors]:
+    """The rows of an op whose first two tensors are these, and the rest."""
     return tensors[:2], tensors[2:]

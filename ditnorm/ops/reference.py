@@ -4,13 +4,14 @@ kernels, and the fallback.
     r = residual + gate * x                      (``scale_residual``)
     y = norm(r) * (1 + scale) + shift            (``norm_scale_shift``)
 
-A call has one of two laws (``upcast``):
+A call rounds in one of two ways, between which :func:`upcast` decides:
 
 - Everything is cast to one wide dtype first, and each stored result is rounded once.
-  ``rounding="single"`` has this law always, ``"eager"`` where ``WanTransformerBlock`` has it.
+  ``rounding="single"`` always does this, ``"eager"`` where ``WanTransformerBlock`` does it. That
+  dtype is called ``wide`` here.
 - Every operation runs, and rounds, in the dtype of its operands, as in
   ``QwenImageTransformerBlock``. Operands of several dtypes are promoted as upstream promotes them,
-  and so are the results.
+  and so are the results. ``wide`` is None then.
 
 Either way ``rounding="eager"`` is what diffusers computes, rounding for rounding.
 """
@@ -36,7 +37,7 @@ from .options import HALVES
 
 def norm_scale_shift(call: NormScaleShift, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """``y``, contiguous, in the dtype of ``x``, or where dtypes are mixed in the one that
-    upstream's has. ``norm``: in place of its own.
+    upstream's has. ``norm`` runs in place of the call's own.
     """
     return modulated_norm(call, call.x, upcast(call), norm)
 
@@ -47,96 +48,99 @@ def scale_residual_norm_scale_shift(
     """``(y, r)``, both contiguous: ``r`` in the dtype of ``residual``, ``y`` in that of ``x``. The
     norm reads the rounded ``r``.
 
-    Where dtypes are mixed under ``"eager"``, both have the dtypes of upstream's. ``norm``: in place
-    of its own.
+    Where dtypes are mixed under ``"eager"``, both have the dtypes of upstream's. ``norm`` runs in
+    place of the call's own.
     """
-    law = upcast(call)
-    r = _gated_residual(call, law)
-    return modulated_norm(call, r, law, norm), r
+    wide = upcast(call)
+    r = _gated_residual(call, wide)
+    return modulated_norm(call, r, wide, norm), r
 
 
 def scale_residual(call: ScaleResidual) -> Tensor:
     """``r``, contiguous, in the dtype of ``residual``, or where dtypes are mixed in the one that
     upstream's has.
     """
-    law = upcast(call)
+    wide = upcast(call)
     # At the end of a block Wan casts x too, in the middle it doesn't. Only float64 shows it.
-    gated = call if law is None or call.gate is None else call._replace(x=call.x.to(law))
-    return _gated_residual(gated, law)
+    gated = call if wide is None or call.gate is None else call._replace(x=call.x.to(wide))
+    return _gated_residual(gated, wide)
 
 
 def norm_scale_residual(call: NormScaleResidual) -> Tensor:
     """``r``, as of :func:`scale_residual`."""
-    law = _sandwich_law(call)
-    return _gated_residual(call.site._replace(x=_normed_branch(call, law)), law)
+    wide = upcast_sandwich(call)
+    return _gated_residual(call.site._replace(x=normed_branch(call, wide)), wide)
 
 
 def norm_scale_residual_norm_scale_shift(call: NormScaleResidualNormScaleShift) -> tuple[Tensor, Tensor]:
     """``(y, r)``, as of :func:`scale_residual_norm_scale_shift`."""
-    law = _sandwich_law(call)
-    r = _gated_residual(call.site._replace(x=_normed_branch(call, law)), law)
-    return modulated_norm(call.site, r, law, None), r
+    wide = upcast_sandwich(call)
+    r = _gated_residual(call.site._replace(x=normed_branch(call, wide)), wide)
+    return modulated_norm(call.site, r, wide, None), r
 
 
-def _sandwich_law(call: SandwichCall) -> torch.dtype | None:
+def upcast_sandwich(call: SandwichCall) -> torch.dtype | None:
+    """:func:`upcast` of such a call: under ``"eager"`` None, as diffusers' ``RMSNorm`` has it."""
     return upcast(call.site) if call.rounding == "single" else None
 
 
-def _normed_branch(call: SandwichCall, law: torch.dtype | None) -> Tensor:
+def normed_branch(call: SandwichCall, wide: torch.dtype | None) -> Tensor:
+    """``norm(x)``, in ``wide`` if that is a dtype."""
     x, weight = call.x, call.x_weight
-    if law is None:
+    if wide is None:
         return diffusers_rms_norm(x, weight, None, call.eps)
-    return diffusers_rms_norm(x.to(law), None if weight is None else weight.to(law), None, call.eps)
+    return diffusers_rms_norm(x.to(wide), None if weight is None else weight.to(wide), None, call.eps)
 
 
-def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, law: torch.dtype | None) -> Tensor:
-    residual, x, gate = call.residual, call.x, modulation(call, "gate", law)
+def _gated_residual(call: ScaleResidual | ScaleResidualNormScaleShift, wide: torch.dtype | None) -> Tensor:
+    residual, x, gate = call.residual, call.x, modulation(call, "gate", wide)
     # Without a gate upstream adds the two as they are.
-    if law is None or (gate is None and call.rounding == "eager"):
+    if wide is None or (gate is None and call.rounding == "eager"):
         return (residual + x if gate is None else residual + gate * x).contiguous()
-    r = residual.to(law) + (x.to(law) if gate is None else gate * x)
+    r = residual.to(wide) + (x.to(wide) if gate is None else gate * x)
     return r.to(residual.dtype).contiguous()
 
 
 def modulated_norm(
-    call: NormScaleShift | ScaleResidualNormScaleShift, x: Tensor, law: torch.dtype | None, norm: Callable[[Tensor], Tensor] | None
+    call: NormScaleShift | ScaleResidualNormScaleShift, x: Tensor, wide: torch.dtype | None, norm: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """``y`` of ``x``, what is normed, under the law of :func:`upcast`; ``norm``: in place of the
-    call's own.
+    """``y``, where ``x`` is what is normed, ``wide`` the dtype of :func:`upcast`, and ``norm`` what
+    runs in place of the call's own norm.
     """
-    scale, shift = modulation(call, "scale", law), modulation(call, "shift", law)
-    wide = x if law is None else x.to(law)
-    y = normalize(wide, call) if norm is None else norm(wide)
+    scale, shift = modulation(call, "scale", wide), modulation(call, "shift", wide)
+    v = x if wide is None else x.to(wide)
+    y = normalize(v, call) if norm is None else norm(v)
     if scale is not None:
         y = y * (1 + scale)
     if shift is not None:
         y = y + shift
-    if law is not None:
+    if wide is not None:
         y = y.to(call.x.dtype if call.rounding == "single" else x.dtype)
     return y.contiguous()
 
 
 def normalize(x: Tensor, call: NormScaleShift | ScaleResidualNormScaleShift) -> Tensor:
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, wider than
-    ``x`` if the norm or its affine is.
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim, computed in a
+    wider dtype than that of ``x`` if the norm or its affine has one.
     """
-    weight, bias, wide = call.weight, call.bias, x.dtype
+    weight, bias, dtype = call.weight, call.bias, x.dtype
     if call.norm == "diffusers_rms":
         if call.rounding == "single":
-            weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+            weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
         return diffusers_rms_norm(x, weight, bias, call.eps)
+    inside = dtype
     if call.norm == "fp32_layer":
-        wide = torch.float32
-    elif any(t is not None and t.dtype is not x.dtype for t in (weight, bias)):
-        wide = torch.promote_types(torch.float32, x.dtype)
-    x, weight, bias, dtype = x.to(wide), None if weight is None else weight.to(wide), None if bias is None else bias.to(wide), x.dtype
+        inside = torch.float32
+    elif any(t is not None and t.dtype is not dtype for t in (weight, bias)):
+        inside = torch.promote_types(torch.float32, dtype)
+    x, weight, bias = x.to(inside), None if weight is None else weight.to(inside), None if bias is None else bias.to(inside)
     if call.norm == "rms":
         n = F.rms_norm(x, x.shape[-1:], weight, call.eps)
         n = n if bias is None else n + bias
     else:
         n = F.layer_norm(x, x.shape[-1:], weight, bias, call.eps)
     # Autocast makes some norms float32, and nothing makes them narrow again.
-    return n if wide is dtype else n.to(dtype)
+    return n if inside is dtype else n.to(dtype)
 
 
 def diffusers_rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -168,9 +172,9 @@ def upcast(call: SiteCall) -> torch.dtype | None:
     return torch.float32 if not isinstance(call, ScaleResidual) and call.norm == "fp32_layer" else None
 
 
-def modulation(call: SiteCall, name: str, law: torch.dtype | None) -> Tensor | None:
-    """A modulation as one row per sample or per token of ``x``, its table added, in the dtype in
-    which the law reads it.
+def modulation(call: SiteCall, name: str, wide: torch.dtype | None) -> Tensor | None:
+    """A modulation as one row per sample or per token of ``x``, in ``wide`` if that is a dtype, its
+    table added.
     """
     m: Tensor | None
     table: Tensor | None
@@ -178,8 +182,8 @@ def modulation(call: SiteCall, name: str, law: torch.dtype | None) -> Tensor | N
     if m is None:
         return None
     # Before rows are selected, so that the gradients of a row are summed in the wide dtype.
-    if law is not None:
-        m = m.to(law)
+    if wide is not None:
+        m = m.to(wide)
     if call.index is not None:
         m = _select(m, call.index)
     elif m.dim() == 2:  # [B or 1, D]: per sample

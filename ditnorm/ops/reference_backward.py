@@ -68,9 +68,9 @@ def _gate(site: ScaleResidual | ScaleResidualNormScaleShift) -> Any:
 
 def _of_rows(site: NormScaleShift | ScaleResidualNormScaleShift, v: Tensor, dy: Tensor, dr: Tensor | None) -> Tensor:
     """What comes back to the rows ``v`` that were normed."""
-    law = upcast(site)
-    scale = modulation(site, "scale", law)
-    dn = dy if law is None else dy.to(law)
+    wide = upcast(site)
+    scale = modulation(site, "scale", wide)
+    dn = dy if wide is None else dy.to(wide)
     if scale is not None:
         dn = dn * (1 + scale)
     return _through_norm(dn, v, site.weight, site.eps, dr, site.norm, site.rounding)
