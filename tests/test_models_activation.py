@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ditnorm import kernels, patch_model, report
 from ditnorm.fused import activation, activation_sites
-from ditnorm.fused.activation import begun, joined, silu_gated
+from ditnorm.fused.activation import join_mlp, silu_gated, start_mlp
 from ditnorm.patching.units import find_units
 
 DTYPE = torch.bfloat16
@@ -77,7 +77,7 @@ def test_a_gelu_or_silu_replaced_for_all_is_called(calls: Counter[str], device: 
     monkeypatch.setattr(F, "gelu", lambda x, **kwargs: x * 2)
     monkeypatch.setattr(F, "silu", lambda x, **kwargs: x * 3)
     with torch.no_grad():
-        assert torch.equal(joined(x, *begun(gelu, linear, x, "eager"), "eager", linear), torch.cat([x, linear(x) * 2], -1))
+        assert torch.equal(join_mlp(x, *start_mlp(gelu, linear, x, "eager"), "eager", linear), torch.cat([x, linear(x) * 2], -1))
         assert torch.equal(silu_gated(x, x, rounding="eager"), 3 * x * x)
     assert not calls
 
@@ -87,7 +87,7 @@ def test_another_activation_is_called(other: nn.Module, calls: Counter[str], dev
     x, linear = torch.randn(2, 3, 16, device=device), nn.Linear(16, 32, device=device)
     with torch.no_grad():
         expected = torch.cat([x, other(linear(x))], -1)
-        assert torch.equal(joined(x, *begun(other, linear, x, "eager"), "eager", linear), expected)
+        assert torch.equal(join_mlp(x, *start_mlp(other, linear, x, "eager"), "eager", linear), expected)
     assert not calls
 
 
@@ -113,7 +113,7 @@ def test_without_a_kernel_nothing_is_held_longer_than_upstream_holds_it() -> Non
     """The inner tensor is overwritten where it can be: it isn't kept beside its GELU."""
     x, linear = torch.randn(2, 3, 16), nn.Linear(16, 32)
     with torch.no_grad():
-        inner, pending = begun(nn.GELU(approximate="tanh"), linear, x, "eager")
+        inner, pending = start_mlp(nn.GELU(approximate="tanh"), linear, x, "eager")
         assert not pending
         assert torch.equal(inner, F.gelu(linear(x), approximate="tanh"))
 
@@ -214,7 +214,7 @@ def test_an_activation_whose_hooks_are_gone_is_fused_again() -> None:
     """They leave its class's own forward in the instance."""
     gelu = nn.GELU(approximate="tanh")
     gelu.forward = type(gelu).forward.__get__(gelu)  # type: ignore[method-assign]
-    assert activation.gelu_joined("act_mlp", gelu).reason is None
+    assert activation.describe_joined_gelu("act_mlp", gelu).reason is None
 
 
 PLACES = {

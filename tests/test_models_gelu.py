@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditnorm import patch_model, report, unpatch_model
 from ditnorm.fused import gelu as gelu_module
-from ditnorm.fused.gelu import FusedGELU, activation_of, linear_gelu
+from ditnorm.fused.gelu import FusedGELU, activate, linear_gelu
 from ditnorm.fused.module import matches
 from ditnorm.swapping import generated
 
@@ -252,7 +252,7 @@ def inner_and_gelu(approximate: str = "tanh") -> tuple[Tensor, Tensor, nn.Linear
     torch.manual_seed(0)
     x, linear = torch.randn(2, 3, 16, requires_grad=True), nn.Linear(16, 32)
     inner = linear(x)
-    return x, inner, linear, activation_of(nn.GELU(approximate=approximate), linear, inner)
+    return x, inner, linear, activate(nn.GELU(approximate=approximate), linear, inner)
 
 
 def upstreams_gradient(x: Tensor, linear: nn.Linear, approximate: str = "tanh") -> Tensor:
@@ -333,7 +333,7 @@ def test_a_hook_on_the_linear_keeps_the_values_that_it_sees_while_training(name:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_in_place_and_checkpointing_go_together(reentrant: bool) -> None:
     x, linear, gelu = torch.randn(2, 3, 16, requires_grad=True), nn.Linear(16, 32), nn.GELU(approximate="tanh")
-    y: Any = torch.utils.checkpoint.checkpoint(lambda x: activation_of(gelu, linear, linear(x)), x, use_reentrant=reentrant)
+    y: Any = torch.utils.checkpoint.checkpoint(lambda x: activate(gelu, linear, linear(x)), x, use_reentrant=reentrant)
     (y.square().sum()).backward()
     assert x.grad is not None
     assert torch.equal(x.grad, upstreams_gradient(x, linear))

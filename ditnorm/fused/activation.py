@@ -1,8 +1,9 @@
-"""The activation of a block's MLP, written by one kernel behind attention's result where the last
-linear layer reads both, and SwiGLU alone.
+"""The activation of a block's MLP: GELU or SwiGLU behind attention's result, in the one tensor that
+the block's last linear layer reads, and SwiGLU alone.
 
-Upstream's expression runs where there is no kernel, where that has other bits, and where somebody
-wants to see it.
+Functions called ``describe_*`` say for the report what the others will do. Upstream's expression
+runs where there is no kernel, where the kernel has other bits, and where somebody, such as a hook,
+sees the activation.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from ..functional import gelu, gelu_quantize, swiglu, swiglu_quantize
 from ..ops.quantization import Law
 from ..swapping.originals import replaced, replaced_functional
 from .activation_sites import Activation, served
-from .gelu import activated, activation_of, called_as_module, fits_epilogue, is_torchs_gelu, why_not
+from .gelu import activate, activate_linear, called_as_module, fits_epilogue, is_torchs_gelu, why_not
 from .module import FusedModule
 from .quantized_linear import law_for
 
@@ -24,21 +25,22 @@ _SILU_FORWARD = nn.SiLU.forward if replaced(nn.SiLU, "forward") is None else Non
 _SILU = F.silu if replaced_functional("silu") is None else None
 
 
-def begun(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> tuple[Tensor, bool]:
-    """Of ``activation(linear(x))``, GELU for a block that joins it with attention's result later:
-    ``linear(x)`` and True where :func:`joined` does the rest, else the whole and False.
+def start_mlp(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> tuple[Tensor, bool]:
+    """The MLP of a block that joins it with attention's result later. Returns ``linear(x)`` and
+    True where :func:`join_mlp` is to apply GELU, else ``activation(linear(x))`` and False.
     """
     if not _joins(activation) or (rounding == "single" and fits_epilogue(linear, x, activation.approximate)):
-        return activated(activation, linear, x, rounding), False
+        return activate_linear(activation, linear, x, rounding), False
     inner = linear(x)
     if served("gelu", inner):
         return inner, True
-    return activation_of(activation, linear, inner), False
+    return activate(activation, linear, inner), False
 
 
-def joined(beside: Tensor, inner: Tensor, pending: bool, rounding: str, reader: Any) -> Any:
-    """Attention's result and the MLP's side by side: [B, S, D], what :func:`begun` returned ->
-    [B, S, D + inner dim], quantised where ``reader``, the layer that reads it, takes it so.
+def join_mlp(beside: Tensor, inner: Tensor, pending: bool, rounding: str, reader: Any) -> Any:
+    """Attention's result ``beside`` [B, S, D] and the MLP's, which is what :func:`start_mlp`
+    returned
+    -> [B, S, D + inner dim], quantised where ``reader``, the layer that reads it, takes it so.
     """
     if not pending:
         return torch.cat([beside, inner], dim=-1)
@@ -46,8 +48,8 @@ def joined(beside: Tensor, inner: Tensor, pending: bool, rounding: str, reader: 
     return gelu_quantize(inner, law, beside) if isinstance(law, Law) else gelu(inner, beside, rounding=rounding)
 
 
-def gelu_joined(path: str, activation: Any) -> Activation:
-    """What :func:`begun` and :func:`joined` make of an activation."""
+def describe_joined_gelu(path: str, activation: Any) -> Activation:
+    """Describes what :func:`start_mlp` and :func:`join_mlp` make of ``activation``."""
     if _joins(activation):
         reason = None
     elif is_torchs_gelu(activation):
@@ -58,12 +60,12 @@ def gelu_joined(path: str, activation: Any) -> Activation:
 
 
 class JoinedGELU:
-    """A block that hands its ``act_mlp`` to :func:`begun`."""
+    """A block whose ``act_mlp`` goes through :func:`start_mlp` and :func:`join_mlp`."""
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
         """See :class:`FusedModule`."""
-        yield gelu_joined("act_mlp", module.act_mlp)
+        yield describe_joined_gelu("act_mlp", module.act_mlp)
 
 
 def _joins(activation: Any) -> bool:
@@ -71,25 +73,31 @@ def _joins(activation: Any) -> bool:
 
 
 def is_torchs_silu(activation: nn.Module) -> bool:
-    """Whether a call of a module is PyTorch's SiLU, and nobody looks at it."""
+    """Whether a call of ``activation`` runs PyTorch's SiLU and nothing else, and nobody looks at
+    it.
+    """
     return type(activation).forward is _SILU_FORWARD and called_as_module(activation)
 
 
-def silu_joined(path: str, activation: nn.Module) -> Activation:
-    """What :func:`silu_gated` makes of a SiLU where :func:`is_torchs_silu` is asked before."""
-    return swiglu_in(path, None if is_torchs_silu(activation) else why_not(activation, nn.SiLU, "silu"))
+def describe_silu_module(path: str, activation: nn.Module) -> Activation:
+    """Describes what :func:`silu_gated` makes of a module that :func:`is_torchs_silu` is asked
+    of.
+    """
+    return describe_silu_function(path, None if is_torchs_silu(activation) else why_not(activation, nn.SiLU, "silu"))
 
 
-def swiglu_in(path: str, reason: str | None = None) -> Activation:
-    """What :func:`silu_gated` makes of ``F.silu``; ``reason``: why it isn't called."""
+def describe_silu_function(path: str, reason: str | None = None) -> Activation:
+    """Describes what :func:`silu_gated` makes of ``F.silu``. ``reason``: why it isn't called, if
+    the caller knows one.
+    """
     if reason is None and F.silu is not _SILU:
         reason = replaced_functional("silu") or "torch.nn.functional.silu was replaced before ditnorm was imported"
     return Activation(path, "SwiGLU in one call", "swiglu", reason)
 
 
 def silu_gated(x: Tensor, value: Tensor, beside: Tensor | None = None, *, rounding: str, reader: Any = None) -> Any:
-    """``F.silu(x) * value``, behind ``beside`` if that is given: x and value of one shape.
-    Quantised where ``reader``, the layer that alone reads it, takes it so.
+    """``F.silu(x) * value``, behind ``beside`` if that is given; ``x`` and ``value`` have one
+    shape. It is quantised where ``reader``, the only layer that reads it, takes it so.
     """
     if _silu_served(x):
         return _swiglu(x, value, beside, rounding, reader)
@@ -106,10 +114,10 @@ def _swiglu(x: Tensor, value: Tensor, beside: Tensor | None, rounding: str, read
     return swiglu(x, value, beside, rounding=rounding)
 
 
-def gated(activation: nn.Module, gate: nn.Module, value: nn.Module, x: Any, rounding: str, reader: Any) -> Any:
+def gated_linears(activation: nn.Module, gate: nn.Module, value: nn.Module, x: Any, rounding: str, reader: Any) -> Any:
     """``activation(gate(x)) * value(x)`` of a SiLU and two linear layers, quantised where
-    ``reader``, the layer that reads it, takes it so. As upstream holds them, the gate isn't kept
-    beside its SiLU.
+    ``reader``, the layer that reads it, takes it so. As in upstream's expression, the gate is freed
+    before ``value`` runs where its SiLU is a call of its own.
     """
     y: Tensor = gate(x)
     if _silu_served(y):
@@ -123,8 +131,8 @@ def _silu_served(x: Tensor) -> bool:
 
 
 class FusedSwiGLU(FusedModule):
-    """diffusers' ``SwiGLU``, a linear layer with its activation: hidden_states [..., D] -> [...,
-    inner dim].
+    """diffusers' ``SwiGLU``, a linear layer with its activation: ``hidden_states`` [..., D] ->
+    [..., inner dim].
     """
 
     fingerprints = {"forward": frozenset({"08fb870923dc"})}  # 0.37.0 to 0.42.1
@@ -135,7 +143,7 @@ class FusedSwiGLU(FusedModule):
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
-        yield silu_joined("activation", module.activation)
+        yield describe_silu_module("activation", module.activation)
 
     def forward(self, hidden_states: Any) -> Tensor:
         if not self.intact() or not is_torchs_silu(self.activation):

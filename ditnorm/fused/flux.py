@@ -10,7 +10,7 @@ from ..ops.context import transformed
 from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
 from ..swapping.torch_private import seen_by_a_mode
-from .activation import begun, joined
+from .activation import join_mlp, start_mlp
 from .adaln import law_argument
 from .attention import ADDED, OWN, FusedAttention, law_in, laws_in, weight_of
 from .feed_forward import law_in_feed_forward
@@ -143,7 +143,9 @@ def _tokens(rotary: Rotary | None, part: slice) -> Rotary | None:
     return None if rotary is None else (rotary[0][part], rotary[1][part])
 
 
-def laws(attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> tuple[Wanted | None, Wanted | None]:
+def dual_stream_laws(
+    attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]
+) -> tuple[Wanted | None, Wanted | None]:
     """By which laws the attention module of a dual-stream block takes the two streams quantised."""
     own, added = _projections(attn)
     law, text_law = laws_in(attn, (x, own), (text, added))
@@ -151,7 +153,7 @@ def laws(attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict
     return (law, text_law) if taken else (None, None)
 
 
-def law_joined(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Wanted]:
+def single_stream_law(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Wanted]:
     """The same for a single-stream block, whose MLP reads what its attention does."""
     attn = block.attn
     law = law_in(attn, x, *_projections(attn)[0])
@@ -234,10 +236,10 @@ def _side_by_side(first: Tensor, second: Tensor) -> bool:
 def single_stream(block: Any, x: Tensor, temb: Tensor, rotary: Rotary | None, kwargs: dict[str, Any], **more: Any) -> Tensor:
     """A block with attention and MLP side by side over one sequence: [B, N, D] -> [B, N, D]."""
     residual = x
-    x, gate = block.norm(x, emb=temb, **law_joined(block, x, rotary, kwargs))
-    mlp, pending = begun(block.act_mlp, block.proj_mlp, x, block.rounding)
+    x, gate = block.norm(x, emb=temb, **single_stream_law(block, x, rotary, kwargs))
+    mlp, pending = start_mlp(block.act_mlp, block.proj_mlp, x, block.rounding)
     x = block.attn(hidden_states=x, image_rotary_emb=rotary, **more, **kwargs)
-    x = joined(x, mlp, pending, block.rounding, block.proj_out)
+    x = join_mlp(x, mlp, pending, block.rounding, block.proj_out)
     del mlp  # as x before it: nothing is kept for no reason while proj_out runs
     return scale_residual_clipped(residual, block.proj_out(x), gate, block.rounding)
 

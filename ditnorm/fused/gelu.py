@@ -1,6 +1,8 @@
-"""The GELU behind a linear: in place, since at the peak of an MLP's memory its input and its output
-would both be alive, and so its gradient, at that of a training step; or, with
-``rounding="single"``, before the product's rounding, in the kernel of the matrix product.
+"""The GELU behind a linear layer.
+
+It runs in place: memory peaks in an MLP, where GELU's input and output would both be alive. In a
+training step it's the gradient that is written in place, for the same reason. With
+``rounding="single"`` the kernel of the matrix product applies GELU itself, before it rounds.
 """
 
 from collections.abc import Iterator
@@ -31,8 +33,8 @@ from .activation_sites import WATCHED, Activation
 from .lora_linear import LoraLinear
 from .module import FusedModule
 
-# What stands here now, where it is torch's own. Whoever replaces it later wants to see what goes
-# through it.
+# Torch's own functions as they are now, or None where somebody has replaced one already. Whoever
+# replaces one later wants to see what goes through it.
 _LINEAR_FORWARD = nn.Linear.forward if replaced(nn.Linear, "forward") is None else None
 _GELU_FORWARD = nn.GELU.forward if replaced(nn.GELU, "forward") is None else None
 _GELU = F.gelu if replaced_functional("gelu") is None else None
@@ -41,14 +43,14 @@ _LINEAR = F.linear if replaced_functional("linear") is None else None
 _REPLACED = "a function of torch.nn.functional was replaced before ditnorm was imported"
 
 _QUANTISERS = ("bitsandbytes", "diffusers", "ditnorm", "optimum")
-"""Whose linears keep nothing of what they return. (torchao's are ``nn.Linear`` with another
-weight.)
+"""Packages whose linear layers keep nothing of what they return, so that it may be overwritten.
+(torchao's layers are ``nn.Linear`` with another weight.)
 """
 
 
 class FusedGELU(FusedModule):
-    """diffusers' ``GELU``, a linear with its activation: hidden_states [..., D] -> [..., inner
-    dim].
+    """diffusers' ``GELU``, a linear layer with its activation: ``hidden_states`` [..., D] ->
+    [..., inner dim].
     """
 
     fingerprints = {"forward": frozenset({"04d27066e288"}), "gelu": frozenset({"5436b9b39a2e"})}  # 0.37.0 to 0.42.1
@@ -71,38 +73,42 @@ class FusedGELU(FusedModule):
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
-        yield Activation("", "GELU in place", reason=unlike_torchs() or _kept("proj", module.proj))
+        yield Activation("", "GELU in place", reason=unlike_torchs() or _why_kept("proj", module.proj))
 
     def is_torchs(self) -> bool:
-        """Whether the activation is PyTorch's GELU: nobody has put another in its place."""
+        """Whether the activation is still PyTorch's GELU."""
         return F.gelu is _GELU and "gelu" not in self.__dict__
 
     def activate(self, inner: Tensor) -> Tensor:
         """GELU of what ``proj`` has just returned."""
-        done = _over(self.proj, inner, self.approximate) if self.is_torchs() else None
+        done = _gelu_in_place(self.proj, inner, self.approximate) if self.is_torchs() else None
         return self.gelu(inner) if done is None else done
 
 
-def activated(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> Tensor:
-    """``activation(linear(x))`` for a block that calls the two apart."""
+def activate_linear(activation: nn.Module, linear: nn.Module, x: Any, rounding: str) -> Tensor:
+    """``activation(linear(x))`` for a block that calls the two separately."""
     if is_torchs_gelu(activation) and rounding == "single" and fits_epilogue(linear, x, activation.approximate):
         return linear_gelu(linear, x)
-    return activation_of(activation, linear, linear(x))
+    return activate(activation, linear, linear(x))
 
 
-def activation_of(activation: nn.Module, linear: nn.Module, inner: Tensor) -> Tensor:
+def activate(activation: nn.Module, linear: nn.Module, inner: Tensor) -> Tensor:
     """``activation(inner)`` of what ``linear`` has just returned."""
-    done = _over(linear, inner, activation.approximate) if is_torchs_gelu(activation) else None
+    done = _gelu_in_place(linear, inner, activation.approximate) if is_torchs_gelu(activation) else None
     return activation(inner) if done is None else done
 
 
 def is_torchs_gelu(activation: nn.Module) -> bool:
-    """Whether a call of a module is PyTorch's GELU, and nobody looks at it."""
+    """Whether a call of ``activation`` runs PyTorch's GELU and nothing else, and nobody looks at
+    it.
+    """
     return type(activation).forward is _GELU_FORWARD and F.gelu is _GELU and called_as_module(activation)
 
 
 def why_not(activation: nn.Module, expected: type[nn.Module], function: str) -> str:
-    """Why a call of ``activation`` isn't that of a module of torch, which calls ``function``."""
+    """Why a call of ``activation`` isn't one of ``expected``, a module of torch that calls
+    ``function``.
+    """
     cls = type(activation)
     if cls.forward is not expected.forward:
         return f"{full_name(cls)} is not torch.nn.{expected.__name__}"
@@ -110,7 +116,7 @@ def why_not(activation: nn.Module, expected: type[nn.Module], function: str) -> 
 
 
 def called_otherwise(module: nn.Module) -> str:
-    """How a call of ``module`` is more than one of its class's ``forward``."""
+    """What a call of ``module`` runs besides its class's ``forward``, in words."""
     if "forward" in module.__dict__ and wrapped(module):
         return "its forward is wrapped or replaced"
     # Who replaces the call of all modules looks at them, as a hook for all modules does.
@@ -119,7 +125,7 @@ def called_otherwise(module: nn.Module) -> str:
 
 
 def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """GELU (tanh) of ``linear(x)``, rounded once where cuBLASLt has the GELU as an epilogue: x
+    """GELU (tanh) of ``linear(x)`` in one kernel, rounded once (cuBLASLt's epilogue): ``x``
     [..., D] -> [..., inner dim].
     """
     assert addmm_activation is not None
@@ -128,8 +134,8 @@ def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuard[nn.Linear]:
-    """Whether :func:`linear_gelu` may stand for both: a plain linear in half precision on a GPU,
-    and no backward pass.
+    """Whether :func:`linear_gelu` may stand for a linear layer and its GELU: a plain ``nn.Linear``
+    in half precision on a GPU, and no backward pass.
     """
     return (
         addmm_activation is not None
@@ -137,7 +143,7 @@ def fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuar
         and type(linear) is nn.Linear
         and x.is_cuda
         and not transformed()
-        and _plain(linear, x)
+        and _seen_by_linear_alone(linear, x)
         and type(linear.weight) is nn.Parameter
         and linear.bias is not None
         and x.dtype in HALVES
@@ -147,11 +153,11 @@ def fits_epilogue(linear: nn.Module, x: Tensor, approximate: object) -> TypeGuar
     )
 
 
-def _over(linear: nn.Module, x: Tensor, approximate: Any) -> Tensor | None:
-    """GELU in the place of ``x``, which ``linear`` has just returned, or where gradients are wanted
-    one whose gradient takes that place. None: somebody else can hold ``x``.
+def _gelu_in_place(linear: nn.Module, x: Tensor, approximate: Any) -> Tensor | None:
+    """GELU of ``x``, which ``linear`` has just returned, written over it. Where ``x`` wants a
+    gradient, that is written over it instead. None where somebody else can hold ``x``.
     """
-    if torch.compiler.is_compiling() or not _plain(linear, x):  # the compiler reuses memory by itself
+    if torch.compiler.is_compiling() or not _seen_by_linear_alone(linear, x):  # the compiler reuses memory by itself
         return None
     if not x.requires_grad:
         return torch.ops.aten.gelu_(x, approximate=approximate)
@@ -163,8 +169,8 @@ def _over(linear: nn.Module, x: Tensor, approximate: Any) -> Tensor | None:
 
 
 class _GradientInPlace(torch.autograd.Function):
-    """GELU of a tensor that nobody but autograd holds. A backward pass that no other follows writes
-    the gradient over it: as wide as the gradient of the result, it would be alive beside the two.
+    """GELU of a tensor that nobody but autograd holds. A backward pass that no other can follow
+    writes the gradient over that tensor, which would otherwise be alive beside both gradients.
     """
 
     @staticmethod
@@ -185,9 +191,9 @@ class _GradientInPlace(torch.autograd.Function):
 _apply = without_transforms(_GradientInPlace)
 
 
-def _plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether nobody but a linear's own code sees its input and output, with ``x`` being one of
-    them: no hook, wrapper or mode, no adapter.
+def _seen_by_linear_alone(linear: nn.Module, x: Tensor) -> bool:
+    """Whether nobody but the code of ``linear`` sees its input and output, of which ``x`` is one:
+    no hook, wrapper, mode or adapter.
     """
     cls = type(linear)
     return (
@@ -200,7 +206,7 @@ def _plain(linear: nn.Module, x: Tensor) -> bool:
 
 
 def called_as_module(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is one of its class's ``forward``, and nothing else: no hook, no
+    """Whether a call of ``module`` runs its class's ``forward`` and nothing else: no hook, no
     wrapper, nothing compiled.
     """
     call = type(module).__call__
@@ -213,8 +219,10 @@ def called_as_module(module: nn.Module) -> bool:
     )
 
 
-def _kept(name: str, linear: nn.Module) -> str | None:
-    """Why somebody may keep what ``linear``, of this name, returns."""
+def _why_kept(name: str, linear: nn.Module) -> str | None:
+    """Why somebody may keep what ``linear`` returns, so that it mustn't be overwritten, or None.
+    ``name``: its name, for users.
+    """
     cls = type(linear)
     if not (cls.forward is _LINEAR_FORWARD or _quantised(cls.forward)):
         return f"{full_name(cls)}, its {name}, may keep what it returns"
@@ -224,13 +232,13 @@ def _kept(name: str, linear: nn.Module) -> str | None:
 
 
 def unlike_torchs() -> str | None:
-    """What stands in the place of PyTorch's GELU."""
+    """What has replaced PyTorch's GELU, in words, or None."""
     return None if F.gelu is _GELU else replaced_functional("gelu") or _REPLACED
 
 
 def _quantised(forward: Any) -> bool:
-    """Whether a linear's ``forward`` is of a library whose linears are known to keep nothing of
-    what they return.
+    """Whether ``forward`` is that of a quantised linear layer that is known to keep nothing of what
+    it returns.
     """
     if forward is LoraLinear.forward:  # it hands on what its base layer returns where no adapter is active
         return False

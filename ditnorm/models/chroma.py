@@ -8,7 +8,7 @@ from torch import Tensor
 from ..fused.activation import JoinedGELU
 from ..fused.adaln import law_argument
 from ..fused.block import FusedBlock, FusedUnit
-from ..fused.flux import FluxAttention, Rotary, after_attention, laws, single_stream
+from ..fused.flux import FluxAttention, Rotary, after_attention, dual_stream_laws, single_stream
 from ..fused.promotion import modulated
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Wanted
@@ -104,7 +104,7 @@ class ChromaTransformerBlock(FusedBlock):
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_mask, joint_attention_kwargs
             )
         kwargs = joint_attention_kwargs or {}
-        law, c_law = laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
+        law, c_law = dual_stream_laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
         x, *modulation = self.norm1(hidden_states, emb=temb[:, :6], **law_argument(self.norm1, law))
         c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb[:, 6:], **law_argument(self.norm1_context, c_law))
 

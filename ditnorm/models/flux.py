@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fused.activation import JoinedGELU
 from ..fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle, law_argument
 from ..fused.block import FusedBlock
-from ..fused.flux import AS_IS, FluxAttention, Rotary, after_attention, laws, one_sequence, single_stream
+from ..fused.flux import AS_IS, FluxAttention, Rotary, after_attention, dual_stream_laws, one_sequence, single_stream
 from ..fused.modulation import ModulatedModel
 from ..layers import ScaleResidualNormScaleShift
 
@@ -84,7 +84,7 @@ class FluxTransformerBlock(FusedBlock):
         if not self.intact():
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)  # type: ignore[misc]
         kwargs = joint_attention_kwargs or {}
-        law, c_law = laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
+        law, c_law = dual_stream_laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
         x, *modulation = self.norm1(hidden_states, emb=temb, **law_argument(self.norm1, law))
         c, *c_modulation = self.norm1_context(encoder_hidden_states, emb=temb, **law_argument(self.norm1_context, c_law))
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
+from ..fused.activation import describe_silu_module, is_torchs_silu, silu_gated
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, law_in, weight_of
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import FeedForwardBody
-from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, laws, scale_residual_clipped
+from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, dual_stream_laws, scale_residual_clipped
 from ..fused.gelu import called_as_module
 from ..fused.module import FusedModule
 from ..fused.promotion import modulated
@@ -36,12 +36,12 @@ class Flux2SwiGLU(FusedModule):
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
-        yield silu_joined("gate_fn", module.gate_fn)
+        yield describe_silu_module("gate_fn", module.gate_fn)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.behind(None, x) if self.intact() and is_torchs_silu(self.gate_fn) else super().forward(x)  # type: ignore[misc]
 
-    def waits(self) -> bool:
+    def joins(self) -> bool:
         """Whether :meth:`behind` may stand for a call: nobody looks at it."""
         return self.intact() and called_as_module(self) and is_torchs_silu(self.gate_fn)  # type: ignore[arg-type]
 
@@ -62,7 +62,7 @@ class Flux2FeedForward(FeedForwardBody):
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         activation = self.act_fn
-        if not self.intact() or not isinstance(activation, Flux2SwiGLU) or not activation.waits():
+        if not self.intact() or not isinstance(activation, Flux2SwiGLU) or not activation.joins():
             return super().forward(x)  # type: ignore[misc]
         return self.linear_out(activation.behind(None, self.linear_in(x), self.linear_out))
 
@@ -129,7 +129,7 @@ class Flux2ParallelSelfAttention(FusedAttention):
         )
         attended = attended.flatten(2, 3).to(query.dtype)
         activation = self.mlp_act_fn
-        if isinstance(activation, Flux2SwiGLU) and activation.waits():
+        if isinstance(activation, Flux2SwiGLU) and activation.joins():
             attended = activation.behind(attended, mlp, self.to_out)
         else:
             attended = torch.cat([attended, activation(mlp)], dim=-1)
@@ -176,7 +176,7 @@ class Flux2TransformerBlock(FusedBlock):
         kwargs = joint_attention_kwargs or {}
         (shift_msa, scale_msa, gate_msa), (shift_mlp, scale_mlp, gate_mlp) = _split(self, temb_mod_img, 2)
         (c_shift_msa, c_scale_msa, c_gate_msa), (c_shift_mlp, c_scale_mlp, c_gate_mlp) = _split(self, temb_mod_txt, 2)
-        law, c_law = laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
+        law, c_law = dual_stream_laws(self.attn, hidden_states, encoder_hidden_states, image_rotary_emb, kwargs)
 
         outputs = [
             *self.attn(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import gated, swiglu_in
+from ..fused.activation import describe_silu_function, gated_linears
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedUnit
@@ -108,14 +108,14 @@ class LuminaFeedForward(FusedModule):
             reason = f"{full_name(type(silu))} is not the SiLU that ditnorm knows here"
         elif not _is_silu(silu, known):
             reason = called_otherwise(silu)
-        yield swiglu_in("silu", reason)
+        yield describe_silu_function("silu", reason)
 
     def forward(self, x: Tensor) -> Tensor:
         silu = self._modules["silu"]
         if not _is_silu(silu, self.silu_forward) or not self.intact():
             return super().forward(x)  # type: ignore[misc]
         shared = quantized_for(x, self.linear_1, self.linear_3)
-        return self.linear_2(gated(silu, self.linear_1, self.linear_3, shared, self.rounding, self.linear_2))
+        return self.linear_2(gated_linears(silu, self.linear_1, self.linear_3, shared, self.rounding, self.linear_2))
 
 
 def _known_silu(origin: Any) -> Any:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fused.activation import is_torchs_silu, silu_gated, silu_joined
+from ..fused.activation import describe_silu_module, is_torchs_silu, silu_gated
 from ..fused.activation_sites import Activation
 from ..fused.adaln import AdaLayerNormZeroSingle
 from ..fused.block import FusedBlock
-from ..fused.flux import FluxAttention, Rotary, law_joined, one_sequence, scale_residual_clipped
+from ..fused.flux import FluxAttention, Rotary, one_sequence, scale_residual_clipped, single_stream_law
 
 
 class OvisImageSingleTransformerBlock(FusedBlock):
@@ -26,7 +26,7 @@ class OvisImageSingleTransformerBlock(FusedBlock):
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
-        yield silu_joined("act_mlp", module.act_mlp)
+        yield describe_silu_module("act_mlp", module.act_mlp)
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class OvisImageSingleTransformerBlock(FusedBlock):
         kwargs = joint_attention_kwargs or {}
         text = encoder_hidden_states.shape[1]
         residual = one_sequence(self, encoder_hidden_states, hidden_states)
-        x, gate = self.norm(residual, emb=temb, **law_joined(self, residual, image_rotary_emb, kwargs))
+        x, gate = self.norm(residual, emb=temb, **single_stream_law(self, residual, image_rotary_emb, kwargs))
         mlp, mlp_gate = self.proj_mlp(x).split([self.mlp_hidden_dim, self.mlp_hidden_dim], dim=-1)
         pending = is_torchs_silu(self.act_mlp)
         if not pending:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
-from ..fused.activation import gated, is_torchs_silu, silu_joined
+from ..fused.activation import describe_silu_module, gated_linears, is_torchs_silu
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedBlock, FusedUnit
@@ -98,13 +98,13 @@ class QwenImage21SwiGLUFeedForward(FeedForwardBody):
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
-        yield silu_joined("activation_fn", module.activation_fn)
+        yield describe_silu_module("activation_fn", module.activation_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not self.intact() or not is_torchs_silu(self.activation_fn):
             return super().forward(hidden_states)  # type: ignore[misc]
         shared = quantized_for(hidden_states, self.gate_layer, self.proj)
-        return self.out(gated(self.activation_fn, self.gate_layer, self.proj, shared, self.rounding, self.out))
+        return self.out(gated_linears(self.activation_fn, self.gate_layer, self.proj, shared, self.rounding, self.out))
 
     def law(self, x: Tensor) -> Wanted | None:
         if hooked(self) or not self.intact() or not is_torchs_silu(self.activation_fn):

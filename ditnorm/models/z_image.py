@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope
-from ..fused.activation import silu_gated, swiglu_in
+from ..fused.activation import describe_silu_function, silu_gated
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention, weight_of
 from ..fused.block import FusedUnit
@@ -89,7 +89,7 @@ class ZImageFeedForward(FusedModule):
 
     @classmethod
     def activations(cls, module: Any) -> Iterator[Activation]:
-        yield swiglu_in("")
+        yield describe_silu_function("")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.intact():

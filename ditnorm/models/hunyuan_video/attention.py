@@ -109,7 +109,9 @@ class HunyuanVideoAttention(FusedAttention):
         return untouched(self) and self.fuses() is not None
 
 
-def streams_laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[dict[str, Wanted], dict[str, Wanted]]:
+def dual_stream_laws(
+    block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None
+) -> tuple[dict[str, Wanted], dict[str, Wanted]]:
     """By which laws the attention module of a dual-stream block takes the two streams quantised, as
     arguments of their norms.
     """
@@ -119,7 +121,7 @@ def streams_laws(block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tens
     return law_argument(block.norm1, law), law_argument(block.norm1_context, text_law)
 
 
-def joined_law(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Wanted]:
+def single_stream_law(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Wanted]:
     """By which law attention and MLP of a single-stream block take both streams in one piece, as an
     argument of its norm.
     """

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from ...functional import scale_residual
-from ...fused.activation import JoinedGELU, begun, joined
+from ...fused.activation import JoinedGELU, join_mlp, start_mlp
 from ...fused.adaln import AdaLayerNormZero, AdaLayerNormZeroSingle
 from ...fused.block import FusedBlock
 from ...fused.feed_forward import law_in_feed_forward
 from ...fused.promotion import promoted
 from ...layers import ScaleResidualNormScaleShift
 from ...swapping.swapped import untouched
-from .attention import HunyuanVideoAttention, attend_joined, joined_law, streams_laws
+from .attention import HunyuanVideoAttention, attend_joined, dual_stream_laws, single_stream_law
 
 
 class HunyuanVideoTransformerBlock(FusedBlock):
@@ -48,7 +48,7 @@ class HunyuanVideoTransformerBlock(FusedBlock):
             return super().forward(  # type: ignore[misc]
                 hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, *args, **kwargs
             )
-        given, c_given = streams_laws(self, hidden_states, encoder_hidden_states, freqs_cis)
+        given, c_given = dual_stream_laws(self, hidden_states, encoder_hidden_states, freqs_cis)
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb, **given)
         c, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb, **c_given)
 
@@ -132,10 +132,10 @@ class HunyuanVideoSingleTransformerBlock(SingleStream, FusedBlock):
             )
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        x, gate = self.norm(x, emb=temb, **joined_law(self, x, image_rotary_emb))
-        mlp, pending = begun(self.act_mlp, self.proj_mlp, x, self.rounding)
+        x, gate = self.norm(x, emb=temb, **single_stream_law(self, x, image_rotary_emb))
+        mlp, pending = start_mlp(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = joined(x, mlp, pending, self.rounding, self.proj_out)
+        x = join_mlp(x, mlp, pending, self.rounding, self.proj_out)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...functional import scale_residual
-from ...fused.activation import begun, joined
+from ...fused.activation import join_mlp, start_mlp
 from ...fused.adaln import AdaLayerNormZero
 from ...fused.block import FusedBlock, FusedUnit
 from ...fused.feed_forward import law_in_feed_forward
@@ -14,7 +14,7 @@ from ...fused.modulation import Modulating
 from ...fused.promotion import modulated, promoted
 from ...layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ...ops.quantization import Wanted
-from .attention import HunyuanVideoAttention, attend_joined, joined_law, streams_laws
+from .attention import HunyuanVideoAttention, attend_joined, dual_stream_laws, single_stream_law
 from .blocks import SingleStream, scale_residuals
 
 
@@ -99,7 +99,7 @@ class HunyuanVideoTokenReplaceTransformerBlock(FusedBlock):
             return super().forward(  # type: ignore[misc]
                 hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
             )
-        given, c_given = streams_laws(self, hidden_states, encoder_hidden_states, freqs_cis)
+        given, c_given = dual_stream_laws(self, hidden_states, encoder_hidden_states, freqs_cis)
         x, gate_msa, shift_mlp, scale_mlp, gate_mlp, tr_gate_msa, tr_shift_mlp, tr_scale_mlp, tr_gate_mlp = self.norm1(
             hidden_states, temb, token_replace_emb, num_tokens, **given
         )
@@ -151,10 +151,10 @@ class HunyuanVideoTokenReplaceSingleTransformerBlock(SingleStream, FusedBlock):
             )
         text_seq_length = encoder_hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens, **joined_law(self, x, image_rotary_emb))
-        mlp, pending = begun(self.act_mlp, self.proj_mlp, x, self.rounding)
+        x, gate, tr_gate = self.norm(x, temb, token_replace_emb, num_tokens, **single_stream_law(self, x, image_rotary_emb))
+        mlp, pending = start_mlp(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
-        x = joined(x, mlp, pending, self.rounding, self.proj_out)
+        x = join_mlp(x, mlp, pending, self.rounding, self.proj_out)
         del mlp  # as x before it: nothing is kept for no reason while proj_out runs
         x = self.proj_out(x)
 
