@@ -45,7 +45,7 @@ class QKNorm(FusedModule):
 
     @classmethod
     def knows(cls, upstream: type) -> bool:
-        """Which norm it has to be, its attention says."""
+        """Whether it is an RMSNorm. The attention module says which kind it has to be."""
         return norm_kind(upstream) in ("rms", "diffusers_rms")
 
     def forward(self, x: Tensor | None = None) -> Tensor | None:
@@ -78,7 +78,7 @@ def _alike(norms: list[Any], kind: str, across: bool) -> bool:
 
 
 class Processor(NamedTuple):
-    """What a class of processors was when it was looked at and found to be known."""
+    """A class of processors, as it was when its fingerprint was found to be a known one."""
 
     call: Any
     """Its ``__call__``."""
@@ -88,7 +88,7 @@ class Processor(NamedTuple):
     """The functions that it calls and the body doesn't, with the globals that hold them."""
 
     def still(self, cls: Any) -> bool:
-        """Whether the class still is that."""
+        """Whether ``cls`` still runs what it ran then."""
         if cls.__call__ is not self.call:
             return False
         for namespace, name, function in self.helpers:  # noqa: SIM110 (a generator takes several times as long, in Dynamo too)
@@ -113,7 +113,7 @@ class FusedAttention(FusedModule):
     module.
     """
     norm: ClassVar[str]
-    """As of :func:`ditnorm.functional.qk_norm_rope`: of torch's class, or of diffusers'."""
+    """The ``norm`` of :func:`ditnorm.functional.qk_norm_rope`."""
     across: ClassVar[bool] = False
     """Whether one norm goes across all heads."""
     rotary: ClassVar[str | None]
@@ -232,8 +232,8 @@ class FusedAttention(FusedModule):
 
     @classmethod
     def _look_at(cls, processor: type) -> Processor | None:
-        """The processor class, if it is known by now: methods of classes, and functions, are
-        replaced and put back.
+        """Looks at a processor class again: what it runs may have been replaced, or put back,
+        since.
         """
         named = any(path.rpartition(":")[2] == processor.__name__ for path in cls.processors)
         if not named or torch.compiler.is_compiling():
@@ -242,11 +242,11 @@ class FusedAttention(FusedModule):
         return cls.known.get(processor)
 
     def laws(self, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[Wanted | None, ...]:
-        """For each stream the law by which its projections quantise what the module is given with
-        the shape and dtype of a tensor.
+        """For each stream, given as a tensor of its shape and dtype with the names of its
+        projections: the law by which all of these quantise it.
 
-        None where something wants it as it is. Then, and if its call wouldn't take the fused path,
-        it must not come quantised.
+        None where something reads the stream as it is, or where the call wouldn't take the fused
+        path. The module must not be given that stream quantised then.
         """
         modules = self._modules
         quantised = [quantized_base(modules.get(names[0])) for _, names in streams]
@@ -278,7 +278,7 @@ class FusedAttention(FusedModule):
 
 
 OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-"""What projects the stream of an attention module, and the one beside it."""
+"""The projections of an attention module's own stream, and of the second one, the text."""
 
 
 def laws_in(attention: Any, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[Wanted | None, ...]:

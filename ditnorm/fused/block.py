@@ -1,4 +1,6 @@
-"""What is found in a model by itself: blocks, and parts that also occur outside of blocks."""
+"""Bodies that are looked for in all of a model: blocks, and norms and embeddings that also occur
+outside of blocks.
+"""
 
 import warnings
 from typing import Any, ClassVar
@@ -26,8 +28,8 @@ class FusedUnit(FusedModule):
     fingerprint is reported, not touched.
     """
     holders: ClassVar[frozenset[str]] = frozenset()
-    """Where what it returns suits only some models: fingerprints of their ``forward``. Their blocks
-    must all have a body.
+    """Where only some models can take what the body returns: the fingerprints of their ``forward``.
+    All blocks of such a model must have a body, too.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -41,8 +43,8 @@ class FusedUnit(FusedModule):
         self._announce(name, module)
 
     def _announce(self, name: str, value: Any) -> None:
-        """Says so where somebody replaces one of the norms by a module that takes no modulation:
-        calls are upstream's then.
+        """Warns where somebody replaces one of the norms by a module that takes no modulation.
+        Calls run upstream's forward from then on.
         """
         layers = dict(self._modulated).get(name)
         if layers is None or (isinstance(value, layers) and origin_of(type(value)) is not None):

@@ -1,5 +1,5 @@
-"""diffusers' ``FeedForward`` with quantised weights: what its first layer is given may come
-quantised, and what GELU makes of its result goes to the last layer quantised in the same pass.
+"""diffusers' ``FeedForward`` with quantised weights. Its first layer may be given its input
+quantised already, and GELU's result is quantised for the last layer in the same pass.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class FeedForwardBody(FusedModule):
 
     @classmethod
     def applies_to(cls, module: nn.Module) -> bool:
-        """Where something in it is quantised."""
+        """Whether the body is for ``module``, and something in that is quantised."""
         return super().applies_to(module) and any(quantized_body(m) is not None for m in module.modules())
 
     def law(self, x: Tensor) -> Wanted | None:
@@ -78,8 +78,8 @@ def law_in_feed_forward(module: Any, x: Tensor) -> Wanted | None:
 
 
 def _quantises(gelu: nn.Module, dropout: nn.Module, linear: nn.Module) -> bool:
-    """Whether GELU may hand its result to ``linear`` quantised: nobody looks at it, and nothing is
-    dropped.
+    """Whether GELU's result may go to ``linear`` quantised: nobody looks at it, and the dropout
+    between them drops nothing.
     """
     return (
         isinstance(linear, QuantizedLinear)

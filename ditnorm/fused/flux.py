@@ -116,9 +116,10 @@ class FluxAttention(FusedAttention):
         return dropout(to_out(image)), to_add_out(words)
 
     def takes(self, x: Any, text: Any, rotary: Rotary | None) -> bool:
-        """Whether the fused path serves a call: with the streams that the module has projections
-        for, of one dtype, since upstream rotates them joined; with tables of their length, where
-        they are. Elsewhere upstream says in its own words what is wrong.
+        """Whether the fused path serves a call: its streams are those that the module has
+        projections for, and have one dtype, since upstream rotates them joined; its tables are as
+        long as they are, and on their device. Otherwise upstream's forward runs, and says in its
+        own words what is wrong.
         """
         tokens = x.shape[1] if text is None else x.shape[1] + text.shape[1]
         if rotary is not None and (rotary[0].shape[0] != tokens or rotary[0].device != x.device):
@@ -128,7 +129,7 @@ class FluxAttention(FusedAttention):
         return self.added_kv_proj_dim is not None and x.dtype is text.dtype and _norms_alike(self)
 
     def width_of_head(self) -> int:
-        """Its share of the columns of query, key and value."""
+        """How many columns of query, key and value belong to one head."""
         return self.head_dim
 
 

@@ -37,8 +37,8 @@ class FusedModule(Swapped):
     names and return value, keeps no state, and calls every sub-module as a module (hooks of
     offloading, LoRA and quantisation sit there).
 
-    What it has it says in :meth:`parts`, :meth:`calls` and :meth:`activations`, which go by the
-    facts below; patching, verification and the report ask there.
+    A body describes itself in :meth:`parts`, :meth:`calls` and :meth:`activations`, which by
+    default follow from the attributes below. Patching, verification and the report ask these.
     """
 
     fingerprints: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -60,14 +60,14 @@ class FusedModule(Swapped):
     table: ClassVar[str | None] = None
     """The Parameter whose rows are added to the modulation in float32, if there is one."""
     written_for: ClassVar[frozenset[str]] = frozenset()
-    """Of a part that is found wherever it is: upstream's classes. One that derives from them or was
-    changed is reported.
+    """The upstream classes that such a body (one of another's ``anywhere``) is for. A class that
+    derives from one of them, or a changed version, is reported as unfused.
     """
     optional: ClassVar[bool] = False
     """Whether a module without this part is fused all the same."""
     reported_as: ClassVar[str | None] = None
-    """For users: what of an optional part runs unfused where it can't be swapped. None: no op of
-    ours is missing, and nobody is told.
+    """What of an optional part runs unfused where it can't be swapped, in words for the report.
+    None: no op of ours is missing there, and nobody is told.
     """
     demanded: ClassVar[bool] = True
     """Whether ``strict`` patching fails where such an optional part can't be swapped."""
@@ -76,15 +76,15 @@ class FusedModule(Swapped):
     either way, which only the report says.
     """
     upstreams: ClassVar[Mapping[str, str]] = {}
-    """What a fused body leaves to upstream, for users -> why. The report says so."""
+    """What a fused body leaves to upstream, in words for the report -> why."""
     unfused_by_hooks: ClassVar[bool] = False
     """Whether the module runs unfused, or as upstream's, where a hook watches it."""
 
     rounding: str
     """The law; set on the generated class."""
     _inlined: ClassVar[tuple[tuple[dict[str, Any] | None, str, Any], ...]] = ()
-    """What the body inlines, when upstream's class was last looked at: methods, and functions with
-    the globals that hold them.
+    """What the body inlines, as it was when upstream's class was last looked at: methods, and
+    functions with the globals that hold them.
     """
     _modulated: ClassVar[tuple[tuple[str, tuple[type, ...]], ...]] = ()
     """The sites of norms in the module itself, and the layers that can be called there; set with
@@ -120,10 +120,10 @@ class FusedModule(Swapped):
         return True
 
     def intact(self) -> bool:
-        """Whether the body still stands for upstream's class, and all its norms take modulation. If
-        not, a call is upstream's affair.
+        """Whether the body still computes what upstream's class does, and all its norms take
+        modulation. If not, upstream's forward is to run.
 
-        Methods and modules are replaced in ways that nothing announces, so each call asks.
+        Others replace methods and modules in ways that nothing announces, so each call asks.
         """
         cls = type(self)
         if not (cls.origin.forward is cls.known_forward or cls._look()):
@@ -156,7 +156,7 @@ class FusedModule(Swapped):
 
     @classmethod
     def unknown(cls, upstream: type) -> str | None:
-        """Why the body doesn't know a class that it is not for."""
+        """Why the body doesn't know ``upstream``, in words."""
         found = ", ".join(f"{name} {fingerprint(getattr(upstream, name))}" for name in cls.fingerprints if hasattr(upstream, name))
         return unknown_version(upstream, found)
 
@@ -205,7 +205,7 @@ class FusedModule(Swapped):
 
     @classmethod
     def width(cls, module: nn.Module) -> int:
-        """Of the stream: that of the first norm."""
+        """The width of the stream, which is that of the first norm."""
         for path, expected in cls.sites_in(module).items():
             child: Any = module.get_submodule(path)
             if issubclass(expected, FusedModule) and expected.sites:
@@ -217,7 +217,9 @@ class FusedModule(Swapped):
 
 
 def unknown_version(upstream: type, fingerprints: str) -> str:
-    """Says of a class that nothing here was written for what its ``fingerprints`` show."""
+    """The message that ditnorm doesn't know this version of ``upstream``, with its
+    ``fingerprints``.
+    """
     return f"{full_name(upstream)} is not a version that ditnorm knows (fingerprint: {fingerprints})"
 
 

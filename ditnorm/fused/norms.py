@@ -97,7 +97,7 @@ def layers_at(expected: type, modulated: bool) -> tuple[type, ...]:
 
 
 def norm_call(layer: Any, norm: Any, width: int, dtype: torch.dtype, table: torch.dtype | None, modulated: bool) -> Site:
-    """What ``layer`` calls in the place of ``norm``; ``width``: that of the stream."""
+    """The call that ``layer`` makes in the place of ``norm``, on a stream of ``width``."""
     if layer is ScaleResidualIdentity:
         return Site("scale_residual", width, dtype, table=table)
     op = "scale_residual_norm_scale_shift" if issubclass(layer, ScaleResidualNormScaleShift) else "norm_scale_shift"
@@ -105,7 +105,7 @@ def norm_call(layer: Any, norm: Any, width: int, dtype: torch.dtype, table: torc
 
 
 def shape_of(norm: Any) -> tuple[int, ...] | None:
-    """What a norm goes over; None of a module that has no shape of a norm."""
+    """The shape that a norm goes over. None for a module that doesn't say one."""
     shape = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
     return shape if isinstance(shape, tuple) else None
 

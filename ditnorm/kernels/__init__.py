@@ -156,8 +156,8 @@ def serves(x: Any) -> bool:
 
 
 def may_serve(x: Any) -> bool:
-    """:func:`serves` as a compiler may ask it, which puts nothing in place: yes where kernels may
-    come to run.
+    """:func:`serves` for a compiler, which mustn't load the library: whether kernels may come to
+    run.
     """
     return bool(x.is_cuda or path == "cpu_sim")
 

@@ -171,7 +171,7 @@ class BriaFiboSingleAttention(FluxAttention):
         return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
 
     def width_of_head(self) -> int:
-        """Which ``Attention`` doesn't say."""
+        """Computed, since ``Attention`` has no ``head_dim``."""
         return self.inner_dim // self.heads
 
 

@@ -1,8 +1,8 @@
-"""The values that options of ops take.
+"""The values that the options of ops take.
 
-What users write as a name ("layer", "eager") or a value an op takes as a number, its place in
-``NORMS``, ``QK_NORMS``, ``PAIRS``, ``ROUNDINGS``, ``LAWS`` or ``HALVES``; those of the C++ side are
-the same.
+Users pass a name ("layer", "eager") or a value. An op is given its place in ``NORMS``,
+``QK_NORMS``, ``PAIRS``, ``ROUNDINGS``, ``LAWS`` or ``HALVES``, a number. The C++ side has the same
+order.
 """
 
 from typing import Annotated
@@ -38,13 +38,13 @@ Quantiser = Annotated[Law, LAWS]
 Half = Annotated[torch.dtype, HALVES]
 
 RMS_EPS = torch.finfo(torch.float32).eps
-"""What torch's ``rms_norm`` takes where nothing is said, but for float64: what its arithmetic
-resolves.
+"""The default of torch's ``rms_norm`` for all dtypes but float64: the resolution of the dtype that
+it computes in.
 """
 
 
 def default_eps(norm: str, x: Tensor) -> float:
-    """What torch's function takes where nothing is said, and 1e-5 for diffusers' norms."""
+    """The default of torch's function; 1e-5 for diffusers' norms."""
     if norm != "rms":
         return 1e-5
     return torch.finfo(torch.float64).eps if x.dtype is torch.float64 else RMS_EPS

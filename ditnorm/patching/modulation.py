@@ -1,4 +1,4 @@
-"""Takes the Linears that make modulations off the device, a table in their place, and brings them
+"""Moves the linear layers that make modulations to host memory, with a table in their place, and
 back.
 """
 
@@ -47,19 +47,19 @@ class Plan:
 
 
 def precompute_modulation(target: T, timesteps: Tensor | None = None) -> T:
-    """Takes the weights that turn the timestep into scale, shift and gate off the device, a table
-    of their results in their place.
+    """Moves the weights that turn the timestep into scale, shift and gate to host memory, and puts
+    a table of their results in their place.
 
     They are a third of Qwen-Image and HunyuanVideo-1.5, more than a quarter of HunyuanVideo,
-    HunyuanImage and FLUX.1. They stay the model's Parameters, in host memory, pinned where CUDA is
-    in use. Before the first step of a generation they pass through the device once, a module at a
-    time, and make the rows of the whole schedule, with the bits that the model would compute. What
-    the table has no row for is made from the weights when it comes. Changed weights and adapters
-    empty the table. :func:`ditnorm.report` counts.
+    HunyuanImage and FLUX.1. They stay Parameters of the model; where CUDA is in use their memory is
+    pinned. Before the first step of a generation they pass through the device once, a module at a
+    time, and make the rows of the whole schedule, with the bits that the model would compute. A
+    timestep without a row is made from the weights when it comes. Changed weights and adapters
+    empty the table. :func:`ditnorm.report` says how many rows were made, found and missed.
 
     Args:
-        target: a diffusers pipeline, whose scheduler says the schedule, or a model; it is patched
-            as :func:`ditnorm.patch_pipeline` does. Calling it again adds a pipeline that shares the
+        target: a diffusers pipeline, whose scheduler knows the timesteps, or a model. It is patched
+            as by :func:`ditnorm.patch_pipeline`. Another call adds a pipeline that shares the
             model, or other timesteps.
         timesteps: 1-D, those that a model without a pipeline will be given.
 
@@ -114,8 +114,8 @@ def _check(timesteps: Any) -> None:
 
 
 def restore_modulation(target: T) -> T:
-    """Undoes :func:`precompute_modulation`: the weights go to the device where the model is by now,
-    and run in every step again. The model stays patched.
+    """Undoes :func:`precompute_modulation`: the weights move to the device where the model is by
+    now, and run in every step again. The model stays patched.
 
     Args:
         target: a pipeline or a model; without effect where nothing was precomputed.

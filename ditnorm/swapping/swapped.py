@@ -28,11 +28,13 @@ class Swapped:
     known_forward: ClassVar[Any] = None
     """Its forward when it was last looked at, if that was one to stand in for."""
     function: ClassVar[Any] = None
-    """The function of ``torch.nn.functional`` that this forward calls, where it is a norm's,"""
+    """The name of the function of ``torch.nn.functional`` that this forward calls, if it is a
+    norm's.
+    """
     known_function: ClassVar[Any] = None
-    """and what stood there."""
+    """What ``torch.nn.functional`` had under that name when the forward was last looked at."""
     own_forward: ClassVar[Any]
-    """The forward that goes in front, as it was defined."""
+    """This class's own forward, as it was defined."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,12 +70,12 @@ class Swapped:
 
 
 def untouched(*modules: Any) -> bool:
-    """Whether what goes into ``modules`` and comes out of them is between their callers and their
-    bodies, or upstream's classes.
+    """Whether nobody but callers and bodies (or upstream's classes) sees what goes into ``modules``
+    and comes out of them.
 
-    That isn't so where hooks, their own or for all modules, are shown it, or where somebody has
-    replaced a forward, of an instance or a class. Hooks that move or cast weights don't count, nor
-    do those on the way back where there is none, nor does the tracer of an export.
+    Somebody does where there are hooks, on a module or for all modules, or where somebody has
+    replaced a forward, of an instance or a class. Hooks that only move or cast weights don't count.
+    Nor do hooks on the backward pass where there is none, nor does the tracer of an export.
     """
     if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks:
         return False

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModulatedModel:
-    """What a model does with the embedding of its timestep: it hands it to ``takers``, and nothing
-    else reads it.
-    """
+    """A model that hands the embedding of its timestep to ``takers``, and to nothing else."""
 
     names: frozenset[str]
     """Names of the upstream classes."""
@@ -18,18 +16,18 @@ class ModulatedModel:
     takers: tuple[str, ...]
     """Its ModuleLists of blocks and its modules that take it."""
     times: int = 1
-    """By what it multiplies the timestep before it embeds it."""
+    """What the model multiplies the timestep by before it embeds it."""
     projection: str | None = None
-    """The module that the timestep goes through before, where ``embedding`` is given sines and
-    cosines of it.
+    """The module that makes sines and cosines of the timestep, where ``embedding`` is given
+    these.
     """
     changed_by: str | None = None
-    """A module that only some instances have: what it makes is added to the embedding, for which
-    no row numbers can stand in then.
+    """A module that only some instances have, and whose result the model adds to the embedding. No
+    row number can stand in for the embedding there.
     """
     halved_if: str | None = None
-    """The attribute of the model that doubles the batch of the embedding, the second half for
-    timestep 0; then ``halved``,
+    """An attribute of the model. Where it is true, the embedding has twice the batch, and its
+    second half is that of timestep 0.
     """
     halved: tuple[str, ...] = ()
-    """ends of the names of the modulations that see the first half only."""
+    """How the names of those modulations end that see only the first half then."""

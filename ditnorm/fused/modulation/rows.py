@@ -60,8 +60,8 @@ class RowNumbers:
         self._free: list[int] = list(range(capacity))
         self._in_use: dict[int, deque[Key]] = defaultdict(lambda: deque(maxlen=_IN_USE))
         self._on_device: dict[tuple[torch.dtype, torch.device, torch.Size], tuple[Tensor, Tensor]] = {}
-        """Of embeddings of one kind: what each row is of, [capacity, D], and of how many samples,
-        [capacity], 0 for none.
+        """For embeddings of one kind: the sample that each row was made of, [capacity, D], and how
+        many samples its embedding had, [capacity], 0 for a row of none.
         """
 
     def __contains__(self, key: Key) -> bool:

@@ -89,16 +89,16 @@ class HunyuanImageTransformerBlock(HunyuanVideoTransformerBlock):
 
 
 class SingleStream(JoinedGELU):
-    """A single-stream block: its residual is the streams themselves, where upstream's is the copy
-    that its norm was given.
+    """A single-stream block. Its residual is the two streams themselves; upstream's is the joined
+    copy that its norm was given.
     """
 
     _modules: dict[str, Any]
     sites: ClassVar[Mapping[str, type]]
 
     def intact(self) -> bool:
-        """As of :class:`FusedModule`; besides, nobody else is given what the norm is given, and
-        could write to it.
+        """As of :class:`FusedModule`. Besides, nobody else is given the joined copy, and could
+        write to it.
         """
         norm: Any = self._modules.get("norm")
         known = super().intact() and isinstance(norm, self.sites["norm"])  # type: ignore[misc]
