@@ -163,12 +163,12 @@ def test_what_an_activation_was_quantised_to_is_not_taken_for_another() -> None:
     x = rows((2, 17, 48), torch.bfloat16)
     other = rows((2, 17, 48), torch.bfloat16)
     with torch.no_grad():
-        quantization.keep(x, functional.quantize(other, FLOAT8_ROW))
+        quantization.attach(x, functional.quantize(other, FLOAT8_ROW))
         assert torch.equal(linear(x), linear(other))  # it is taken
-        assert quantization.kept(x, INT8_ROW) is None
-        assert quantization.kept(x.clone(), FLOAT8_ROW) is None
+        assert quantization.attached(x, INT8_ROW) is None
+        assert quantization.attached(x.clone(), FLOAT8_ROW) is None
         x.add_(0)  # somebody has written to it
-        assert quantization.kept(x, FLOAT8_ROW) is None
+        assert quantization.attached(x, FLOAT8_ROW) is None
         assert not torch.equal(linear(x), linear(other))
 
 

@@ -18,46 +18,28 @@ from .. import kernels
 from ..ops.options import RMS_EPS
 from ..ops.quantization import Wanted
 from ..swapping.fingerprint import fingerprint
-from ..swapping.hook_chains import wrapped
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from ..swapping.originals import full_name
 from ..swapping.swapped import untouched
 from .module import FusedModule, Part, upstream_of
-from .norms import dtype_of
+from .norms import LendsWeight, dtype_of
 from .qk_sites import QKSite
 from .quantized_linear import hooked, law_for, quantized_base
 from .sites import FusedCall
 
 
-class QKNorm(FusedModule):
-    """The norm of query or key. Called without a tensor it returns a copy of its weight.
-
-    Hooks of offloading and layerwise casting put the right weight in place for the time of the call
-    only. After it they swap it out, and a transfer on another stream may overwrite its memory
-    before an op has read it.
-    """
+class QKNorm(LendsWeight, FusedModule):
+    """The norm of query or key."""
 
     fingerprints = {}
     unfused_by_hooks = True
 
-    weight: nn.Parameter | None
     eps: float | None
 
     @classmethod
     def knows(cls, upstream: type) -> bool:
         """Whether it is an RMSNorm. The attention module says which kind it has to be."""
         return norm_kind(upstream) in ("rms", "diffusers_rms")
-
-    def forward(self, x: Tensor | None = None) -> Tensor | None:
-        if x is not None:
-            return super().forward(x)  # type: ignore[misc]
-        return None if self.weight is None else self.weight.clone()
-
-
-def weight_of(norm: Any) -> Tensor | None:
-    """The weight of a :class:`QKNorm`: through a call where a hook wraps its forward."""
-    weight: Tensor | None = norm() if "forward" in norm.__dict__ and wrapped(norm) else norm.weight
-    return weight
 
 
 def _alike(norms: list[Any], kind: str, across: bool) -> bool:

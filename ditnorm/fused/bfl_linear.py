@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantize
-from ..ops.quantization import FLOAT8_ROW_BFL, Quantized, kept
+from ..ops.quantization import FLOAT8_ROW_BFL, Quantized, attached
 from ..swapping.torch_private import scaled_mm
 from .module import matches, upstream_of
 from .quantized_linear import QuantizedLinear, QuantizedProduct, float8_unsupported, served_here
@@ -91,7 +91,7 @@ class BFLLinear(QuantizedLinear):
             return self.multiplied(inputs, self)
         if not served_here(inputs) or not self.as_made() or not BFLOperand(self).takes(inputs.shape, inputs.dtype, None):
             return super(QuantizedLinear, self).forward(inputs)  # type: ignore[misc]
-        return self.multiplied(kept(inputs, FLOAT8_ROW_BFL) or quantize(inputs, FLOAT8_ROW_BFL), self)
+        return self.multiplied(attached(inputs, FLOAT8_ROW_BFL) or quantize(inputs, FLOAT8_ROW_BFL), self)
 
 
 QUANTIZED_LINEARS: tuple[type[QuantizedLinear], ...] = (QuantizedLinear, BFLLinear)

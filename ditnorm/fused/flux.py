@@ -12,9 +12,9 @@ from ..swapping.swapped import untouched
 from ..swapping.torch_private import seen_by_a_mode
 from .activation import join_mlp, start_mlp
 from .adaln import law_argument
-from .attention import ADDED, OWN, FusedAttention, law_in, laws_in, weight_of
+from .attention import ADDED, OWN, FusedAttention, law_in, laws_in
 from .feed_forward import law_in_feed_forward
-from .norms import dtype_of
+from .norms import dtype_of, weight_of
 from .promotion import promoted
 from .quantized_linear import dense_for, law_for, shared_law
 

@@ -30,13 +30,15 @@ class ScaleResidualFP32LayerNormScaleShift(ScaleResidualLayerNormScaleShift):
     norm = "fp32_layer"
 
 
-class _DiffusersRMSNorm:
-    """Called without a tensor such a norm returns a copy of its weight, for an op that computes it
-    together with what stands around it. (Why by a call: see ``QKNorm`` of attention.)
+class LendsWeight:
+    """A norm that an op may compute together with what stands around it. Called without a tensor it
+    returns a copy of its weight.
+
+    Hooks of offloading and layerwise casting put the right weight in place for the time of the call
+    only. After it they swap it out, and a transfer on another stream may overwrite its memory
+    before an op has read it.
     """
 
-    norm = "diffusers_rms"
-    rounding: str
     weight: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,14 +46,23 @@ class _DiffusersRMSNorm:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         return None if self.weight is None else self.weight.clone()
 
+
+def weight_of(norm: Any) -> Tensor | None:
+    """The weight of a norm that lends it: through a call where a hook wraps its forward."""
+    weight: Tensor | None = norm() if "forward" in norm.__dict__ and wrapped(norm) else norm.weight
+    return weight
+
+
+class _DiffusersRMSNorm(LendsWeight):
+    """What the layers over diffusers' ``RMSNorm`` share."""
+
+    norm = "diffusers_rms"
+    rounding: str
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         return nn.Module.__call__(self)
-
-    def own_weight(self) -> Tensor | None:
-        """The weight: through a call where a hook wraps its forward."""
-        return self() if "forward" in self.__dict__ and wrapped(self) else self.weight
 
     def extra_repr(self) -> str:
         return f"rounding={self.rounding!r}"

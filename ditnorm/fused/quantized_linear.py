@@ -23,7 +23,7 @@ from ..ops import quantization, reference
 from ..ops.bits import same_bits
 from ..ops.calls import NormScaleShift
 from ..ops.options import HALVES
-from ..ops.quantization import BESIDE, FLOAT8_CAPABILITY, INT8_ROW, Beside, Law, Quantized, Wanted, keep, kept
+from ..ops.quantization import BESIDE, FLOAT8_CAPABILITY, INT8_ROW, Beside, Law, Quantized, Wanted, attach, attached
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, replaced, replaced_functional
 from ..swapping.swapped import untouched
@@ -108,7 +108,7 @@ class QuantizedLinear(FusedModule):
         if served_here(input) and self.as_made():
             operand, shape, dtype = operand_of(weight), input.shape, input.dtype
             if operand is not None and operand.takes(shape, dtype, bias):
-                found = kept(input, operand.law)
+                found = attached(input, operand.law)
                 values, scale = values_and_scale(input, operand.law) if found is None else found[:2]
                 return product(values, scale, shape, dtype, operand, bias)
         return super().forward(input)  # type: ignore[misc]
@@ -198,7 +198,7 @@ def quantized_for(x: Any, *linears: Any) -> Any:
         return x
     law = law_for(x, *linears)
     if isinstance(law, Beside):
-        return x if kept(x, law.law) is not None else keep(x, quantize(x, law.law))
+        return x if attached(x, law.law) is not None else attach(x, quantize(x, law.law))
     return x if law is None else quantize(x, law)
 
 

@@ -13,7 +13,7 @@ from .. import functional
 from ..swapping.swapped import untouched
 from .block import FusedBlock
 from .module import FusedModule
-from .norms import dtype_of, norm_call
+from .norms import dtype_of, norm_call, weight_of
 from .promotion import promoted
 from .sites import BATCH, TOKENS, FusedCall, as_expression, random_numbers
 
@@ -80,9 +80,7 @@ class SandwichBlock(FusedBlock):
         """``r = residual + gate * norm(x)``, the norm being that of ``branch``."""
         x_norm = self._modules[branch]
         if _inlinable(x_norm):
-            return functional.norm_scale_residual(
-                residual, x, x_norm.own_weight(), gate, index=index, eps=x_norm.eps, rounding=self.rounding
-            )
+            return functional.norm_scale_residual(residual, x, weight_of(x_norm), gate, index=index, eps=x_norm.eps, rounding=self.rounding)
         residual = residual if gate is None else promoted(residual, gate, self.rounding)
         return functional.scale_residual(residual, x_norm(x), gate, index=index, rounding=self.rounding)
 
@@ -99,7 +97,7 @@ class SandwichBlock(FusedBlock):
         x_norm, norm = self._modules[branch], self._modules[self.branches[branch]]  # type: ignore[index]
         if _inlinable(x_norm) and _inlinable(norm) and x_norm.eps == norm.eps:
             return functional.norm_scale_residual_norm_scale_shift(
-                residual, x, x_norm.own_weight(), gate, scale, weight=norm.own_weight(), index=index, eps=norm.eps, rounding=self.rounding
+                residual, x, weight_of(x_norm), gate, scale, weight=weight_of(norm), index=index, eps=norm.eps, rounding=self.rounding
             )
         return norm(residual, x_norm(x), gate=gate, scale=scale, index=index)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..functional import quantize, scale_residual
 from ..ops import calls, reference
 from ..ops.layout import laid_out_as
-from ..ops.quantization import Law, Quantized, Wanted, keep
+from ..ops.quantization import Law, Quantized, Wanted, attach
 from ..swapping.norm_kinds import norm_kind
 from ..swapping.swapped import Swapped, untouched
 from .base import nothing_modulated
@@ -52,7 +52,7 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         # Upstream casts to float32 and back here: unless the residual is float32, it hands on a
         # copy.
         y = r if r.dtype is torch.float32 else r.clone()
-        return y if law is None else keep(y, quantize(y, law.law)), r
+        return y if law is None else attach(y, quantize(y, law.law)), r
 
     def __call__(self, residual: Tensor, x: Tensor | None = None, *gate: Tensor | None, **modulation: Any) -> Any:
         if x is not None and not untouched(self):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import norm_scale_shift, norm_scale_shift_and_quantize, norm_scale_shift_quantize
 from ..ops import calls, reference
-from ..ops.quantization import Law, Wanted, keep
+from ..ops.quantization import Law, Wanted, attach
 from ..swapping.swapped import untouched
 from .base import NormLayer, parameter
 
@@ -34,7 +34,7 @@ class NormScaleShiftLayer(NormLayer):
             return super().forward(x)
         op: Any = norm_scale_shift
         if law is not None:
-            op = partial(norm_scale_shift_quantize, law=law) if isinstance(law, Law) else partial(_norm_keeping, law=law.law)
+            op = partial(norm_scale_shift_quantize, law=law) if isinstance(law, Law) else partial(_norm_with_quantized, law=law.law)
         return op(
             x,
             scale,
@@ -159,6 +159,6 @@ class RMSNormScaleShift(NormScaleShiftLayer, nn.RMSNorm):
         self._configure(rounding)
 
 
-def _norm_keeping(*rows: Any, **options: Any) -> Tensor:
-    """The op, its result with what that was quantised to."""
-    return keep(*norm_scale_shift_and_quantize(*rows, **options))
+def _norm_with_quantized(*rows: Any, **options: Any) -> Tensor:
+    """The op's result, with what it was quantised to attached."""
+    return attach(*norm_scale_shift_and_quantize(*rows, **options))

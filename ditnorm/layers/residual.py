@@ -13,7 +13,7 @@ from ..functional import (
     scale_residual_norm_scale_shift_quantize,
 )
 from ..ops import calls, reference
-from ..ops.quantization import Law, Quantized, Wanted, keep
+from ..ops.quantization import Law, Quantized, Wanted, attach
 from ..swapping.swapped import untouched
 from .base import NormLayer, nothing_modulated, parameter
 
@@ -84,7 +84,7 @@ class ScaleResidualNormScaleShift(NormLayer):
         op: Any = scale_residual_norm_scale_shift
         if law is not None:
             quantizing = scale_residual_norm_scale_shift_quantize
-            op = partial(quantizing, law=law) if isinstance(law, Law) else partial(_residual_norm_keeping, law=law.law)
+            op = partial(quantizing, law=law) if isinstance(law, Law) else partial(_residual_norm_with_quantized, law=law.law)
         return op(
             residual,
             x,
@@ -174,7 +174,7 @@ class ScaleResidualRMSNormScaleShift(ScaleResidualNormScaleShift, nn.RMSNorm):  
         self._configure(rounding)
 
 
-def _residual_norm_keeping(*rows: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """``(y, r)`` of the op, ``y`` with what it was quantised to."""
+def _residual_norm_with_quantized(*rows: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """``(y, r)`` of the op, with what ``y`` was quantised to attached to it."""
     y, quantized, r = scale_residual_norm_scale_shift_and_quantize(*rows, **options)
-    return keep(y, quantized), r
+    return attach(y, quantized), r

@@ -11,12 +11,13 @@ from torch import Tensor
 from ..functional import qk_norm_rope
 from ..fused.activation import describe_silu_module, is_torchs_silu, silu_gated
 from ..fused.activation_sites import Activation
-from ..fused.attention import FusedAttention, law_in, weight_of
+from ..fused.attention import FusedAttention, law_in
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import FeedForwardBody
 from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, dual_stream_laws, scale_residual_clipped
 from ..fused.gelu import called_as_module
 from ..fused.module import FusedModule
+from ..fused.norms import weight_of
 from ..fused.promotion import modulated
 from ..fused.quantized_linear import hooked, law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift

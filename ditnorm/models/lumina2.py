@@ -10,11 +10,11 @@ from torch import Tensor
 from ..functional import qk_norm_rope
 from ..fused.activation import describe_silu_function, gated_linears
 from ..fused.activation_sites import Activation
-from ..fused.attention import FusedAttention, weight_of
+from ..fused.attention import FusedAttention
 from ..fused.block import FusedUnit
 from ..fused.gelu import called_otherwise
 from ..fused.module import FusedModule, upstream_of
-from ..fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift
+from ..fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift, weight_of
 from ..fused.promotion import modulated, no_shift
 from ..fused.quantized_linear import quantized_for
 from ..fused.sandwich import SandwichBlock

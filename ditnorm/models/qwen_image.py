@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, scale_residual
-from ..fused.attention import ADDED, OWN, FusedAttention, laws_in, weight_of
+from ..fused.attention import ADDED, OWN, FusedAttention, laws_in
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.modulation import ModulatedModel
+from ..fused.norms import weight_of
 from ..fused.promotion import modulated, promoted
 from ..fused.quantized_linear import dense_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..functional import qk_norm_rope, scale_residual
 from ..fused.activation import describe_silu_module, gated_linears, is_torchs_silu
 from ..fused.activation_sites import Activation
-from ..fused.attention import FusedAttention, weight_of
+from ..fused.attention import FusedAttention
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import FeedForwardBody, law_in_feed_forward
+from ..fused.norms import weight_of
 from ..fused.promotion import modulated, no_shift, promoted
 from ..fused.quantized_linear import hooked, law_for, quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift

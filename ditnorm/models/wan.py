@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..functional import qk_norm_rope, scale_residual
-from ..fused.attention import FusedAttention, law_in, weight_of
+from ..fused.attention import FusedAttention, law_in
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.gelu import FusedGELU
+from ..fused.norms import weight_of
 from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualIdentity, ScaleResidualNormScaleShift
 from ..ops.bits import bits

@@ -28,8 +28,8 @@ _BFL_EPS = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A way of quantising an activation. ``per_row``: a scale for each row, else one for all of
-    them.
+    """A way of quantising an activation. ``per_row``: whether each row has a scale of its own; else
+    there is one for all.
     """
 
     name: str
@@ -64,36 +64,40 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """In place of a law: an activation is wanted as it is, and quantised beside it, since only some
-    of what reads it takes it quantised.
+    """In place of a law: an activation is wanted as it is, with what it was quantised to attached
+    to it (:func:`attach`), since only some of its readers take it quantised.
     """
 
     law: Law
 
 
 Wanted = Law | Beside
-"""How those that read an activation take it."""
+"""How the readers of an activation take it."""
 
 
-def keep(x: Tensor, quantized: Quantized) -> Tensor:
-    """``x``, which has what it was quantised to with it, for whoever gets this very object."""
-    setattr(x, _KEPT, (_version(x), quantized))
+def attach(x: Tensor, quantized: Quantized) -> Tensor:
+    """Attaches to ``x`` what it was quantised to, for whoever is given this very object. Returns
+    ``x``.
+    """
+    setattr(x, _ATTACHED, (_version(x), quantized))
     return x
 
 
-def kept(x: Tensor, law: Law) -> Quantized | None:
-    """What ``x`` was quantised to by ``law``, if it has that with it and nobody has written to it
-    since.
+def attached(x: Tensor, law: Law) -> Quantized | None:
+    """What ``x`` was quantised to by ``law``, if that was attached to it and nobody has written to
+    ``x`` since.
     """
-    found = getattr(x, _KEPT, None)
+    found = getattr(x, _ATTACHED, None)
     return found[1] if found is not None and found[1].law is law and found[0] == _version(x) else None
 
 
-_KEPT = "_ditnorm_quantized"
+_ATTACHED = "_ditnorm_quantized"
 
 
 def _version(x: Tensor) -> int | None:
-    """Of tensors of inference mode PyTorch doesn't count what is written to them."""
+    """A number that changes when somebody writes to ``x``. None in inference mode, where PyTorch
+    doesn't count that.
+    """
     return None if x.is_inference() else x._version
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...functional import joint_qk_norm_rope, qk_norm_rope
 from ...fused.adaln import law_argument
-from ...fused.attention import ADDED, OWN, FusedAttention, law_in, laws_in, weight_of
+from ...fused.attention import ADDED, OWN, FusedAttention, law_in, laws_in
+from ...fused.norms import weight_of
 from ...fused.pairwise_mask import mask_form, pairwise_mask
 from ...fused.quantized_linear import law_for, shared_law
 from ...ops.quantization import Wanted

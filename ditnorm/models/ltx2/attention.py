@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...functional import qk_norm_rope
-from ...fused.attention import FusedAttention, weight_of
+from ...fused.attention import FusedAttention
+from ...fused.norms import weight_of
 from ...fused.quantized_linear import quantized_for
 from ...fused.sites import FusedCall
 

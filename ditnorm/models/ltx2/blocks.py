@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...functional import norm_scale_shift, scale_residual
 from ...fused.block import FusedBlock
 from ...fused.module import FusedModule
-from ...fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift, norm_call, shape_of
+from ...fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift, norm_call, shape_of, weight_of
 from ...fused.promotion import modulate, modulated, promoted
 from ...fused.sites import FusedCall, Site
 from ...swapping.swapped import untouched
@@ -272,7 +272,7 @@ def _add_and_norm_twice(
     """
     if untouched(norm) and scale2.dtype is residual.dtype and not (torch.is_grad_enabled() and norm.rounding == "eager"):
         y, r = _add_and_norm(norm, residual, x, gate, scale, shift)
-        affine = {"weight": norm.own_weight(), "bias": norm.bias}
+        affine = {"weight": weight_of(norm), "bias": norm.bias}
         return y, norm_scale_shift(r, scale2, shift2, **affine, norm=norm.norm, eps=norm.eps, rounding=norm.rounding), r
     n, r = _add_and_norm(norm, residual, x, gate, None, None)  # somebody sees it called once, or its gradient is that of one sum
     return modulate(n, scale, shift), modulate(n, scale2, shift2), r
