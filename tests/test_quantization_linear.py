@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ditnorm import functional, kernels
 from ditnorm.fused.bfl_linear import BFLLinear, BFLOperand
 from ditnorm.fused.int8_product import is_exact_in_float32, padded_product
-from ditnorm.fused.quantized_linear import QuantizedLinear, law_for, quantized_for
+from ditnorm.fused.laws import law_for, quantized_for
+from ditnorm.fused.quantized_linear import QuantizedLinear
 from ditnorm.fused.quantized_weights import law_of, operand_of
 from ditnorm.ops import quantization
 from ditnorm.ops.quantization import FLOAT8_ROW, FLOAT8_ROW_BFL, FLOAT8_TENSOR, INT8_ROW, Law, Quantized

@@ -18,8 +18,8 @@ from ..ops.quantization import Law
 from ..swapping.originals import replaced, replaced_functional
 from .activation_sites import Activation, served
 from .gelu import activate, activate_linear, called_as_module, fits_epilogue, is_torchs_gelu, why_not
+from .laws import law_for
 from .module import FusedModule
-from .quantized_linear import law_for
 
 _SILU_FORWARD = nn.SiLU.forward if replaced(nn.SiLU, "forward") is None else None
 _SILU = F.silu if replaced_functional("silu") is None else None

@@ -21,10 +21,10 @@ from ..swapping.fingerprint import fingerprint
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from ..swapping.originals import full_name
 from ..swapping.swapped import untouched
+from .laws import hooked, law_for, quantized_base
 from .module import FusedModule, Part, upstream_of
 from .norms import LendsWeight, dtype_of
 from .qk_sites import QKSite
-from .quantized_linear import hooked, law_for, quantized_base
 from .sites import FusedCall
 
 

@@ -14,7 +14,8 @@ from ..functional import quantize
 from ..ops.quantization import FLOAT8_ROW_BFL, Quantized, attached
 from ..swapping.torch_private import scaled_mm
 from .module import matches, upstream_of
-from .quantized_linear import QuantizedLinear, QuantizedProduct, float8_unsupported, served_here
+from .quantized_linear import QuantizedLinear, float8_unsupported, served_here
+from .quantized_sites import QuantizedProduct
 from .sites import FusedCall
 
 _MULTIPLE = 16  # of the width and of the number of results, where diffusers multiplies float8 matrices

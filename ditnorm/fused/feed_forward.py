@@ -14,8 +14,9 @@ from ..ops.quantization import FLOAT8_CAPABILITY, FLOAT8_ROW_BFL, Law, Quantized
 from .activation_sites import Activation
 from .bfl_linear import quantized_body
 from .gelu import FusedGELU, unlike_torchs
+from .laws import hooked, law_for
 from .module import FusedModule, upstream_of
-from .quantized_linear import QuantizedLinear, hooked, law_for
+from .quantized_linear import QuantizedLinear
 
 
 class FeedForwardBody(FusedModule):

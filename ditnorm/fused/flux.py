@@ -14,9 +14,9 @@ from .activation import join_mlp, start_mlp
 from .adaln import law_argument
 from .attention import ADDED, OWN, FusedAttention, law_in, laws_in
 from .feed_forward import law_in_feed_forward
+from .laws import dense_for, law_for, shared_law
 from .norms import dtype_of, weight_of
 from .promotion import promoted
-from .quantized_linear import dense_for, law_for, shared_law
 
 Rotary = tuple[Tensor, Tensor]
 

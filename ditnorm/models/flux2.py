@@ -16,10 +16,10 @@ from ..fused.block import FusedBlock
 from ..fused.feed_forward import FeedForwardBody
 from ..fused.flux import TEXT_FIRST, FluxAttention, Rotary, after_attention, dual_stream_laws, scale_residual_clipped
 from ..fused.gelu import called_as_module
+from ..fused.laws import hooked, law_for
 from ..fused.module import FusedModule
 from ..fused.norms import weight_of
 from ..fused.promotion import modulated
-from ..fused.quantized_linear import hooked, law_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Quantized, Wanted
 

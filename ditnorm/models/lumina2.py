@@ -13,10 +13,10 @@ from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention
 from ..fused.block import FusedUnit
 from ..fused.gelu import called_otherwise
+from ..fused.laws import quantized_for
 from ..fused.module import FusedModule, upstream_of
 from ..fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift, weight_of
 from ..fused.promotion import modulated, no_shift
-from ..fused.quantized_linear import quantized_for
 from ..fused.sandwich import SandwichBlock
 from ..layers import LayerNormScaleShift
 from ..swapping.fingerprint import fingerprint

@@ -9,10 +9,10 @@ from ..functional import joint_qk_norm_rope, scale_residual
 from ..fused.attention import ADDED, OWN, FusedAttention, laws_in
 from ..fused.block import FusedBlock
 from ..fused.feed_forward import law_in_feed_forward
+from ..fused.laws import dense_for
 from ..fused.modulation import ModulatedModel
 from ..fused.norms import weight_of
 from ..fused.promotion import modulated, promoted
-from ..fused.quantized_linear import dense_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Wanted
 

@@ -14,9 +14,9 @@ from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import FeedForwardBody, law_in_feed_forward
+from ..fused.laws import hooked, law_for, quantized_for
 from ..fused.norms import weight_of
 from ..fused.promotion import modulated, no_shift, promoted
-from ..fused.quantized_linear import hooked, law_for, quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.quantization import Wanted
 

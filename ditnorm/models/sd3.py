@@ -11,10 +11,10 @@ from ..fused.adaln import AdaLayerNormContinuous, AdaLayerNormZero, law_argument
 from ..fused.attention import FusedAttention, law_in
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
+from ..fused.laws import quantized_for, shared_law
 from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.norms import weight_of
 from ..fused.promotion import modulate, modulated, promoted
-from ..fused.quantized_linear import quantized_for, shared_law
 from ..fused.sites import FusedCall, Site
 from ..layers import LayerNormScaleShift, ScaleResidualNormScaleShift
 from ..ops.layout import laid_out_as

@@ -10,8 +10,8 @@ from ..fused.attention import FusedAttention, law_in
 from ..fused.block import FusedBlock, FusedUnit
 from ..fused.feed_forward import law_in_feed_forward
 from ..fused.gelu import FusedGELU
+from ..fused.laws import quantized_for
 from ..fused.norms import weight_of
-from ..fused.quantized_linear import quantized_for
 from ..layers import LayerNormScaleShift, ScaleResidualIdentity, ScaleResidualNormScaleShift
 from ..ops.bits import bits
 from ..ops.context import transformed

@@ -11,10 +11,10 @@ from ..fused.activation import describe_silu_function, silu_gated
 from ..fused.activation_sites import Activation
 from ..fused.attention import FusedAttention
 from ..fused.block import FusedUnit
+from ..fused.laws import quantized_for
 from ..fused.module import FusedModule
 from ..fused.norms import DiffusersRMSNormScaleShift, ScaleResidualDiffusersRMSNormScaleShift, weight_of
 from ..fused.promotion import modulated, no_shift
-from ..fused.quantized_linear import quantized_for
 from ..fused.sandwich import SandwichBlock
 from ..layers import LayerNormScaleShift
 

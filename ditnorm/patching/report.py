@@ -12,8 +12,9 @@ from torch import nn
 
 from .. import kernels
 from ..fused.activation_sites import other_bits
+from ..fused.laws import quantized_base
 from ..fused.qk_sites import QKSite
-from ..fused.quantized_linear import QuantizedLinear, quantized_base
+from ..fused.quantized_linear import QuantizedLinear
 from ..swapping.swapped import untouched
 from . import patch, verification
 from .restoring import tables

@@ -8,9 +8,9 @@ from torch import Tensor
 from ...functional import joint_qk_norm_rope, qk_norm_rope
 from ...fused.adaln import law_argument
 from ...fused.attention import ADDED, OWN, FusedAttention, law_in, laws_in
+from ...fused.laws import law_for, shared_law
 from ...fused.norms import weight_of
 from ...fused.pairwise_mask import mask_form, pairwise_mask
-from ...fused.quantized_linear import law_for, shared_law
 from ...ops.quantization import Wanted
 from ...swapping.swapped import untouched
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...functional import qk_norm_rope
 from ...fused.attention import FusedAttention
+from ...fused.laws import quantized_for
 from ...fused.norms import weight_of
-from ...fused.quantized_linear import quantized_for
 from ...fused.sites import FusedCall
 
 Rotary = tuple[Tensor, Tensor]
