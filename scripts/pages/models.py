@@ -51,7 +51,7 @@ def gigabytes(peak: float | None) -> str:
 
 def written(docs: Path) -> dict[str, str]:
     """Each block's text."""
-    found = sorted(measured(docs, "transformers"), key=_place)
+    found = sorted(measured(docs, "transformers"), key=place)
     return {
         "headline": _headline(newest(found)),
         "models": _main(newest(found)),
@@ -63,9 +63,11 @@ def written(docs: Path) -> dict[str, str]:
     }
 
 
-def _place(m: Measured) -> int:
+def place(m: Measured) -> int:
+    """The order of tables: the catalogue's."""
     names = list(MODELS)
-    return names.index(m.key) if m.key in MODELS else len(names)
+    name = m.key.partition(",")[0]  # of "qwen-image, float8-row"
+    return names.index(name) if name in MODELS else len(names)
 
 
 def saved(m: Measured) -> float:
@@ -107,7 +109,7 @@ def _main(found: list[Measured]) -> str:
     rows = []
     for m in found:
         columns = m.entry["columns"]
-        row = [_title(m.entry), m.card] if several else [_title(m.entry)]
+        row = [title(m.entry), m.card] if several else [title(m.entry)]
         row += [f"{columns[EAGER.name]['step_ms']:,.1f} ms", f"{columns[PATCHED.name]['step_ms']:,.1f} ms", f"**{-saved(m):+.0%}**"]
         row.append(f"{columns[COMPILED]['step_ms']:,.1f} ms" if COMPILED in columns else "")
         row.append(" → ".join("" if (gb := peaks(m, name)) is None else f"{gb:.1f}" for name in (EAGER.name, PATCHED.name)))
@@ -123,7 +125,8 @@ def _partial(entry: Mapping[str, Any]) -> bool:
     return bool(entry["layers"] != entry["all_layers"])
 
 
-def _title(entry: Mapping[str, Any]) -> str:
+def title(entry: Mapping[str, Any]) -> str:
+    """With the layers measured in brackets, where these aren't all."""
     return f"{entry['title']} ({layers(entry)})" if _partial(entry) else str(entry["title"])
 
 

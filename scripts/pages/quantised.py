@@ -6,13 +6,16 @@ from bench.models.quantization import OTHER, OVER_BF16, SPEED, gains
 from bench.models.variants import BF16, EAGER, PATCHED
 
 from .blocks import table
-from .models import equal_steps, full_table, main_table
-from .records import commands, measured, newest, runs_of, where
+from .models import COMPILED, equal_steps, full_table, main_table, place, saved, title
+from .records import Measured, commands, measured, newest, runs_of, where
+
+MAIN = "float8-row"
+"""The fastest law, of which README has a table."""
 
 
 def written(docs: Path) -> dict[str, str]:
     """Each block's text."""
-    found = measured(docs, "quantised")
+    found = sorted(measured(docs, "quantised"), key=place)
     rows = []
     for m in found:
         columns = m.entry["columns"]
@@ -22,6 +25,7 @@ def written(docs: Path) -> dict[str, str]:
     gain = table(["patched, quantised", "times as fast as torchao", "as patched bfloat16", "other time, of patched bfloat16's"], rows)
     listed = "; ".join(dict.fromkeys(where(run) for run in runs_of(found)))
     return {
+        "float8": _float8([m for m in newest(found) if m.entry["quantization"] == MAIN]),
         "quantised": f"""Measured {listed}.
 
 {commands(runs_of(found))}
@@ -34,6 +38,22 @@ def written(docs: Path) -> dict[str, str]:
 
 {full_table(found)}""",
     }
+
+
+def _float8(found: list[Measured]) -> str:
+    """A line a model, as the table of models in bfloat16 has one."""
+    rows = []
+    for m in found:
+        columns = m.entry["columns"]
+        row = [title(m.entry).replace(f", {MAIN}", ""), m.card]
+        row += [f"{columns[EAGER.name]['step_ms']:,.1f} ms", f"{columns[PATCHED.name]['step_ms']:,.1f} ms", f"**{-saved(m):+.0%}**"]
+        compiled = columns.get(COMPILED)
+        row.append("" if compiled is None else f"{compiled['step_ms']:,.1f} ms (first {compiled['first_step_s']:,.0f} s)")
+        row.append(f"{columns[BF16.name]['step_ms']:,.1f} ms" if BF16.name in columns else "")
+        rows.append(row)
+    header = ["One denoising step, float8 per row", "GPU", "diffusers + torchao", "ditnorm", "", "torch.compile", "ditnorm, bfloat16"]
+    listed = "; ".join(dict.fromkeys(where(run) for run in runs_of(found)))
+    return f"{table(header, rows, 2)}\n\nMeasured {listed}. {equal_steps(found)}"
 
 
 def in_words(docs: Path) -> str:
