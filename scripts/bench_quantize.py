@@ -1,5 +1,5 @@
 """The benchmark of the quantising ops: ditnorm, the eager and compiled expressions of diffusers and
-torchao, and plain copies.
+torchao, other libraries' quantisers, and plain copies.
 
     python scripts/bench_quantize.py                     two minutes on an H100
     python scripts/bench_quantize.py --quick             some of the cells
@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.command import Benchmark
 from bench.host import SIZE
-from bench.libraries import Found
-from bench.quantized import contestants
+from bench.quantized import contestants, peers
 from bench.quantized.cells import CELLS, OPS, QuantizedCell
 
 BENCHMARK = Benchmark(
@@ -30,7 +29,7 @@ BENCHMARK = Benchmark(
     quick=[cell for cell in CELLS if cell.rows == 27030 and cell.law == "float8-row" and cell.dtype == "bf16"],
     interpreted=contestants.interpreted,
     compiled=contestants.compiled,
-    peers=Found,
+    peers=peers.found,
     check=contestants.check,
     host_cells={op: QuantizedCell(op, *SIZE) for op in OPS},
 )

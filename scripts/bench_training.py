@@ -5,9 +5,9 @@ compiled, and patched + compiled.
                                      [--quick] [--profile] [--out DIR]
 
 A LoRA of rank 16 on the projections of attention, and all weights; each with and without gradient
-checkpointing. Every variant starts from the same weights, in one process. Writes DIR/training.json.
-The exit status is 1 if something couldn't be measured. Real sizes need a GPU: 60 GB of its memory
-for all plans.
+checkpointing. Every variant starts from the same weights, in one process. Writes DIR/training.json
+and DIR/training.png. The exit status is 1 if something couldn't be measured. Real sizes need a GPU:
+60 GB of its memory for all plans.
 """
 
 import argparse
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{environment_line(device)}\n\n{report.table(entries)}\n\n{report.NOTES}")
     if options.profile:
         print("\n" + "\n\n".join(report.profiles(entries)))
+    if any(entry["plans"] for entry in entries.values()):
+        report.chart(entries.values(), options.out / "training.png", environment_line(device))
     print(f"\nwritten to {options.out}")
     return int(any(entry["errors"] for entry in entries.values()))
 

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if measured := {name: entry for name, entry in entries.items() if "accuracy" in entry}:
         print(f"\n{accuracy.table(measured)}")
     if any("error" not in entry for entry in entries.values()):
-        report.chart(entries, options.out / "transformers.png", environment_line(device))
+        report.chart(entries.values(), options.out / "transformers.png", environment_line(device))
     print(f"\nwritten to {options.out}")
     return int(any(failed(entry) for entry in entries.values()))
 

@@ -17,6 +17,7 @@ from bench.models import report
 from bench.norm import picture
 from bench.norm.cells import Cell
 from bench.results import load
+from bench.training import report as training_report
 from pages import blocks, memory, models, ops, quantised, training, versions
 from pages.records import DOCS, by_device, measured, take
 
@@ -44,11 +45,14 @@ def written(docs: Path) -> dict[Path, str]:
 
 
 def draw(docs: Path) -> None:
-    """The pictures: of each device's steps, of all calls of the norm sites."""
-    if (record := docs / "ops.json").exists():
-        picture.draw(load(record, Cell), record.with_suffix(".png"))
-    for device, found in by_device(measured(docs, "transformers")).items():
-        report.chart({m.key: m.entry for m in found}, docs / models.chart_name(device), device)
+    """The pictures: of each device's steps, quantised and in training too, of all calls of the norm
+    sites.
+    """
+    if (ops_record := docs / "ops.json").exists():
+        picture.draw(load(ops_record, Cell), ops_record.with_suffix(".png"))
+    for record, chart in (("transformers", report.chart), ("quantised", report.chart), ("training", training_report.chart)):
+        for device, found in by_device(measured(docs, record)).items():
+            chart([m.entry for m in sorted(found, key=models.place)], docs / models.chart_name(record, device), device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Other libraries whose kernels do the same: found, never required. What can't be imported is named
 with the reason.
 
-How their kernels are called stands with the cells that they serve: ``norm/peers.py`` and
-``qk/peers.py``.
+How their kernels are called stands with the cells that they serve: ``norm/peers.py``,
+``qk/peers.py`` and ``quantized/peers.py``.
 """
 
 import importlib
@@ -82,7 +82,10 @@ class _Elsewhere(types.ModuleType):
 
 
 _SERVER = ("srt.utils", "srt.utils.common", "srt.utils.patch_torch", "multimodal_gen.runtime.platforms")
-_PACKAGES = ("", "kernels", "kernels.jit", "kernels.ops", "kernels.ops.diffusion", "multimodal_gen", "multimodal_gen.runtime", "srt")
+_PACKAGES = (
+    *("", "kernels", "kernels.jit", "kernels.ops", "kernels.ops.diffusion", "kernels.ops.quantization"),
+    *("multimodal_gen", "multimodal_gen.runtime", "srt"),
+)
 
 
 @cache

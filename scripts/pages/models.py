@@ -167,14 +167,19 @@ Measured {listed}.
 
 {equal_steps(found)}
 
-![Time of one denoising step of each model in each column, eager is 100 %]({chart_name(device)})
+{charts("Time of one denoising step of each model in each column", "transformers", found)}
 
 {full_table(found)}"""
 
 
-def chart_name(device: str) -> str:
-    """The picture of a device's steps."""
-    return f"transformers-{card(device).lower()}.png"
+def chart_name(record: str, device: str) -> str:
+    """The picture of what a record has of a device."""
+    return f"{record}-{card(device).lower()}.png"
+
+
+def charts(what: str, record: str, found: list[Measured]) -> str:
+    """The pictures of what a record has of some devices."""
+    return "\n".join(f"![{what}, eager is 100 %, {card(device)}]({chart_name(record, device)})" for device in by_device(found))
 
 
 def main_table(found: list[Measured], *others: str) -> str:

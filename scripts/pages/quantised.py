@@ -6,7 +6,7 @@ from bench.models.quantization import OTHER, OVER_BF16, SPEED, gains
 from bench.models.variants import BF16, EAGER, PATCHED
 
 from .blocks import table
-from .models import COMPILED, equal_steps, full_table, main_table, place, saved, title
+from .models import COMPILED, charts, equal_steps, full_table, main_table, place, saved, title
 from .records import Measured, commands, measured, newest, runs_of, where
 
 MAIN = "float8-row"
@@ -35,6 +35,8 @@ def written(docs: Path) -> dict[str, str]:
 *other time*: of kernels outside matrix products and attention. {equal_steps(found)}
 
 {main_table(found, BF16.name)}
+
+{charts("Time of one denoising step of each quantised model in each column", "quantised", found)}
 
 {full_table(found)}""",
     }

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from bench.models.variants import EAGER, PATCHED
+from bench.training.report import layer_counts
 
 from .blocks import table
+from .models import charts
 from .records import commands, measured, runs_of, where
 
 HOST = "\n- *host ms*: until Python had come to its end; near the step's time the GPU waited for it"
@@ -16,7 +18,7 @@ def written(docs: Path) -> dict[str, str]:
     rows = []
     on_host = any("host_ms" in column for m in found for columns in m.entry["plans"].values() for column in columns.values())
     for m in found:
-        layers = " + ".join(map(str, m.entry["layers"].values()))
+        layers = layer_counts(m.entry)
         for plan, columns in m.entry["plans"].items():
             eager = columns[EAGER.name]["step_ms"]
             for name, column in columns.items():
@@ -43,6 +45,8 @@ def written(docs: Path) -> dict[str, str]:
         "training": f"""Measured {listed}.
 
 {commands(runs_of(found))}
+
+{charts("Time of one training step of each model in each column", "training", found)}
 
 {table(header, rows, 5)}
 

@@ -2,18 +2,15 @@
 its JSON.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from common.tables import text_table
 
+from .chart import draw
 from .quantization import gains
-from .variants import BF16, EAGER, PRECOMPUTED, VARIANTS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from .variants import EAGER, PRECOMPUTED
 
 PROFILED_SHARE = 0.01  # of a step's time, that a kernel must cost for --profile to list it
 
@@ -108,27 +105,7 @@ def profile_table(entry: Mapping[str, Any]) -> str:
     return text_table(rows)
 
 
-def chart(entries: Mapping[str, Mapping[str, Any]], path: Path, device: str) -> None:
+def chart(entries: Iterable[Mapping[str, Any]], path: Path, device: str) -> None:
     """Bars: time of a step of each model in each column, eager = 100 %."""
-    good = [entry for entry in entries.values() if "error" not in entry]
-    names = list(dict.fromkeys(name for entry in good for name in entry["columns"]))
-    colours = {variant.name: variant.colour for variant in (*VARIANTS, BF16)}
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.9 * len(good)), layout="constrained")
-    height = 0.8 / len(names)
-    for offset, name in enumerate(names):
-        measured = [(index, entry["columns"]) for index, entry in enumerate(good) if name in entry["columns"]]
-        values = [100 * columns[name]["step_ms"] / columns[EAGER.name]["step_ms"] for _, columns in measured]
-        places = [index + offset * height for index, _ in measured]
-        bars = axes.barh(places, values, height * 0.92, label=name, color=colours[name])
-        texts = [f"{value:.0f} %   {columns[name]['step_ms']:,.0f} ms" for value, (_, columns) in zip(values, measured, strict=True)]
-        axes.bar_label(bars, texts, padding=3, fontsize=8)
-    axes.set_yticks(
-        [index + 0.4 - height / 2 for index in range(len(good))], [f"{entry['title']}\n{layer_counts(entry)} layers" for entry in good]
-    )
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * max(axes.get_xlim()[1] / 1.05, 100))
-    axes.set(xlabel="time of one denoising step, eager = 100 %", title=device)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    good = [entry for entry in entries if "error" not in entry]
+    draw({f"{entry['title']}\n{layer_counts(entry)} layers": entry["columns"] for entry in good}, path, "one denoising step", device)

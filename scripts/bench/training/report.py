@@ -1,10 +1,14 @@
-"""What ``bench_training.py`` found, as tables. An entry is one model's part of its JSON."""
+"""What ``bench_training.py`` found, as tables and as a chart. An entry is one model's part of its
+JSON.
+"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from common.tables import text_table
 
+from ..models.chart import draw
 from ..models.variants import EAGER
 
 NOTES = """step ms: median wall time of one training step (forward, backward, AdamW); host ms: until Python had come to its end;
@@ -17,14 +21,14 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as text."""
     header = ["model", "layers", "trained", "", "step ms", "speed", "host ms", "GPU ms", "other ms", "kernels"]
     rows = [[*header, "peak GB", "memory", "first step s", "loss"]]
-    for entry, plan, columns in _measured(entries):
+    for entry, plan, columns in _measured(entries.values()):
         eager = columns[EAGER.name]
         for index, (name, column) in enumerate(columns.items()):
             shares = column["shares"]
             rows.append(
                 [
                     entry["title"] if index == 0 else "",
-                    " + ".join(map(str, entry["layers"].values())) if index == 0 else "",
+                    layer_counts(entry) if index == 0 else "",
                     plan if index == 0 else "",
                     name,
                     f"{column['step_ms']:.1f}",
@@ -45,7 +49,7 @@ def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def profiles(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Of each plan the dearest kernels outside matmul and attention, by variant."""
-    for entry, plan, columns in _measured(entries):
+    for entry, plan, columns in _measured(entries.values()):
         rows = [[f"{entry['title']}, {plan}", "", "launches", "ms"]]
         for name, column in columns.items():
             dearest = sorted(column["costs"].items(), key=lambda cost: -cost[1][1])[:COSTS]
@@ -53,7 +57,18 @@ def profiles(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield text_table(rows)
 
 
-def _measured(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
-    for entry in entries.values():
+def layer_counts(entry: Mapping[str, Any]) -> str:
+    """How many of each kind."""
+    return " + ".join(map(str, entry["layers"].values()))
+
+
+def chart(entries: Iterable[Mapping[str, Any]], path: Path, device: str) -> None:
+    """Bars: time of a step of each model and plan in each column, eager = 100 %."""
+    groups = {f"{entry['title']}\n{layer_counts(entry)} layers\n{plan}": columns for entry, plan, columns in _measured(entries)}
+    draw(groups, path, "one training step", device)
+
+
+def _measured(entries: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
+    for entry in entries:
         for plan, columns in entry["plans"].items():
             yield entry, plan, columns
