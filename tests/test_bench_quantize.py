@@ -3,13 +3,18 @@ tensors.
 """
 
 import dataclasses
+import importlib.metadata
+from types import SimpleNamespace
 
 import bench_quantize
 import pytest
 import torch
 from bench.cell import tensors
+from bench.quantized import peers
 from bench.quantized.cells import CELLS
 from bench.quantized.contestants import check, expression, interpreted
+
+from ditnorm.ops.quantization import quantize
 
 SMALL = [dataclasses.replace(cell, rows=6, width=64) for cell in {(c.op, c.law, c.tables, c.dtype): c for c in CELLS}.values()]
 
@@ -35,6 +40,48 @@ def test_bytes_are_those_of_the_rows(cell):
     rows = [t for t in (*inputs.values(), *tensors(expression(cell, inputs))) if t.numel() == cell.rows * cell.width]
     again = 0 if cell.quantiser.per_row else inputs["x"].nbytes
     assert cell.bytes == sum(t.nbytes for t in rows) + again
+
+
+def test_missing_peers_are_named(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    found = peers.found.__wrapped__()
+    assert found.available == []
+    assert found.missing.keys() == {"sglang", "comfy-kitchen"}
+    assert all(found.missing.values())
+
+
+def test_peers_are_asked_where_they_serve_and_understood(monkeypatch):
+    """Rows are a matrix to them. The scales of sglang's float8 are a vector."""
+    laws = {cell.law: cell.quantiser for cell in SMALL}
+
+    def rowwise(rows):
+        assert rows.dim() == 2
+        values, scale = quantize(rows, laws["float8-row"])
+        return values, scale.flatten()
+
+    def int8(rows):
+        assert rows.dim() == 2
+        return quantize(rows, laws["int8-row"])
+
+    library = SimpleNamespace(fp8_rowwise=rowwise, per_token_quant_int8=int8, quantize_int8_rowwise=int8)
+    monkeypatch.setattr(peers, "sglang_module", lambda name: library)
+    monkeypatch.setattr(peers, "comfy_kitchen", lambda: library)
+    served = []
+    for name, bind in (("sglang", peers._sglang()), ("comfy-kitchen", peers._comfy_kitchen())):
+        for cell in SMALL:
+            inputs = cell.inputs("cpu")
+            call = bind(cell)(inputs)
+            if call is not None:
+                check(cell, inputs)(call())
+                served.append((name, cell.op, cell.law))
+    assert set(served) == {
+        ("sglang", "quantize", "float8-row"),
+        ("sglang", "quantize", "int8-row"),
+        ("comfy-kitchen", "quantize", "int8-row"),
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -42,10 +42,11 @@ def test_quick_run_trains_in_every_way_with_the_losses_of_eager(name, bench, cap
         assert entry["title"] in output
 
 
-def test_full_run_has_every_variant(bench, monkeypatch):
+def test_full_run_has_every_variant_and_draws_them(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(variants, "compile_blocks", lambda model: model.compile_repeated_blocks(fullgraph=True, backend="aot_eager"))
     status, report = bench("--models", "wan2.1-1.3b", "--layers", "1", "--plans", "LoRA")
     assert status == 0
     (entry,) = report["models"].values()
     expected = [variant.name for variant in variants.VARIANTS if variant is not variants.PRECOMPUTED]
     assert list(entry["plans"]["LoRA"]) == expected
+    assert (tmp_path / "training.png").stat().st_size > 0

@@ -5,10 +5,12 @@ sglang         the Triton kernels of its diffusion models (float8) and of its se
 comfy-kitchen  its CUDA kernel, int8
 """
 
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 
-from ..cell import Inputs
-from ..contestants import Binding, Call, Maker, nothing
+from torch import Tensor
+
+from ..contestants import Binding, Maker, nothing
 from ..libraries import Found, comfy_kitchen, look_for, sglang_module
 from .cells import QUANTIZE, QuantizedCell
 
@@ -23,28 +25,20 @@ def _sglang() -> Binding:
     float8 = sglang_module("ops.diffusion.quantization.fp8_rowwise_triton").fp8_rowwise
     int8 = sglang_module("ops.quantization.int8_kernel").per_token_quant_int8
 
-    def float8_call(inputs: Inputs) -> Call:
-        rows = inputs["x"].flatten(0, 1)
+    def float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        values, scale = float8(rows)
+        return values, scale[:, None]
 
-        def call() -> object:
-            values, scale = float8(rows)
-            return values.view(inputs["x"].shape), scale[:, None]
-
-        return call
-
-    def bind(cell: QuantizedCell) -> Maker:
-        if cell.op != QUANTIZE:
-            return nothing
-        makers: dict[str, Maker] = {"float8-row": float8_call, "int8-row": lambda inputs: partial(int8, inputs["x"])}
-        return makers.get(cell.law, nothing)
-
-    return bind
+    return lambda cell: _of_rows({"float8-row": float8_rows, "int8-row": int8}, cell)
 
 
 def _comfy_kitchen() -> Binding:
-    int8 = comfy_kitchen().quantize_int8_rowwise
+    library = comfy_kitchen()
+    return lambda cell: _of_rows({"int8-row": library.quantize_int8_rowwise}, cell)
 
-    def bind(cell: QuantizedCell) -> Maker:
-        return (lambda inputs: partial(int8, inputs["x"])) if (cell.op, cell.law) == (QUANTIZE, "int8-row") else nothing
 
-    return bind
+def _of_rows(quantisers: Mapping[str, Callable[[Tensor], object]], cell: QuantizedCell) -> Maker:
+    """By law what quantises a matrix: values and a column of scales."""
+    if cell.op != QUANTIZE or cell.law not in quantisers:
+        return nothing
+    return lambda inputs: partial(quantisers[cell.law], inputs["x"].flatten(0, -2))
