@@ -104,12 +104,16 @@ def verify_units(model: nn.Module, units: Iterable[Unit], *, strict: bool = Fals
             _identical[site, name] = _compare_counted(site, device)
     result = Verification(name, sites, tuple(site for site in sites if not _identical[site, name]))
     if strict and result.differing:
-        raise RuntimeError(f"ditnorm: the fused ops are not bit-identical here: {result}")
+        raise RuntimeError(_differs(result))
     unannounced = {(site, name) for site in result.differing} - _warned_of
     if unannounced:
         _warned_of.update(unannounced)
-        warnings.warn(f"ditnorm: the fused ops are not bit-identical here: {result}", RuntimeWarning, stacklevel=4)
+        warnings.warn(_differs(result), RuntimeWarning, stacklevel=4)
     return result
+
+
+def _differs(result: Verification) -> str:
+    return f"ditnorm: the fused ops are not bit-identical here: {result}. Please report it, with what `python -m ditnorm` prints"
 
 
 def execution_device(model: nn.Module) -> torch.device:

@@ -44,11 +44,6 @@ _VARIANTS = {
 }
 
 
-def gigabytes(peak: float | None) -> str:
-    """Nothing where it wasn't measured, on a CPU."""
-    return "" if peak is None else f"{peak:.2f}"
-
-
 def written(docs: Path) -> dict[str, str]:
     """Each block's text."""
     found = sorted(measured(docs, "transformers"), key=place)
@@ -77,11 +72,6 @@ def saved(m: Measured) -> float:
 
 def peaks(m: Measured, name: str) -> float | None:
     return m.entry["columns"][name]["peak_gb"] if name in m.entry["columns"] else None
-
-
-def cards(found: list[Measured]) -> str:
-    names = list(dict.fromkeys(m.card for m in found))
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def equal_steps(found: list[Measured]) -> str:

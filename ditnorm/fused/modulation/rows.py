@@ -14,6 +14,7 @@ Key = tuple[tuple[int, ...], torch.dtype, bytes]
 """Shape, dtype and bits of an embedding."""
 
 _ROWS, _STEP = 128, 64  # two schedules of 50 steps, as guidance with two pooled texts needs
+MADE_IN_FIRST_RUN = "ditnorm: modulations are made in the first run: run the model once before its capture"
 _IN_USE = 4  # embeddings of one forward pass, and of the one before it in the same thread
 
 
@@ -103,7 +104,10 @@ class RowNumbers:
             rows = {number: free.pop() for number in dict.fromkeys(numbers)}
             entries[key] = Entry([rows[number] for number in numbers])
         if not entries:
-            raise RuntimeError("ditnorm: a compiled model or a CUDA graph reads a table that has no room for this batch")
+            raise RuntimeError(
+                "ditnorm: a compiled model or a CUDA graph reads a table that has no room for this batch: call restore_modulation and "
+                "precompute_modulation, and run the largest batch once before you compile or capture"
+            )
         return entries
 
     def add(self, entries: dict[Key, Entry], embeddings: Sequence[Tensor]) -> None:
@@ -129,9 +133,12 @@ class RowNumbers:
             RuntimeError: where no such embedding ever had rows, or equal samples don't share one.
         """
         if not self.shared:
-            raise RuntimeError("ditnorm: on this device equal samples of a batch have unequal modulations, which a graph can't look up")
+            raise RuntimeError(
+                "ditnorm: on this device equal samples of a batch have unequal modulations, which a CUDA graph can't look up: call "
+                "restore_modulation before the capture"
+            )
         if _kind(embedding) not in self._on_device:
-            raise RuntimeError("ditnorm: modulations are made in the first run: run the model once before its capture")
+            raise RuntimeError(MADE_IN_FIRST_RUN)
         self.fixed = True
         keys, batches = self._on_device[_kind(embedding)]
         same = (bits(keys) == bits(embedding)[:, None]).all(-1) & (batches == len(embedding))

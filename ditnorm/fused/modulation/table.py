@@ -17,7 +17,7 @@ from .compiled import handle_of
 from .modulated_model import ModulatedModel
 from .modulating import Modulating, ModulationSequential, Precomputed
 from .route import Route
-from .rows import Entry, Key, RowNumbers, key_of
+from .rows import MADE_IN_FIRST_RUN, Entry, Key, RowNumbers, key_of
 from .schedules import Inputs, Schedules
 from .streaming import GROUP_OFFLOADED, send_home, spread, streamed
 
@@ -253,7 +253,7 @@ class ModulationTable:
     def _captured(self, embedding: Tensor) -> Tensor:
         """The look-up for a CUDA graph: what has no row when the graph is replayed becomes NaN."""
         if self._watch is None or not self._watch.unchanged() or not self.numbers:
-            raise RuntimeError("ditnorm: modulations are made in the first run: run the model once before its capture")
+            raise RuntimeError(MADE_IN_FIRST_RUN)
         return self.numbers.find_on_device(embedding)
 
 
