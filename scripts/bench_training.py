@@ -25,7 +25,7 @@ from bench.models.catalogue import MODELS
 from bench.models.variants import PRECOMPUTED, VARIANTS
 from bench.training import report, steps
 from bench.training.plans import MODELS as TRAINED
-from bench.training.plans import PLANS
+from bench.training.plans import PLANS, WITHOUT_CUDNN
 from common.command import as_command
 from common.execution import free
 from common.tables import environment, environment_line
@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.models:
         real = MODELS[name]
         layers = {kind: n if options.layers is None else min(options.layers, n) for kind, n in TRAINED[name].items()}
-        entry = entries[name] = {"title": real.title, "tokens": real.tokens, "layers": layers, "plans": {}, "errors": {}}
+        cudnn = name not in WITHOUT_CUDNN
+        title = real.title if cudnn else f"{real.title}, without cuDNN's attention"
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        entry = entries[name] = {"title": title, "tokens": real.tokens, "layers": layers, "plans": {}, "errors": {}}
         for plan in (plans[name] for name in options.plans):
             start = time.perf_counter()
             try:
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             free()
             # A run cut short keeps what it has.
             (options.out / "training.json").write_text(json.dumps(document, indent=1) + "\n")
-            print(f"{real.title}, {plan.name}: {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{title}, {plan.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     print(f"\n{environment_line(device)}\n\n{report.table(entries)}\n\n{report.NOTES}")
     if options.profile:
         print("\n" + "\n\n".join(report.profiles(entries)))

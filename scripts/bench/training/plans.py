@@ -19,6 +19,10 @@ MODELS: Mapping[str, Mapping[str, int]] = {
     "z-image-turbo": {"n_layers": 8, "n_refiner_layers": 1},
 }
 """Names of the catalogue, and so many layers that training all weights fits an 80 GB GPU."""
+WITHOUT_CUDNN = frozenset({"flux.1-dev"})
+"""cuDNN's attention ends the backward pass of these with an illegal memory access, in the unpatched
+model, too (PyTorch 2.11.0, H200). They are trained with PyTorch's other attention kernels.
+"""
 
 
 @dataclass(frozen=True)
