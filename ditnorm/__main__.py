@@ -68,7 +68,7 @@ def _kernels(gpus: dict[int, str | None]) -> Iterator[Row]:
 
 
 def _gpu_count() -> int:
-    """Of the GPUs that PyTorch sees."""
+    """How many GPUs PyTorch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

@@ -23,7 +23,7 @@ class Activation:
     """What becomes of an activation in a call of a body."""
 
     path: str
-    """Of its module inside the body; of the body itself, where it has none."""
+    """Where its module is inside the body. Where it has none, the path of the body itself."""
     how: str
     """What patching makes of it, for users."""
     op: str | None = None
@@ -56,8 +56,8 @@ class ActivationSite:
         return f"{self.op} ({self.dtype})".replace("torch.", "")
 
     def same_bits(self, device: torch.device) -> bool:
-        """For all numbers of a half-precision dtype. Where the kernel has other bits, PyTorch's
-        operations run, which the report says.
+        """Compares all numbers of a half-precision dtype. A kernel that has other bits counts as
+        equal here: it never runs, and the report says so.
         """
         return other_bits(self.op, device, self.dtype) is not None or _compared(self.op, device, self.dtype)
 
@@ -102,7 +102,9 @@ def _tried(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _compared(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """All numbers of a half-precision dtype, some millions of float32's."""
+    """Whether kernel and PyTorch agree on all numbers of a half-precision dtype, or on some
+    millions of float32.
+    """
     ours, pytorchs = _EXPRESSIONS[op]
     if dtype.itemsize == 2:
         numbers = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
@@ -114,7 +116,7 @@ def _compared(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for each size: what comes back to the result of ``swiglu``, and its other factor."""
+    """``dy`` and ``value`` of ``swiglu``: random, the same for each shape of ``x``."""
     dy, value = random_numbers(x.device)(2, *x.shape).to(x.dtype)
     return dy, value
 

@@ -63,9 +63,9 @@ class Processor(NamedTuple):
     """A class of processors, as it was when its fingerprint was found to be a known one."""
 
     call: Any
-    """Its ``__call__``."""
+    """The ``__call__`` of the class."""
     form: Any
-    """How it builds its mask, see :attr:`FusedAttention.processors`."""
+    """Its form, see :attr:`FusedAttention.processors`."""
     helpers: tuple[tuple[dict[str, Any], str, Any], ...]
     """The functions that it calls and the body doesn't, with the globals that hold them."""
 
@@ -86,8 +86,8 @@ class FusedAttention(FusedModule):
 
     processors: ClassVar[Mapping[str, Mapping[str, Any]]]
     """Class of a processor, ``"module:name"`` or a name in the module of the attention class ->
-    fingerprint of its ``__call__`` -> how it builds its mask, a method of the body (None: it takes
-    what it is given).
+    fingerprint of its ``__call__`` -> its form: what the body has to know of it, such as how it
+    builds its mask (None: nothing).
     """
     helpers: ClassVar[Mapping[str, frozenset[str]]]
     """Functions that the processors call and the body doesn't -> their accepted fingerprints.
@@ -269,5 +269,5 @@ def laws_in(attention: Any, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[W
 
 
 def law_in(attention: Any, x: Tensor, *names: str) -> Wanted | None:
-    """The same of one stream."""
+    """:func:`laws_in` of one stream, with the names of its projections."""
     return laws_in(attention, (x, names))[0]

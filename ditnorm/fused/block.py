@@ -38,7 +38,7 @@ class FusedUnit(FusedModule):
             self._announce(name, value)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As of ``nn.Module``, also for ``register_module``."""
+        """As that of ``nn.Module``, which ``register_module`` calls, too."""
         super().add_module(name, module)  # type: ignore[misc]
         self._announce(name, module)
 

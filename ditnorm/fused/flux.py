@@ -147,7 +147,7 @@ def _tokens(rotary: Rotary | None, part: slice) -> Rotary | None:
 def dual_stream_laws(
     attn: Any, x: Tensor, text: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]
 ) -> tuple[Wanted | None, Wanted | None]:
-    """By which laws the attention module of a dual-stream block takes the two streams quantised."""
+    """The laws by which the attention module of a dual-stream block takes its two streams."""
     own, added = _projections(attn)
     law, text_law = laws_in(attn, (x, own), (text, added))
     taken = (law is not None or text_law is not None) and kwargs.keys() <= attn.ignored and attn.takes(x, text, rotary)
@@ -155,7 +155,9 @@ def dual_stream_laws(
 
 
 def single_stream_law(block: Any, x: Tensor, rotary: Rotary | None, kwargs: dict[str, Any]) -> dict[str, Wanted]:
-    """The same for a single-stream block, whose MLP reads what its attention does."""
+    """The law by which attention and MLP of a single-stream block take the stream, as an argument
+    of the block's norm.
+    """
     attn = block.attn
     law = law_in(attn, x, *_projections(attn)[0])
     taken = law is not None and kwargs.keys() <= attn.ignored and attn.takes(x, None, rotary)

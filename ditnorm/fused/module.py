@@ -26,7 +26,7 @@ class Part:
     module: nn.Module
     body: type | None
     reason: str | None = None
-    """Where ``body`` is None: why there is none."""
+    """Why there is no ``body``, where that is None."""
 
 
 class FusedModule(Swapped):

@@ -34,15 +34,15 @@ def modulate(n: Tensor, scale: Tensor, shift: Tensor, index: Tensor | None = Non
 
 
 def promoted(residual: Tensor, gate: Tensor, rounding: str) -> Tensor:
-    """``residual`` in the dtype that upstream's has once it was added to."""
+    """``residual`` in the dtype that upstream's has once ``gate * x`` was added to it."""
     if residual.dtype is gate.dtype or rounding == "single":
         return residual
     return residual.to(torch.promote_types(residual.dtype, gate.dtype))
 
 
 def no_shift(scale: Tensor) -> Tensor:
-    """For a norm without a shift. Adding it changes no bit, not even of -0; scale and shift
-    together are what the fast kernels of a LayerNorm take.
+    """A shift that changes no bit, not even of -0, for norms that have none: the fast kernels of a
+    LayerNorm take scale and shift together.
     """
     return torch.full_like(scale, -0.0)
 

@@ -67,7 +67,9 @@ class QuantizedProduct:
         return (x * (2 * spread).exp()).to(self.dtype)
 
     def _same_values(self, rows: Tensor) -> bool:
-        """Of an activation as it is, and of what a norm makes of it, with tables and without."""
+        """Whether ``rows`` are quantised as the law in PyTorch does it, alone and behind a norm,
+        with tables and without.
+        """
         law = self.law
         scale, shift = rows[:2].chunk(2)
         norm: dict[str, Any] = {"norm": "layer", "eps": 1e-6, "rounding": "eager"}

@@ -1,8 +1,8 @@
-"""By which law a quantised weight has its activations quantised, where a fused linear layer
-computes what the weight's own library does, and the weight as a product takes it.
+"""Quantised weights of torchao: the law by which activations are quantised for a weight, and the
+weight as a product takes it.
 
-A weight of torchao tells its configuration itself; how the installed version computes with it is
-known by fingerprint. What isn't known is named, and torchao serves it.
+A weight carries its configuration. How the installed torchao computes with it is known by
+fingerprint. What isn't known is named, and torchao serves it.
 """
 
 import functools

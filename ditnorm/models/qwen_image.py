@@ -118,7 +118,7 @@ class QwenImageAttention(FusedAttention):
 def _laws(
     attn: Any, image: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any] | None
 ) -> tuple[Wanted | None, Wanted | None]:
-    """By which laws the attention module takes the two streams quantised."""
+    """The laws by which the attention module takes its two streams."""
     law, text_law = laws_in(attn, (image, OWN), (text, ADDED))
     taken = (law is not None or text_law is not None) and not kwargs and _aligned(image, text, rotary)
     return (law, text_law) if taken else (None, None)

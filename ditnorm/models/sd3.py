@@ -109,7 +109,7 @@ class SD35AdaLayerNormZeroX(Modulating, FusedUnit):
 
     @classmethod
     def calls(cls, module: nn.Module, dtype: torch.dtype) -> Iterator[FusedCall]:
-        """Its one norm stands in two."""
+        """Two, of its one norm."""
         for _ in range(2):
             yield from super().calls(module, dtype)
 
@@ -248,8 +248,8 @@ def _without_plain_attention(module: Any, sites: Mapping[str, type]) -> Mapping[
 
 
 def _laws(block: Any, x: Tensor, text: Tensor) -> tuple[dict[str, Wanted], dict[str, Wanted]]:
-    """By which laws the attention modules take the two streams quantised, as arguments of their
-    norms.
+    """The laws by which the attention modules take the two streams, as arguments of the norms
+    before them.
     """
     law = law_in(block.attn, x, "to_q", "to_k", "to_v")
     if law is not None and block.use_dual_attention:
@@ -259,7 +259,7 @@ def _laws(block: Any, x: Tensor, text: Tensor) -> tuple[dict[str, Wanted], dict[
 
 
 def _feed_forward(block: Any, ff: nn.Module, x: Tensor) -> Tensor:
-    """In chunks where the user wants it so (``enable_forward_chunking``)."""
+    """``ff(x)``, in chunks where the user asked for them (``enable_forward_chunking``)."""
     if block._chunk_size is None:
         return ff(x)
     return block.origin.forward.__globals__["_chunked_feed_forward"](ff, x, block._chunk_dim, block._chunk_size)

@@ -98,15 +98,13 @@ class WanAttention(FusedAttention):
 
 
 def _law(attn: Any, x: Tensor, rotary_emb: Any) -> Wanted | None:
-    """By which law the self-attention takes its input, of the shape and dtype of ``x``,
-    quantised.
-    """
+    """The law by which self-attention takes an input of the shape and dtype of ``x``."""
     law = law_in(attn, x, *(("to_qkv",) if getattr(attn, "fused_projections", False) else ("to_q", "to_k", "to_v")))
     return law if law is None or rotary_emb is None or rotary_emb[0].shape[1] == x.shape[1] else None
 
 
 def _law_across(attn: Any, x: Tensor, text: Tensor) -> Wanted | None:
-    """The same of the cross-attention, where only the query is made of ``x``."""
+    """The law by which cross-attention takes it: only the query is made of ``x``."""
     return law_in(attn, x, "to_q") if text.shape[0] == x.shape[0] else None
 
 

@@ -1,8 +1,6 @@
-"""The arguments of each op as one structure: everything else that has to name them takes the
-structure.
+"""The arguments of each op as one structure, which all code takes that needs them by name.
 
-The fields are the op's arguments in the order of its schema, tensors first, with the options behind
-them.
+The fields are the op's arguments in the order of its schema: tensors first, then options.
 """
 
 from typing import NamedTuple
@@ -119,7 +117,7 @@ class QKNormRope(NamedTuple):
 
     @property
     def key_tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """Those that the key is rotated by."""
+        """The tables that the key is rotated by."""
         return (self.cos, self.sin) if self.key_cos is None else (self.key_cos, self.key_sin)
 
 

@@ -1,4 +1,6 @@
-"""The arguments of the ops that make gradients: as :mod:`ditnorm.ops.calls`."""
+"""The arguments of the ops that make gradients, as in :mod:`ditnorm.ops.calls`. The gradients of
+sums over rows (modulations, weights) are made elsewhere (:mod:`ditnorm.ops.gradients`).
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,8 +11,8 @@ from .options import Norm, Pairs, QKNorm, Rounding
 
 
 class NormScaleShiftBackward(NamedTuple):
-    """The gradient of ``x`` of :class:`NormScaleShift`: what comes back through ``y``, and ``dr``,
-    which comes from elsewhere.
+    """The gradient of ``x`` of :class:`NormScaleShift`, given ``dy``, that of its result. ``dr``,
+    what else comes back to ``x``, is added.
     """
 
     dy: Tensor
@@ -53,8 +55,8 @@ class NormScaleShiftBackwardParts(NamedTuple):
 
 
 class ScaleResidualNormScaleShiftBackward(NamedTuple):
-    """The gradients of ``residual`` and ``x`` of :class:`ScaleResidualNormScaleShift`, which had a
-    gate: of its results ``r`` is kept.
+    """The gradients of ``residual`` and ``x`` of :class:`ScaleResidualNormScaleShift` with a gate,
+    given those of its results, and its result ``r``.
     """
 
     dy: Tensor

@@ -1,4 +1,4 @@
-"""The arguments of the quantising ops: as :mod:`ditnorm.ops.calls`."""
+"""The arguments of the quantising ops, as in :mod:`ditnorm.ops.calls`."""
 
 from typing import NamedTuple
 

@@ -86,8 +86,8 @@ def _through_norm(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, dr: 
 
 
 def diffusers_rms_norm_gradient(dn: Tensor, v: Tensor, weight: Tensor | None, eps: float, dr: Tensor | None = None) -> Tensor:
-    """The same of diffusers' ``RMSNorm``: what comes through its two uses of ``v`` is added to
-    ``dr`` one after the other.
+    """The gradient of ``v`` through diffusers' ``RMSNorm``: what comes through its two uses of
+    ``v`` is added to ``dr`` one after the other.
     """
     direct, squared = diffusers_rms_norm_gradients(dn, v, weight, eps)
     return (direct if dr is None else dr + direct) + squared

@@ -106,8 +106,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor | None, pairs: str = "neighbours"
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same of the two halves of each head: LTX-2's ``apply_split_rotary_emb``, operation for
-    operation.
+    """``x`` [B, S, H, d] with the two halves of each head rotated against each other: LTX-2's
+    ``apply_split_rotary_emb``, operation for operation.
     """
     cos, sin = (table if table.dim() == 4 else table[None] for table in (cos, sin))
     cos, sin = (table.transpose(1, 2).unsqueeze(-2) for table in (cos, sin))

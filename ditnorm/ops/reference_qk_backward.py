@@ -84,7 +84,9 @@ def rope_backward(d: Tensor, cos: Tensor | None, sin: Tensor | None, pairs: str 
 
 
 def _rotate_backward(d: Tensor, cos: Tensor, sin: Tensor | None, pairs: str) -> Tensor:
-    """Of ``rotate``: the products of real tables are rounded before their sum, but of halves."""
+    """The gradient of what :func:`ditnorm.ops.reference_qk.rotate` was given. With real tables each
+    product is rounded before the sum, except of halves.
+    """
     if sin is not None and pairs != "neighbours":
         cos, sin = per_head(cos), per_head(sin)
         a, b = d.float().chunk(2, dim=-1)

@@ -19,34 +19,34 @@ def quantize(call: Quantize) -> tuple[Tensor, Tensor]:
 
 
 def gelu_quantize(call: GeluQuantize) -> tuple[Tensor, Tensor]:
-    """The same of what ``gelu`` returns, rounded to the dtype of ``x`` before."""
+    """``(values, scale)`` of what ``gelu`` returns, in the dtype of ``x``."""
     return quantization.quantize(reference_activation.gelu(call.activation), call.law)
 
 
 def swiglu_quantize(call: SwiGLUQuantize) -> tuple[Tensor, Tensor]:
-    """The same of what ``swiglu`` returns."""
+    """``(values, scale)`` of what ``swiglu`` returns."""
     return quantization.quantize(reference_activation.swiglu(call.activation), call.law)
 
 
 def norm_scale_shift_quantize(call: NormScaleShiftQuantize) -> tuple[Tensor, Tensor]:
-    """The same of ``y``."""
+    """``(values, scale)`` of ``y``."""
     return quantization.quantize(reference.norm_scale_shift(call.site), call.law)
 
 
 def scale_residual_norm_scale_shift_quantize(call: ScaleResidualNormScaleShiftQuantize) -> tuple[Tensor, Tensor, Tensor]:
-    """``(values, scale, r)``: the same of ``y``, beside ``r``."""
+    """``(values, scale, r)``: values and scale are those of ``y``."""
     y, r = reference.scale_residual_norm_scale_shift(call.site)
     return *quantization.quantize(y, call.law), r
 
 
 def norm_scale_shift_and_quantize(call: NormScaleShiftQuantize) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, values, scale)``: ``y`` itself, and the same of it."""
+    """``(y, values, scale)``: ``y`` itself, and its values and scale."""
     y = reference.norm_scale_shift(call.site)
     return y, *quantization.quantize(y, call.law)
 
 
 def scale_residual_norm_scale_shift_and_quantize(call: ScaleResidualNormScaleShiftQuantize) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(y, values, scale, r)``: the same beside ``r``."""
+    """``(y, values, scale, r)``: ``y`` itself, its values and scale, and ``r``."""
     y, r = reference.scale_residual_norm_scale_shift(call.site)
     return y, *quantization.quantize(y, call.law), r
 

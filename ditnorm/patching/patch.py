@@ -260,8 +260,8 @@ def _unpatch(models: Mapping[str, nn.Module]) -> None:
 
 
 def _parts_of_others(ours: Mapping[nn.Module, str]) -> dict[nn.Module, nn.Module]:
-    """Those of ``ours`` that fused modules elsewhere have for parts, which call them with more than
-    upstream's -> one of these.
+    """Modules of ``ours`` that are also parts of fused modules elsewhere -> one of those modules,
+    which calls them with arguments that upstream's class doesn't take.
     """
     held = _held_by_others(ours)
     if held:  # perhaps by modules that nobody uses any more

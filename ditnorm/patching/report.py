@@ -41,7 +41,7 @@ class TransformerReport:
     sites: int
     """Fused calls in one forward pass of the fusable or fused parts."""
     rounding: tuple[str, ...]
-    """Of the fused parts: empty where nothing is patched."""
+    """The laws of the fused parts; empty where nothing is patched."""
     backend: str
     verification: Verification
     refused: Mapping[str, list[str]]
@@ -71,7 +71,7 @@ class TransformerReport:
     unfused_activations: Mapping[str, list[str]] = field(default_factory=dict)
     """Reason -> the activations that are PyTorch's as upstream calls them."""
     adapted_products: int = 0
-    """Of ``products``, the layers in adapters, which read the activation itself too."""
+    """How many of ``products`` are inside adapters, which read the activation itself, too."""
     rotated: int = 0
     """Attention modules whose fused call rotates, too."""
     left: Mapping[str, list[str]] = field(default_factory=dict)

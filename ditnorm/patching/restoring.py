@@ -21,5 +21,5 @@ def restore(models: Mapping[str, nn.Module]) -> None:
 
 
 def tables(model: nn.Module) -> list[ModulationTable]:
-    """Of a model and of the models inside it."""
+    """The tables of ``model`` and of the models inside it."""
     return [module.__dict__["modulations"] for module in model.modules() if "modulations" in module.__dict__]

@@ -102,7 +102,7 @@ class Unit:
         return (call for swap in self.swaps for call in swap.calls(dtype))
 
     def activations(self) -> list[Activation]:
-        """Those between the linear layers, as they are called now."""
+        """The activations between its linear layers, as they are called now."""
         found = {activation.path: activation for swap in self.swaps for activation in swap.activations()}
         return list(found.values())  # a feed-forward layer knows more of one than the module that has it
 

@@ -14,7 +14,7 @@ class ModulatedModel:
     embedding: str
     """The module that makes the embedding. Each tensor that it returns is one."""
     takers: tuple[str, ...]
-    """Its ModuleLists of blocks and its modules that take it."""
+    """The modules that take the embedding; a ModuleList stands for its blocks."""
     times: int = 1
     """What the model multiplies the timestep by before it embeds it."""
     projection: str | None = None

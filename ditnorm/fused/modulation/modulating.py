@@ -79,7 +79,7 @@ class Precomputed(NamedTuple):
     """A module of a model whose modulations come from a table."""
 
     name: str
-    """In the model."""
+    """The module's name in the model."""
     module: Any
     """:class:`Modulating`, as long as nobody changes its class."""
     halved: bool

@@ -21,7 +21,7 @@ class Schedules:
     """
 
     timesteps: Tensor | None = None
-    """Those given by the user, 1-D."""
+    """The timesteps that the user gave, 1-D."""
 
     def __init__(self, model: nn.Module, embedding: nn.Module, facts: ModulatedModel) -> None:
         self.model, self.embedding = model, embedding
@@ -31,7 +31,7 @@ class Schedules:
         self._pipelines: list[weakref.ref[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: whose schedule those will follow isn't known."""
+        """What copies and pickles keep: not the pipelines, since they may belong to others."""
         return self.__dict__ | {"_pipelines": []}
 
     def follow(self, pipeline: Any) -> None:

@@ -74,7 +74,7 @@ class ModulationTable:
         self._route = Route(self.model, [item.name for item in self.modules])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which start without rows."""
+        """What copies and pickles keep; they start without rows."""
         kept = ("model", "embedding", "dtype_of", "modules", "known", "inputs", "hits", "misses", "schedules", "changes", "seconds")
         return {name: self.__dict__[name] for name in kept} | {"capacity": self.numbers.capacity}
 

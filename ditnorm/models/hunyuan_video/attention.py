@@ -113,8 +113,8 @@ class HunyuanVideoAttention(FusedAttention):
 def dual_stream_laws(
     block: Any, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None
 ) -> tuple[dict[str, Wanted], dict[str, Wanted]]:
-    """By which laws the attention module of a dual-stream block takes the two streams quantised, as
-    arguments of their norms.
+    """The laws by which the attention module of a dual-stream block takes its two streams, as
+    arguments of the norms before it.
     """
     law, text_law = laws_in(block.attn, (x, OWN), (text, ADDED))
     if (law is None and text_law is None) or (rotary is not None and rotary[0].shape[0] != x.shape[1]):
@@ -123,8 +123,8 @@ def dual_stream_laws(
 
 
 def single_stream_law(block: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> dict[str, Wanted]:
-    """By which law attention and MLP of a single-stream block take both streams in one piece, as an
-    argument of its norm.
+    """The law by which attention and MLP of a single-stream block take the joined streams, as an
+    argument of the block's norm.
     """
     law = law_in(block.attn, x, *OWN)
     return {} if law is None or rotary is None else law_argument(block.norm, shared_law(law, law_for(x, block.proj_mlp)))

@@ -43,7 +43,7 @@ class LTX2VideoTransformerBlock(FusedBlock):
 
     @classmethod
     def calls(cls, module: nn.Module, dtype: torch.dtype) -> Iterator[FusedCall]:
-        """Of two widths; two of the norms stand in two calls."""
+        """Calls of two widths. Two of the norms stand in two calls each."""
         for part in cls.parts(module):
             if part.body is None or issubclass(part.body, FusedModule):
                 continue
@@ -182,13 +182,13 @@ class LTX2VideoTransformerBlock(FusedBlock):
 
     @staticmethod
     def rows(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-        """The modulations of a cross-attention: as of ``_rows``."""
+        """The modulations of a cross-attention, as :func:`_rows` makes them."""
         return _rows(table, temb)
 
 
 class LTX2VideoTransformerBlockOf037(LTX2VideoTransformerBlock):
-    """The same of diffusers 0.37, which knows LTX-2 alone: its prompts aren't modulated, nothing is
-    perturbed.
+    """The block of diffusers 0.37, which has LTX-2 but not 2.3: prompts aren't modulated, and
+    nothing is perturbed.
     """
 
     fingerprints = {"forward": frozenset({"d2fe41ad91c1"})}  # 0.37.0 and 0.37.1
@@ -227,7 +227,7 @@ class LTX2VideoTransformerBlockOf037(LTX2VideoTransformerBlock):
 
     @staticmethod
     def rows(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-        """Of tables that are cast first."""
+        """The modulations of a cross-attention, whose tables this release casts first."""
         return _rows(table.to(temb.dtype), temb)
 
 
