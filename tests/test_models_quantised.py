@@ -237,6 +237,26 @@ def test_an_adapter_reads_the_activation_beside_what_it_is_quantised_to(name: st
     assert f"adapters on {sum(m.__class__.__name__ == 'TorchaoLoraLinear' for m in patched.modules())} of these" in text
 
 
+def test_what_is_written_to_a_context_between_blocks_counts() -> None:
+    """In inference mode, where nobody counts what is written to a tensor. Blocks share the object."""
+    name = "wan-t2v"
+    model: Any = model_of(name, FLOAT8_ROW)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    patched = patch_model(copy.deepcopy(model))
+    seen: list[Tensor] = []
+
+    def write(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        args[1].mul_(1.5)
+        seen.append(args[1])
+
+    for m in (model, patched):
+        m.blocks[-1].register_forward_pre_hook(write)
+    with torch.inference_mode():
+        assert same(run(patched, name), run(model, name))
+    assert seen
+    assert not any(vars(t) for t in seen)
+
+
 def test_gradients_autocast_and_float32_leave_it_to_torchao() -> None:
     name = "wan-t2v"
     model = model_of(name, FLOAT8_ROW).requires_grad_(False)

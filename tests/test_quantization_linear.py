@@ -95,6 +95,74 @@ def test_an_operand_is_made_once_and_keeps_no_weight_alive(law: Law) -> None:
     assert operand.source() is None
 
 
+def put_elsewhere(linear: nn.Linear, name: str, how: str) -> None:
+    """Where a module has what is called so, though not among its Parameters."""
+    t = getattr(linear, name).detach()
+    delattr(linear, name)
+    if how == "buffer":
+        linear.register_buffer(name, t)
+    else:
+        setattr(linear, name, t)
+
+
+@pytest.mark.parametrize("how", ["attribute", "buffer"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("law", quantised.LAWS, ids=str)
+def test_what_isnt_among_the_parameters_is_found_where_it_is(law: Law, name: str, how: str) -> None:
+    """As FSDP, pruning and trainers that freeze weights leave it."""
+    linear = quantized_linear_layer(law)
+    twin = fused(copy.deepcopy(linear))
+    for layer in (linear, twin):
+        put_elsewhere(layer, name, how)
+    x = rows((2, 17, 48), torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(twin(x), linear(x))
+        assert quantized_for(x, twin) is x
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_isnt_among_the_parameters_of_a_layer_of_black_forest_labs(name: str) -> None:
+    layer = quantised.bfl_linear(nn.Linear(48, 64, dtype=torch.bfloat16))
+    twin = copy.deepcopy(layer)
+    set_class(twin, subclass(BFLLinear, type(layer), "eager"))
+    for module in (layer, twin):
+        put_elsewhere(module, name, "buffer")
+    x = rows((2, 17, 48), torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(twin(x), layer(x))
+        assert quantized_for(x, twin) is x
+
+
+@pytest.mark.parametrize("part", ["qdata", "scale"])
+@pytest.mark.parametrize("law", quantised.LAWS, ids=str)
+def test_a_weight_swapped_by_its_data_is_used(law: Law, part: str) -> None:
+    """As those do it that move weights between devices in buffers of their own."""
+    linear, other = quantized_linear_layer(law), quantized_linear_layer(law)
+    twin = fused(copy.deepcopy(linear))
+    x = rows((2, 17, 48), torch.bfloat16)
+    with torch.no_grad():
+        for layer in (linear, twin):
+            layer(x)
+            getattr(layer.weight, part).data = getattr(other.weight, part).clone()
+        assert torch.equal(twin(x), linear(x))
+
+
+def test_a_configuration_that_was_replaced_is_read_again() -> None:
+    linear = quantized_linear_layer(FLOAT8_ROW)
+    weight: Any = linear.weight
+    operand = operand_of(weight)
+    assert operand is not None
+    assert operand.fast
+    weight.mm_config = weight.mm_config._replace(use_fast_accum=False)
+    operand = operand_of(weight)
+    assert operand is not None
+    assert not operand.fast
+    smoothed: Any = quantized_linear_layer(INT8_ROW).weight
+    assert operand_of(smoothed) is not None
+    smoothed.act_pre_scale = torch.tensor(2.0)
+    assert operand_of(smoothed) is None
+
+
 def test_a_linear_whose_forward_was_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is known by where its code comes from, which another PyTorch may have changed."""
     linear = fused(quantized_linear_layer(FLOAT8_ROW))

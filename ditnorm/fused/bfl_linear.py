@@ -76,7 +76,8 @@ class BFLLinear(QuantizedLinear):
 
     @staticmethod
     def operand_in(module: Any) -> Any:
-        return BFLOperand(module)
+        parameters = module._parameters
+        return BFLOperand(module) if "weight" in parameters and "bias" in parameters else None
 
     @staticmethod
     def multiplied(x: Quantized, module: Any) -> Tensor:
@@ -90,7 +91,8 @@ class BFLLinear(QuantizedLinear):
     def forward(self, inputs: Tensor | Quantized) -> Tensor:
         if isinstance(inputs, Quantized):
             return self.multiplied(inputs, self)
-        if not served_here(inputs) or not self.as_made() or not BFLOperand(self).takes(inputs.shape, inputs.dtype, None):
+        operand = self.operand_in(self) if served_here(inputs) and self.as_made() else None
+        if operand is None or not operand.takes(inputs.shape, inputs.dtype, None):
             return super(QuantizedLinear, self).forward(inputs)  # type: ignore[misc]
         return self.multiplied(attached(inputs, FLOAT8_ROW_BFL) or quantize(inputs, FLOAT8_ROW_BFL), self)
 

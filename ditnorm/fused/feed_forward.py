@@ -69,7 +69,7 @@ class FusedFeedForward(FeedForwardBody):
     def law(self, x: Tensor) -> Wanted | None:
         if hooked(self):
             return None
-        gelu: Any = self._modules["net"]._modules["0"]
+        gelu: Any = self._modules["net"]._modules.get("0")
         return law_for(x, gelu._modules["proj"]) if isinstance(gelu, FusedGELU) and not hooked(gelu) else None
 
 

@@ -92,7 +92,7 @@ def quantized_for(x: Any, *linears: Any) -> Any:
         return x
     law = law_for(x, *linears)
     if isinstance(law, Beside):
-        return x if attached(x, law.law) is not None else attach(x, quantize(x, law.law))
+        return x if attached(x, law.law) is not None else attach(x.detach(), quantize(x, law.law))  # others hold x, and write to it
     return x if law is None else quantize(x, law)
 
 

@@ -79,8 +79,11 @@ class QuantizedLinear(FusedModule):
 
     @staticmethod
     def operand_in(module: Any) -> Any:
-        """The operand that ``module`` multiplies by; None where its own library serves it."""
-        return operand_of(module._parameters["weight"])
+        """The operand that ``module`` multiplies by; None where its own library serves it, or where
+        it doesn't have weight and bias among its Parameters.
+        """
+        parameters = module._parameters
+        return operand_of(parameters.get("weight")) if "bias" in parameters else None
 
     @staticmethod
     def multiplied(x: Quantized, module: Any) -> Tensor:
@@ -91,7 +94,10 @@ class QuantizedLinear(FusedModule):
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         parameters = self._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # a buffer, an attribute, a parametrization
+            return super().forward(input)  # type: ignore[misc]
         if isinstance(input, Quantized):
             values, scale, shape, dtype, _ = input
             return product(values, scale, shape, dtype, operand_of(weight), bias)

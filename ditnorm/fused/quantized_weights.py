@@ -9,6 +9,7 @@ import functools
 import importlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ _INT8: Mapping[str, tuple[str, ...]] = _COMMON | {
 _KNOWN_FLOAT8 = frozenset({("f6806f318387", "cd32637bc883")})  # 0.18.0
 _KNOWN_INT8 = frozenset({("58f780637a59", "74711f18cb51")})  # 0.18.0
 
+# What users change of a weight that has been used, and the law or the product depends on.
+_FLOAT8_CONFIGURATION = attrgetter("act_quant_kwargs", "mm_config", "kernel_preference")
+_INT8_CONFIGURATION = attrgetter("act_quant_kwargs", "act_pre_scale", "act_quant_scale")
+
 Reader = Callable[[Any], Law | str]
 """A weight -> the law of its activations, or why it has none that is fused."""
 
@@ -86,7 +91,7 @@ class Operand:
     It is made once a weight: reading a configuration takes longer than a call should.
     """
 
-    __slots__ = ("fast", "how", "largest_sum", "law", "read_scale", "scale", "source", "values", "width")
+    __slots__ = ("configuration", "fast", "largest_sum", "law", "places", "read", "read_scale", "scale", "source", "values", "width")
 
     def __init__(self, weight: Any, law: Law) -> None:
         source, key = weight.qdata, id(weight.qdata)
@@ -94,8 +99,11 @@ class Operand:
         """``qdata`` itself, as long as somebody has it. (PyTorch moves no weight that somebody has
         a weak reference to.)
         """
-        self.read_scale, self.how = weight.scale, weight.act_quant_kwargs
+        self.read: Callable[[Any], Any] = _INT8_CONFIGURATION if law is INT8_ROW else _FLOAT8_CONFIGURATION
+        self.read_scale, self.configuration = weight.scale, self.read(weight)
         """What was read of ``weight`` beside that."""
+        self.places = source.data_ptr(), weight.scale.data_ptr()
+        """Where both were: who swaps weights puts others in, as ``.data``."""
         self.law = law
         self.values: Tensor = source.data.t()
         """[K, N]. No view of it, which would keep it alive."""
@@ -122,7 +130,13 @@ def operand_of(weight: Any) -> Operand | None:
     """The operand that ``weight`` is; None where its own library serves it."""
     source = getattr(weight, "qdata", None)
     found = _operands.get(id(source))
-    if found is not None and found.source() is source and weight.scale is found.read_scale and weight.act_quant_kwargs is found.how:
+    if (
+        found is not None
+        and found.source() is source
+        and weight.scale is found.read_scale
+        and found.read(weight) == found.configuration
+        and (source.data_ptr(), found.read_scale.data_ptr()) == found.places
+    ):
         return found
     law = law_of(weight)
     if not isinstance(law, Law):
