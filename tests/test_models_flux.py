@@ -3,6 +3,8 @@
 import pytest
 import torch
 from support import tiny
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from ditnorm.fused import flux
 from ditnorm.patching import patch_model
@@ -18,6 +20,26 @@ def test_norms_of_query_and_key_in_another_dtype_round_as_unpatched(norms):
                 getattr(block.attn, norm).float()
     expected = tiny.run(model, arguments)
     assert torch.equal(tiny.run(patch_model(model, strict=True), arguments), expected)
+
+
+@pytest.mark.parametrize("how", ["buffer", "parametrization"])
+def test_norms_of_query_and_key_with_weights_elsewhere_run_as_unpatched(how):
+    class Scaled(nn.Module):
+        def forward(self, weight):
+            return weight * 1.5
+
+    name, dtype = "flux", torch.bfloat16
+    model, arguments = tiny.load(name, dtype), tiny.inputs(name, 2, dtype)
+    patched = patch_model(tiny.load(name, dtype), strict=True)
+    for m in (model, patched):
+        for norm in [module for path, module in m.named_modules() if path.endswith(("norm_q", "norm_k", "norm_added_q", "norm_added_k"))]:
+            if how == "parametrization":
+                register_parametrization(norm, "weight", Scaled())
+            else:
+                weight = norm.weight.detach()
+                del norm.weight
+                norm.register_buffer("weight", weight)
+    assert torch.equal(tiny.run(patched, arguments), tiny.run(model, arguments))
 
 
 @pytest.mark.parametrize("name", ["flux", "longcat-image", "flux-controlnet"])

@@ -238,7 +238,7 @@ def test_an_adapter_reads_the_activation_beside_what_it_is_quantised_to(name: st
 
 
 def test_what_is_written_to_a_context_between_blocks_counts() -> None:
-    """In inference mode, where nobody counts what is written to a tensor. Blocks share the object."""
+    """In inference mode, where nobody counts what is written to a tensor. Blocks share it."""
     name = "wan-t2v"
     model: Any = model_of(name, FLOAT8_ROW)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import joint_qk_norm_rope, qk_norm_rope, scale_residual
+from ..layers.base import parameter
 from ..ops.context import transformed
 from ..ops.quantization import Wanted
 from ..swapping.swapped import untouched
@@ -136,7 +137,7 @@ class FluxAttention(FusedAttention):
 def _norms_alike(attn: Any) -> bool:
     """Whether the norms make query and key of both streams of one dtype."""
     modules = attn._modules
-    dtypes = [dtype_of(modules[name]._parameters["weight"]) for name in ("norm_q", "norm_added_q", "norm_k", "norm_added_k")]
+    dtypes = [dtype_of(parameter(modules[name], "weight")) for name in ("norm_q", "norm_added_q", "norm_k", "norm_added_k")]
     return dtypes[0] is dtypes[1] and dtypes[2] is dtypes[3]
 
 

@@ -128,14 +128,14 @@ _operands: dict[int, Operand] = {}
 
 def operand_of(weight: Any) -> Operand | None:
     """The operand that ``weight`` is; None where its own library serves it."""
-    source = getattr(weight, "qdata", None)
+    source: Any = getattr(weight, "qdata", None)
     found = _operands.get(id(source))
     if (
         found is not None
-        and found.source() is source
         and weight.scale is found.read_scale
         and found.read(weight) == found.configuration
         and (source.data_ptr(), found.read_scale.data_ptr()) == found.places
+        and found.source() is source
     ):
         return found
     law = law_of(weight)
