@@ -74,7 +74,7 @@ def served(op: str, x: Tensor) -> bool:
     process, for which the host waits.
     """
     fits = x.dim() in (2, 3)
-    if torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+    if torch.compiler.is_compiling():  # Dynamo would guard a graph that counts by the count
         return fits and not x.requires_grad and x.dtype in FLOATS  # a compiler fuses gradients itself
     if fits and x.is_cuda:
         what = _UNDER_GRAD[op] if torch.is_grad_enabled() else op

@@ -240,7 +240,7 @@ class FusedAttention(FusedModule):
         """``condition``, on which the fused call of ``op`` depends. Where it doesn't hold the call
         counts as one of PyTorch's path.
         """
-        if not condition and not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+        if not condition and not torch.compiler.is_compiling():  # Dynamo would guard a graph that counts by the count
             kernels.count_reference(op)
         return condition
 

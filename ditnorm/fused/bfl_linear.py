@@ -18,7 +18,7 @@ from .quantized_linear import QuantizedLinear, float8_unsupported, served_here
 from .quantized_sites import QuantizedProduct
 from .sites import FusedCall
 
-_MULTIPLE = 16  # of the width and of the number of results, where diffusers multiplies float8 matrices
+_MULTIPLE = 16  # of which in_features and out_features have to be multiples for diffusers to multiply in float8
 
 
 class BFLOperand:

@@ -21,8 +21,8 @@ from .promotion import promoted
 
 Rotary = tuple[Tensor, Tensor]
 
-# How a processor hands the streams to the last projections: copied, since these have other bits for
-# what isn't contiguous; or as they are, the text after the image or before it.
+# How a processor hands the streams to the last projections: copied to be contiguous, on which the
+# bits of these depend, or as they are, with the text projected after the image or before it.
 CONTIGUOUS, AS_IS, TEXT_FIRST = "contiguous", "as it is", "text first"
 
 
@@ -244,7 +244,7 @@ def single_stream(block: Any, x: Tensor, temb: Tensor, rotary: Rotary | None, kw
     mlp, pending = start_mlp(block.act_mlp, block.proj_mlp, x, block.rounding)
     x = block.attn(hidden_states=x, image_rotary_emb=rotary, **more, **kwargs)
     x = join_mlp(x, mlp, pending, block.rounding, block.proj_out)
-    del mlp  # as x before it: nothing is kept for no reason while proj_out runs
+    del mlp  # like the earlier x it needn't be alive while proj_out runs
     return scale_residual_clipped(residual, block.proj_out(x), gate, block.rounding)
 
 

@@ -119,7 +119,7 @@ def called_otherwise(module: nn.Module) -> str:
     """What a call of ``module`` runs besides its class's ``forward``, in words."""
     if "forward" in module.__dict__ and wrapped(module):
         return "its forward is wrapped or replaced"
-    # Who replaces the call of all modules looks at them, as a hook for all modules does.
+    # Whoever replaces the call of all modules looks at them, as a hook for all modules does.
     own = type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None
     return "its calls are wrapped or replaced" if own else WATCHED
 

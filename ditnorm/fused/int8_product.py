@@ -14,10 +14,10 @@ from ..swapping.torch_private import int_mm
 from .quantized_weights import Operand
 
 _FEWEST_ROWS = 17
-_PADDED = 32  # rows
-_LARGEST = 128  # absolute value of an int8
-_EXACT = 2**24  # up to which float32 has every integer
-_PART = 1024  # rows of a weight of which the absolute values are added up at a time
+_PADDED = 32  # rows that fewer are padded to
+_LARGEST = 128  # the largest absolute value of an int8
+_EXACT = 2**24  # float32 has every integer up to this one
+_PART = 1024  # rows of a weight whose absolute values are added up at a time
 
 
 def int8_product(values: Tensor, operand: Operand) -> Tensor:
@@ -30,13 +30,13 @@ def int8_product(values: Tensor, operand: Operand) -> Tensor:
 
 
 def padded_product(values: Tensor, weight: Tensor) -> Tensor:
-    """The product of few rows."""
+    """The product of few rows, with rows of zeros below."""
     rows = values.shape[0]
     return int_mm(F.pad(values, (0, 0, 0, _PADDED - rows)), weight)[:rows]
 
 
 def is_exact_in_float32(values: Tensor, operand: Operand) -> bool:
-    """Whether the terms of each sum are known to be so small.
+    """Whether float32 is exact: the terms of each sum are known to be small enough.
 
     Mostly the weight tells that for whatever it is multiplied by, once and for all. Where it
     doesn't, the host waits for the values in each call; while a graph is captured it can't, and the

@@ -44,4 +44,4 @@ class LoraLinear(FusedModule):
         return result if result.dtype is dtype else result.to(dtype)
 
 
-_NUMBERS = (int, float)  # a tensor would have to be waited for
+_NUMBERS = (int, float)  # to compare a tensor, the host would wait for the GPU

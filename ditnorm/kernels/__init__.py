@@ -110,7 +110,7 @@ def _fake(op: Op) -> Callable[..., Any]:
 def in_pytorch(op: Op, call: Any) -> Any:
     """The results of a call that PyTorch's operations serve, counted as such."""
     index_range(call)
-    if not torch.compiler.is_compiling():  # a graph that changed the counter would be guarded by its value
+    if not torch.compiler.is_compiling():  # Dynamo would guard a graph that counts by the count
         count_reference(op.name)
     return op.reference(call)
 

@@ -43,14 +43,14 @@ class ScaleResidualIdentity(Swapped, nn.Identity):
         if x is None:
             nothing_modulated(gate, gate_table, index, law)
             return super().forward(residual)
-        if residual.dtype is torch.float64:  # which those casts round
+        if residual.dtype is torch.float64:  # which upstream rounds, see below
             return self._unfused(residual, x, gate, gate_table=gate_table, index=index)
         r = scale_residual(residual, x, gate, gate_table=gate_table, index=index, rounding=self.rounding)
         r = laid_out_as(residual, r)  # no norm stands between it and the Linears
         if isinstance(law, Law):
             return quantize(r, law), r
-        # Upstream casts to float32 and back here: unless the residual is float32, it hands on a
-        # copy.
+        # Upstream casts to float32 and back here. So what it hands on is a copy, unless the
+        # residual is float32.
         y = r if r.dtype is torch.float32 else r.clone()
         return y if law is None else attach(y, quantize(y, law.law)), r
 

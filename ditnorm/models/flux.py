@@ -158,7 +158,7 @@ class BriaFiboSingleAttention(FluxAttention):
     """diffusers' ``Attention`` with Bria's processor, as a single-stream block of FIBO has it."""
 
     fingerprints = {"forward": frozenset({"f24e3a146064"})}  # 0.37.0 to 0.42.1
-    processors = {"diffusers.models.transformers.transformer_bria:BriaAttnProcessor": {"ea7746a9c1f9": AS_IS}}  # as that
+    processors = {"diffusers.models.transformers.transformer_bria:BriaAttnProcessor": {"ea7746a9c1f9": AS_IS}}  # 0.37.0 to 0.42.1
     norm = "diffusers_rms"
 
     def forward(  # type: ignore[override]

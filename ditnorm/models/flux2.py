@@ -134,7 +134,7 @@ class Flux2ParallelSelfAttention(FusedAttention):
             attended = activation.behind(attended, mlp, self.to_out)
         else:
             attended = torch.cat([attended, activation(mlp)], dim=-1)
-        del x, qkv, mlp, query, key, value  # nothing is kept for no reason while to_out runs
+        del x, qkv, mlp, query, key, value  # none of them needs to be alive while to_out runs
         return self.to_out(attended)
 
 

@@ -48,6 +48,6 @@ class OvisImageSingleTransformerBlock(FusedBlock):
             mlp = self.act_mlp(mlp_gate) * mlp
         x = self.attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **kwargs)
         x = silu_gated(mlp_gate, mlp, x, rounding=self.rounding, reader=self.proj_out) if pending else torch.cat([x, mlp], dim=-1)
-        del mlp, mlp_gate  # as x before it: nothing is kept for no reason while proj_out runs
+        del mlp, mlp_gate  # like the earlier x they needn't be alive while proj_out runs
         x = scale_residual_clipped(residual, self.proj_out(x), gate, self.rounding)
         return x[:, :text], x[:, text:]

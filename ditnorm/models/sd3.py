@@ -121,7 +121,7 @@ class SD35AdaLayerNormZeroX(Modulating, FusedUnit):
         if untouched(self.norm) and not (torch.is_grad_enabled() and self.rounding == "eager"):
             x = modulated(self.norm, hidden_states, scale_msa, shift_msa, law=law)
             x2 = modulated(self.norm, hidden_states, scale_msa2, shift_msa2, law=law)
-        else:  # somebody sees it called once, or its gradient is that of one sum
+        else:  # one call, as upstream: somebody watches it, or gradients are to be summed before they go through it
             n = self.norm(hidden_states)
             x, x2 = modulate(n, scale_msa, shift_msa), modulate(n, scale_msa2, shift_msa2)
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, x2, gate_msa2

@@ -60,7 +60,7 @@ class WanAttention(FusedAttention):
             encoder_hidden_states = quantized_for(encoder_hidden_states, self.to_k, self.to_v)
         query, key, value = self.upstream("_get_qkv_projections")(self, hidden_states, encoder_hidden_states)
         query_weight, key_weight = weight_of(self.norm_q), weight_of(self.norm_k)
-        if query_weight is None or key_weight is None:  # by their length the op sees that the norm is across heads; ones change no bit
+        if query_weight is None or key_weight is None:  # the op tells a norm across heads by its weights; ones change no bit
             query_weight = query.new_ones(query.shape[-1]) if query_weight is None else query_weight
             key_weight = key.new_ones(key.shape[-1]) if key_weight is None else key_weight
         rotary = None

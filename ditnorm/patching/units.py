@@ -104,7 +104,7 @@ class Unit:
     def activations(self) -> list[Activation]:
         """The activations between its linear layers, as they are called now."""
         found = {activation.path: activation for swap in self.swaps for activation in swap.activations()}
-        return list(found.values())  # a feed-forward layer knows more of one than the module that has it
+        return list(found.values())  # of two that describe one activation the later, a feed-forward layer, knows more
 
     @property
     def upstreams(self) -> set[str]:

@@ -52,7 +52,7 @@ class Schedules:
         timestep = given.get("timestep")
         if timestep is None or not timestep.numel():
             return []
-        given |= {name: dtype for name in self.inputs if name.endswith("dtype")}  # which the embedding was asked for
+        given |= {name: dtype for name in self.inputs if name.endswith("dtype")}  # the dtype that the embedding was asked for
         value = timestep.flatten()[0]
         for timesteps in self._known():
             timesteps = timesteps.to(timestep.device)

@@ -35,7 +35,7 @@ def _home(t: Tensor) -> Tensor:
         return t
     try:
         home = torch.empty_like(t, device="cpu", pin_memory=True)
-    except RuntimeError:  # no more memory may be pinned: the copies take longer
+    except RuntimeError:  # no more memory can be pinned; copies out of this take longer
         return t.cpu()
     return home.copy_(t)
 
@@ -56,7 +56,7 @@ def streamed(modules: Sequence[Precomputed], device: torch.device) -> Iterator[P
     copying, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     size = max(sum(_aligned(p.nbytes) for p in parameters) for parameters in weights)
     buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-    copying.wait_stream(current)  # whoever had this memory before
+    copying.wait_stream(current)  # what used this memory before may still run
 
     def fetch(i: int) -> tuple[list[Tensor], torch.cuda.Event]:
         views, offset = [], 0
@@ -73,7 +73,7 @@ def streamed(modules: Sequence[Precomputed], device: torch.device) -> Iterator[P
         views, arrived = arriving
         if i + 1 < len(modules):
             if read is not None:
-                copying.wait_event(read)  # the module before, whose buffer is next
+                copying.wait_event(read)  # until the module before this one has read its buffer
             arriving = fetch(i + 1)
         current.wait_event(arrived)
         with _replaced(weights[i], views):

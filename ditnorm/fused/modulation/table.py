@@ -61,7 +61,7 @@ class ModulationTable:
         self._start(RowNumbers())
         self._route.trace()
         device = next((p.device for p in embedding.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        for _, module, _ in self.modules:  # already now: what is compiled or captured holds them
+        for _, module, _ in self.modules:  # before the first run, since compiled code and CUDA graphs hold the tables
             module.__dict__["modulation_changes"] = 0
             out_features: int = module.modulation_modules()[-1].out_features
             self._table_of(module, torch.empty(0, out_features, dtype=self.dtype, device=device))
@@ -122,8 +122,8 @@ class ModulationTable:
         with (
             self._lock,
             torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # the first, which would let later runs write rows, enables gradients
+            torch.no_grad(),  # inference_mode(False), without which later runs couldn't write rows, enables gradients
+        ):
             reason = self._reason_to_give_up() or self._look_for_changes()
             if reason is not None:
                 self.restore()

@@ -136,7 +136,7 @@ class HunyuanVideoSingleTransformerBlock(SingleStream, FusedBlock):
         mlp, pending = start_mlp(self.act_mlp, self.proj_mlp, x, self.rounding)
         x = attend_joined(self.attn, x, text_seq_length, attention_mask, image_rotary_emb)
         x = join_mlp(x, mlp, pending, self.rounding, self.proj_out)
-        del mlp  # as x before it: nothing is kept for no reason while proj_out runs
+        del mlp  # like the earlier x it needn't be alive while proj_out runs
         x = self.proj_out(x)
 
         return scale_residuals(hidden_states, encoder_hidden_states, x, gate, rounding=self.rounding)

@@ -274,5 +274,7 @@ def _add_and_norm_twice(
         y, r = _add_and_norm(norm, residual, x, gate, scale, shift)
         affine = {"weight": weight_of(norm), "bias": norm.bias}
         return y, norm_scale_shift(r, scale2, shift2, **affine, norm=norm.norm, eps=norm.eps, rounding=norm.rounding), r
-    n, r = _add_and_norm(norm, residual, x, gate, None, None)  # somebody sees it called once, or its gradient is that of one sum
+    # One call, as upstream: somebody watches it, or gradients are to be summed before they go
+    # through it.
+    n, r = _add_and_norm(norm, residual, x, gate, None, None)
     return modulate(n, scale, shift), modulate(n, scale2, shift2), r
