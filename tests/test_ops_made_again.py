@@ -171,6 +171,26 @@ def test_a_dropout_in_place_is_seen_by_an_adapter() -> None:
     assert equal(*results)
 
 
+def test_what_a_hook_of_the_reader_writes_counts() -> None:
+    results = []
+    for call in (as_it_is, read):
+        (x, y), linear = normed(), readers()[0]
+        linear.register_forward_pre_hook(lambda module, given: (given[0].mul_(2),))
+        results.append(torch.autograd.grad(call(linear, y).square().sum(), [x, linear.weight]))
+    assert equal(*results)
+
+
+def test_a_norm_that_keeps_nothing_any_more_is_read() -> None:
+    results = []
+    for made in (False, True):
+        (_, y), linear = normed(), readers()[0]
+        y.sum().backward()
+        found = made_again(y, linear) if made else None
+        out = linear(y) if found is None else found.read_by(linear, y)
+        results.append(torch.autograd.grad(out.square().sum(), [linear.weight]))
+    assert equal(*results)
+
+
 def test_what_was_made_again_in_part_goes_with_the_graph() -> None:
     """As what is kept without it does."""
     (_, y), linears = normed(), readers()

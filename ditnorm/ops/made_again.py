@@ -38,8 +38,8 @@ class MadeAgain:
             return linear(y)
 
     def _pack(self, t: Tensor) -> Any:
-        if t.numel() != self.size or t.data_ptr() != self.place or not t.is_contiguous():
-            return t, t._version
+        if t.numel() != self.size or t.data_ptr() != self.place or t._version != 0 or not t.is_contiguous():
+            return t, t._version  # a hook may have written to y
         self.readers += 1
         return t.shape
 
@@ -77,7 +77,10 @@ def made_again(y: Tensor, reader: nn.Module) -> MadeAgain | None:
     known: Any = getattr(norm, "made_again", None)
     found: MadeAgain | None = None if known is None else known()
     if found is None:
-        made_of = kept_by(norm)
+        try:
+            made_of = kept_by(norm)
+        except RuntimeError:  # gone with a backward pass, or changed since: what can't be made again is kept
+            return None
         if made_of[_WEIGHT] is not None or any(t is not None and t.is_inference() for t in made_of):
             return None
         found = MadeAgain(y, tuple(None if t is None else t.detach() for t in made_of), norm.codes)
