@@ -102,8 +102,8 @@ class Op:
         return tuple(get_args(hint)[1] if get_origin(hint) is Annotated else None for hint in self._hints.values())
 
 
-def _fused(call: Any) -> None:
-    """A kernel takes every call."""
+def _always_fused(call: Any) -> None:
+    """For ops whose kernel takes every call in which nothing is wrong."""
 
 
 def _like_joined(call: JointQKNormRope) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +176,7 @@ OPS: Mapping[str, Op] = {
             Quantize,
             reference_quantize.quantize,
             checks_quantize.check,
-            _fused,
+            _always_fused,
             lambda call: checks_quantize.like_quantized(call.x, call.law),
         ),
         Op(
@@ -216,7 +216,7 @@ OPS: Mapping[str, Op] = {
             DequantizeProduct,
             reference_quantize.dequantize_product,
             checks_quantize.check_product,
-            _fused,
+            _always_fused,
             lambda call: call.product.new_empty(call.product.shape, dtype=call.dtype),
         ),
         Op(
@@ -260,7 +260,7 @@ OPS: Mapping[str, Op] = {
             NormScaleShiftBackward,
             reference_backward.norm_scale_shift_backward,
             checks.check_backward,
-            _fused,
+            _always_fused,
             lambda call: call.x.new_empty(call.x.shape),
         ),
         Op(
@@ -268,7 +268,7 @@ OPS: Mapping[str, Op] = {
             ScaleResidualNormScaleShiftBackward,
             reference_backward.scale_residual_norm_scale_shift_backward,
             checks.check_backward,
-            _fused,
+            _always_fused,
             lambda call: (call.r.new_empty(call.r.shape), call.r.new_empty(call.r.shape)),
         ),
         Op(
@@ -276,7 +276,7 @@ OPS: Mapping[str, Op] = {
             ScaleResidualBackward,
             reference_backward.scale_residual_backward,
             checks.check_backward,
-            _fused,
+            _always_fused,
             lambda call: call.dr.new_empty(call.dr.shape),
         ),
         Op(
@@ -284,7 +284,7 @@ OPS: Mapping[str, Op] = {
             NormScaleShiftBackwardParts,
             reference_backward.norm_scale_shift_backward_parts,
             checks.check_backward_parts,
-            _fused,
+            _always_fused,
             lambda call: (call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)),
         ),
         Op(
@@ -292,7 +292,7 @@ OPS: Mapping[str, Op] = {
             NormScaleResidualBackward,
             reference_backward.norm_scale_residual_backward,
             checks.check_sandwich_backward,
-            _fused,
+            _always_fused,
             lambda call: call.x.new_empty(call.x.shape),
         ),
         Op(
@@ -300,7 +300,7 @@ OPS: Mapping[str, Op] = {
             SwiGLUBackward,
             reference_activation.swiglu_backward,
             checks_activation.check_backward,
-            _fused,
+            _always_fused,
             lambda call: (call.x.new_empty(call.x.shape), call.x.new_empty(call.x.shape)),
         ),
         Op(
@@ -308,7 +308,7 @@ OPS: Mapping[str, Op] = {
             QKNormRopeBackward,
             reference_qk_backward.qk_norm_rope_backward,
             checks_qk.check_backward,
-            _fused,
+            _always_fused,
             lambda call: (call.query.new_empty(call.query.shape), call.key.new_empty(call.key.shape)),
         ),
         Op(
@@ -316,7 +316,7 @@ OPS: Mapping[str, Op] = {
             JointQKNormRopeBackward,
             reference_qk_backward.joint_qk_norm_rope_backward,
             checks_qk.check_backward,
-            _fused,
+            _always_fused,
             lambda call: tuple(t.new_empty(t.shape) for t in (call.query, call.key, call.encoder_query, call.encoder_key)),
         ),
     )

@@ -227,10 +227,12 @@ def _refusals(found: Targets, demanded: bool = False) -> list[str]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, (_, units) in found.items():
         for unit in units:
-            unfused = [part for part in unit.left() if part.demanded or not demanded]
-            left = [(part.name, part.reason) for part in unfused] if unit.refusal is None else [(unit.name, unit.refusal)]
-            for part, reason in left:
-                by_reason.setdefault((name, reason), []).append(part)
+            if unit.refusal is not None:
+                by_reason.setdefault((name, unit.refusal), []).append(unit.name)
+                continue
+            for part in unit.missing():
+                if part.demanded or not demanded:
+                    by_reason.setdefault((name, part.reason), []).append(part.name)
     return [f"{name}: {listed(units)} not fused: {reason}" for (name, reason), units in by_reason.items()]
 
 

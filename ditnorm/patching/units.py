@@ -111,7 +111,7 @@ class Unit:
         """What its bodies leave to upstream."""
         return {what for swap in self.swaps for what in getattr(swap.body, "upstreams", {})}
 
-    def left(self) -> Iterator[Unfused]:
+    def missing(self) -> Iterator[Unfused]:
         """What patching warns of: it stays upstream's, and an op of ours is missing there."""
         yield from (part for part in self.unfused if part.announced)
         for activation in self.activations():

@@ -148,7 +148,7 @@ def _qwen_image_velocity(transformer: ModelMixin, noisy: Tensor, timestep: Tenso
         hidden_states=QwenImagePipeline._pack_latents(noisy, batch, channels, height, width),
         timestep=timestep / 1000,
         encoder_hidden_states=prompts["prompt_embeds"],
-        encoder_hidden_states_mask=_mask(prompts),
+        encoder_hidden_states_mask=mask(prompts),
         img_shapes=[[(1, height // 2, width // 2)]] * batch,
         return_dict=False,
     )[0]
@@ -156,7 +156,7 @@ def _qwen_image_velocity(transformer: ModelMixin, noisy: Tensor, timestep: Tenso
 
 
 def _qwen_image_arguments(prompts: Prompts) -> dict[str, Any]:
-    return {"prompt_embeds": prompts["prompt_embeds"], "prompt_embeds_mask": _mask(prompts), "true_cfg_scale": 1.0}
+    return {"prompt_embeds": prompts["prompt_embeds"], "prompt_embeds_mask": mask(prompts), "true_cfg_scale": 1.0}
 
 
 def _wan() -> DiffusionPipeline:
@@ -225,17 +225,18 @@ def _hunyuan_video_velocity(transformer: ModelMixin, noisy: Tensor, timestep: Te
         hidden_states=noisy,
         timestep=timestep,
         encoder_hidden_states=prompts["prompt_embeds"],
-        encoder_attention_mask=_mask(prompts),
+        encoder_attention_mask=mask(prompts),
         pooled_projections=prompts["pooled_prompt_embeds"],
         return_dict=False,
     )[0]
 
 
 def _hunyuan_video_arguments(prompts: Prompts) -> dict[str, Any]:
-    return {**prompts, "prompt_attention_mask": _mask(prompts)}
+    return {**prompts, "prompt_attention_mask": mask(prompts)}
 
 
-def _mask(prompts: Prompts) -> Tensor:
+def mask(prompts: Prompts) -> Tensor:
+    """Of the prompts' tokens, ``[B, 2]``: all are valid."""
     return torch.ones(prompts["prompt_embeds"].shape[:2], dtype=torch.long, device=prompts["prompt_embeds"].device)
 
 

@@ -31,7 +31,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-from .families import HEAD_DIM, HEADS, IMAGE, POOLED_DIM, TEXT_DIM, Prompts, TinyPipeline, save
+from .families import HEAD_DIM, HEADS, IMAGE, POOLED_DIM, TEXT_DIM, Prompts, TinyPipeline, mask, save
 
 
 @contextmanager
@@ -152,9 +152,7 @@ def _lumina2() -> DiffusionPipeline:
 
 
 def _lumina2_arguments(prompts: Prompts) -> dict[str, Any]:
-    embeds = prompts["prompt_embeds"]
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    return {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 1.0}
+    return {"prompt_embeds": prompts["prompt_embeds"], "prompt_attention_mask": mask(prompts), "guidance_scale": 1.0}
 
 
 def _ltx2() -> DiffusionPipeline:
@@ -215,9 +213,7 @@ def _ltx2() -> DiffusionPipeline:
 def _ltx2_arguments(prompts: Prompts) -> dict[str, Any]:
     scales = {f"{prefix}{name}": 1.0 for prefix in ("", "audio_") for name in ("guidance_scale", "modality_scale")}
     without = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "spatio_temporal_guidance_blocks": None}
-    embeds = prompts["prompt_embeds"]
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    return {"prompt_embeds": embeds, "prompt_attention_mask": mask, **scales, **without}
+    return {"prompt_embeds": prompts["prompt_embeds"], "prompt_attention_mask": mask(prompts), **scales, **without}
 
 
 UNTRAINED = {
