@@ -185,6 +185,24 @@ def test_a_forward_that_somebody_else_puts_there_is_called(monkeypatch: pytest.M
     assert torch.equal(layers(model)[0](x), x[..., : layers(model)[0].out_features] + 1)
 
 
+class Routed(PeftLinear):
+    @property
+    def active_adapters(self) -> list[str]:
+        return ["other"]
+
+
+def test_a_class_that_chooses_its_adapters_itself_is_called() -> None:
+    """It inherits PEFT's forward."""
+    name = "qwen-image"
+    model = adapted(name)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False), adapter_name="other")
+    model.set_adapters("default")
+    for layer in layers(model):
+        layer.__class__ = Routed
+    expected = tiny.run(model, tiny.inputs(name, 2, DTYPE))
+    assert torch.equal(tiny.run(patch_model(model), tiny.inputs(name, 2, DTYPE)), expected)
+
+
 def test_the_compiler_says_nothing_of_adapters_in_a_block() -> None:
     """It warns of cached functions that it meets."""
     model = patch_model(adapted("qwen-image"))

@@ -5,11 +5,13 @@ The scaling is ``lora_alpha / r``, which training scripts set to 1. The product 
 over memory forward and another one backward, for each of a block's adapted layers.
 """
 
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
 from ..ops.made_again import made_again
+from ..swapping.originals import defined_in
 from .module import FusedModule
 
 
@@ -23,6 +25,13 @@ class LoraLinear(FusedModule):
 
     optional = True
     demanded = announced = False
+
+    @classmethod
+    def knows(cls, upstream: type) -> bool:
+        """Whether ``upstream`` has PEFT's forward and what that asks for: a class derived from
+        PEFT's may choose other adapters.
+        """
+        return super().knows(upstream) and all(_is_pefts(getattr(upstream, name, None)) for name in _ASKED)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self._disable_adapters or self.merged_adapters or self.lora_variant or not self.as_made():
@@ -45,3 +54,10 @@ class LoraLinear(FusedModule):
 
 
 _NUMBERS = (int, float)  # to compare a tensor, the host would wait for the GPU
+_ASKED = ("active_adapter", "active_adapters", "disable_adapters", "merged")
+
+
+def _is_pefts(asked: Any) -> bool:
+    """Whether a property is PEFT's own."""
+    function = asked.fget if isinstance(asked, property) else None
+    return isinstance(function, FunctionType) and defined_in(function, "peft")
