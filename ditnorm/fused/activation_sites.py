@@ -33,8 +33,8 @@ class Activation:
 
     @property
     def announced(self) -> bool:
-        """Whether patching warns that an op of ours is missing: not of a hook, which whoever set it
-        knows of.
+        """Whether patching warns that an op of ours is missing. It doesn't where a hook is why,
+        since whoever set that knows.
         """
         return self.op is not None and self.reason not in (None, WATCHED)
 
@@ -66,12 +66,12 @@ _known: dict[tuple[str, torch.device, torch.dtype], bool] = {}
 
 
 def served(op: str, x: Tensor) -> bool:
-    """Whether a kernel computes ``gelu`` or ``swiglu`` of ``x``, and another its gradients, with
-    the bits of PyTorch's for all numbers of its dtype. Elsewhere PyTorch does, and the call counts
-    as one of its path.
+    """Whether kernels serve ``gelu`` or ``swiglu`` of ``x``, and its gradients where these may be
+    wanted, with PyTorch's bits for all numbers of the dtype. If not, PyTorch is to compute it, and
+    the call is counted as one of PyTorch's path.
 
-    Both call CUDA's functions, of which their toolkits may have different ones. Tried once a
-    process, for which the host waits.
+    The kernels and PyTorch are built with CUDA toolkits of their own, whose ``tanhf`` and ``expf``
+    may differ. So they are compared once a process, for which the host waits.
     """
     fits = x.dim() in (2, 3)
     if torch.compiler.is_compiling():  # Dynamo would guard a graph that counts by the count

@@ -98,11 +98,9 @@ _known: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 def _kernels_gelu_is_atens(x: Tensor) -> bool:
-    """Whether the kernel's GELU has the bits of PyTorch's for every number of the dtype of ``x``,
-    where it is.
-
-    Both call CUDA's ``tanhf``, of which their toolkits may have different ones. Tried once a
-    process, for which the host waits.
+    """Whether the GELU of the kernel that quantises it has PyTorch's bits for every number of the
+    dtype of ``x``, where ``x`` is. Compared once a process, see
+    :func:`ditnorm.fused.activation_sites.served`.
     """
     key = x.device, x.dtype
     if key not in _known:
@@ -113,8 +111,8 @@ def _kernels_gelu_is_atens(x: Tensor) -> bool:
 
 
 def _compared(device: torch.device, dtype: torch.dtype) -> bool:
-    """Each number in a row of its own, of which the law has the scale in float32. Not where there
-    is no float8.
+    """Compares what each number is quantised to, in a row of its own, whose scale in float32 shows
+    its GELU. False where there is no float8 to compare by.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         return False
