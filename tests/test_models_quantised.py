@@ -257,6 +257,29 @@ def test_what_is_written_to_a_context_between_blocks_counts() -> None:
     assert not any(vars(t) for t in seen)
 
 
+@pytest.mark.parametrize("how", ["hook", "dropout"])
+def test_what_is_written_to_an_activation_inside_an_adapter_counts(how: str) -> None:
+    """In inference mode, too. The layers of query, key and value share the activation."""
+    name = "qwen-image"
+    model: Any = model_of(name, FLOAT8_ROW)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    patched = patch_model(copy.deepcopy(model))
+    for m in (model, patched):
+        for path, module in m.named_modules():
+            if how == "hook" and path.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda reader, args: (args[0].mul_(1.5),))
+            if how == "dropout" and path.endswith("lora_dropout"):
+                module["default"] = nn.Dropout(0.5, inplace=True)
+        m.train()
+    for mode in (torch.inference_mode, torch.no_grad):
+        outputs = []
+        for m in (patched, model):
+            torch.manual_seed(2)
+            with mode():
+                outputs.append(run(m, name))
+        assert same(*outputs)
+
+
 def test_gradients_autocast_and_float32_leave_it_to_torchao() -> None:
     name = "wan-t2v"
     model = model_of(name, FLOAT8_ROW).requires_grad_(False)

@@ -56,7 +56,19 @@ def _law_beside(x: Tensor, linears: tuple[Any, ...]) -> Beside | None:
             return None
         bases.append(base)
     law = law_for(x, *bases)
-    return BESIDE[law] if isinstance(law, Law) and untouched(*linears) else None
+    if not isinstance(law, Law) or not untouched(*linears):
+        return None
+    if torch.is_inference_mode_enabled() and not all(map(_only_reads, linears)):
+        return None
+    return BESIDE[law]
+
+
+def _only_reads(linear: Any) -> bool:
+    """Whether nothing in an adapter can write to what it is given: in inference mode PyTorch
+    wouldn't count that, and the next reader would be given what was quantised before.
+    """
+    inside = [module for name, part in linear._modules.items() if name != "base_layer" for module in part.modules()]
+    return untouched(*inside) and not any(getattr(module, "inplace", False) for module in inside)
 
 
 def quantized_base(linear: Any) -> Any:
