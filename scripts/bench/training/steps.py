@@ -110,18 +110,28 @@ def _column(model: nn.Module, trained: list[Tensor], real: RealModel, device: to
 def _step(model: nn.Module, trained: list[Tensor], real: RealModel, device: torch.device) -> Callable[[], Tensor]:
     """A step of AdamW towards a fixed target; each call makes another."""
     optimizer = torch.optim.AdamW(trained, lr=RATE, fused=device.type == "cuda")
+    loss = loss_of(model, real, device)
+
+    def step() -> Tensor:
+        result = loss()
+        optimizer.zero_grad()
+        result.backward()
+        optimizer.step()
+        return result.detach()
+
+    return step
+
+
+def loss_of(model: nn.Module, real: RealModel, device: torch.device) -> Callable[[], Tensor]:
+    """The distance of a velocity from a fixed target."""
     noise = real.noise(device)
     arguments = real.arguments(real, noise, torch.tensor(500.0, device=device))
     # Others may have made the inputs in inference mode, which autograd can't save.
     arguments = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     target = torch.randn(noise.shape, generator=torch.Generator(device).manual_seed(2), device=device)
 
-    def step() -> Tensor:
+    def loss() -> Tensor:
         velocity = real.velocity(model, arguments)
-        loss = nn.functional.mse_loss(velocity.float(), target.view(velocity.shape))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        return nn.functional.mse_loss(velocity.float(), target.view(velocity.shape))
 
-    return step
+    return loss
