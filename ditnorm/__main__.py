@@ -90,7 +90,7 @@ def _remedy(reason: str) -> str:
         return f"unset {'DITNORM_KERNELS' if reason == 'DITNORM_KERNELS=0' else 'DITNORM_LIBRARY'}"
     if torch.version.cuda is None:
         return "where there is an NVIDIA GPU, install a CUDA build of PyTorch"
-    if not kernels._PATH.exists():
+    if not kernels.FILE.exists():
         return "install it again with DITNORM_CUDA=1 set, which brings a compiler"
     if not torch.cuda.is_available():
         return "nvidia-smi should list an NVIDIA GPU and its driver, R580 or newer"
@@ -100,7 +100,7 @@ def _remedy(reason: str) -> str:
 
 
 def _library() -> str:
-    file = kernels._PATH
+    file = kernels.FILE
     if not file.exists():
         return "none"
     if (problem := compiled.problem(file)) is not None:

@@ -122,8 +122,8 @@ def test_every_architecture_has_every_kernel(stack_and_local: dict[tuple[str, st
 
 
 def test_library_tells_its_architectures(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_PATH", library)
-    assert compiled.architectures(kernels._PATH) == list(build_kernels.ALL_ARCHS)
+    monkeypatch.setattr(kernels, "FILE", library)
+    assert compiled.architectures(kernels.FILE) == list(build_kernels.ALL_ARCHS)
 
 
 def test_newer_gpus_can_compile_the_ptx_of_the_lowest_architecture(library: Path) -> None:
@@ -297,7 +297,7 @@ def test_wheel_without_kernels_is_pure_and_says_why_in_its_name_and_at_run_time(
     assert names.count(NOT_BUILT) == 1
     installed = Path(zipfile.ZipFile(project / "dist" / wheel).extract(NOT_BUILT, project / "installed"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(kernels, "_PATH", installed.with_name("_C.so"))
+    monkeypatch.setattr(kernels, "FILE", installed.with_name("_C.so"))
     monkeypatch.setattr(kernels, "_NOT_BUILT", installed)
     monkeypatch.delenv("DITNORM_LIBRARY", raising=False)
     assert kernels._unavailable() == "ditnorm was installed without compiled kernels (DITNORM_CUDA=0)"

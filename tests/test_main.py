@@ -73,7 +73,7 @@ def test_kernels_that_cannot_be_used_have_a_reason_a_remedy_and_status_1(
 ) -> None:
     monkeypatch.delenv("DITNORM_LIBRARY", raising=False)
     monkeypatch.setattr(kernels, "unavailable", unavailable)
-    monkeypatch.setattr(kernels, "_PATH", tmp_path / "_C.so")
+    monkeypatch.setattr(kernels, "FILE", tmp_path / "_C.so")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert command.main([]) == 1
     assert re.search(f"kernels not usable: .*{sentence}", printed(capsys))
@@ -112,7 +112,7 @@ def test_a_folder_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_variable_that_names_no_library_is_as_none() -> None:
-    code = "from ditnorm import kernels; print(kernels._PATH.name, kernels.unavailable)"
+    code = "from ditnorm import kernels; print(kernels.FILE.name, kernels.unavailable)"
     kept = {key: value for key, value in os.environ.items() if key != "DITNORM_LIBRARY"}
     environments = (kept, kept | {"DITNORM_LIBRARY": ""})
     found = [

@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         devices.append(device)
         if device == 0:
             return "_C.so does not run on this GPU"
-        monkeypatch.setattr(kernels, "library", kernels._PATH)
+        monkeypatch.setattr(kernels, "library", kernels.FILE)
         return None
 
     state: dict[str, object] = {"unavailable": None, "library": None, "_refused": {}, "_register": register}
@@ -80,7 +80,7 @@ def test_a_device_that_the_kernels_do_not_run_on_gets_pytorchs_operations() -> N
 
         expected = calls()
         before = kernels.counts()
-        library = opened(kernels._PATH)
+        library = opened(kernels.FILE)
         assert library.ditnorm_unusable(-1) == b"no such GPU"
         assert library.ditnorm_register() == 0
         assert all(torch.equal(a, b) for a, b in zip(calls(), expected, strict=True))

@@ -139,7 +139,7 @@ def _compiled_serves(x: Tensor) -> bool:
     with _lock:
         # Another GPU's refusal says nothing of this one.
         if library is None and (unavailable is None or unavailable in _refused.values()):
-            unavailable = _register(_PATH, "cuda", device.index)
+            unavailable = _register(FILE, "cuda", device.index)
         if unavailable is None:
             return True
         _refuse(device.index, unavailable)
@@ -195,19 +195,20 @@ def _unavailable() -> str | None:
     if os.environ.get("DITNORM_KERNELS") == "0":
         return "DITNORM_KERNELS=0"
     if os.environ.get("DITNORM_LIBRARY"):
-        if (problem := compiled.problem(_PATH)) is not None:
+        if (problem := compiled.problem(FILE)) is not None:
             return problem
-        if compiled.is_host_build(_PATH):
-            return _register(_PATH, "cpu_sim", -1) or "DITNORM_LIBRARY names a build for the host"
+        if compiled.is_host_build(FILE):
+            return _register(FILE, "cpu_sim", -1) or "DITNORM_LIBRARY names a build for the host"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    if not _PATH.exists():
+    if not FILE.exists():
         why = _NOT_BUILT.read_text().strip() if _NOT_BUILT.exists() else "see README, Installing"
         return f"ditnorm was installed without compiled kernels ({why})"
     return None
 
 
-_PATH = Path(os.environ.get("DITNORM_LIBRARY") or Path(__file__).with_name("_C.so"))  # an empty one names none
+FILE = Path(os.environ.get("DITNORM_LIBRARY") or Path(__file__).with_name("_C.so"))  # an empty one names none
+"""Where the compiled library is looked for."""
 _NOT_BUILT = Path(__file__).with_name("_not_built.txt")  # scripts/hatch_build.py leaves it in place of the library
 _refused: dict[int, str] = {}
 unavailable = _unavailable()
