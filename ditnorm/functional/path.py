@@ -78,7 +78,7 @@ def differentiable(name: str, tensors: tuple[Tensor | None, ...], options: tuple
     call = op.call(*tensors, *options)
     op.check(call)
     if call.rounding == "eager" or transformed:
-        return kernels.in_pytorch(op, call)
+        return kernels.run_reference(op, call)
     return Recompute.apply(op, _KERNELS[name], codes, options, *tensors)
 
 
@@ -103,4 +103,4 @@ def rejected(name: str, tensors: tuple[Tensor | None, ...], options: tuple[Any, 
     op.check(call)
     if op.unfused(call) is None:
         raise  # the kernel's own error, which the caller is handling
-    return kernels.in_pytorch(op, call)
+    return kernels.run_reference(op, call)

@@ -69,7 +69,7 @@ def _body(op: Op) -> Callable[..., Any]:
     def body(*arguments: Any) -> Any:
         if _compiled_serves(arguments[0]):
             return getattr(ops, op.name).default(*arguments)
-        return in_pytorch(op, _checked(op, arguments))
+        return run_reference(op, _checked(op, arguments))
 
     return body
 
@@ -83,7 +83,7 @@ def _elsewhere(op: Op) -> Callable[..., Any]:
         device = arguments[0].device.index
         if library is not None and device is not None and device not in _refused:
             _refuse(device, f"{library.name} {compiled.unusable(library, device)}")
-        return in_pytorch(op, _checked(op, arguments))
+        return run_reference(op, _checked(op, arguments))
 
     return body
 
@@ -107,7 +107,7 @@ def _fake(op: Op) -> Callable[..., Any]:
     return lambda *arguments: op.like(_checked(op, arguments))
 
 
-def in_pytorch(op: Op, call: Any) -> Any:
+def run_reference(op: Op, call: Any) -> Any:
     """The results of a call that PyTorch's operations serve, counted as such."""
     index_range(call)
     if not torch.compiler.is_compiling():  # Dynamo would guard a graph that counts by the count

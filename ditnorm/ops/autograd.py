@@ -55,19 +55,21 @@ class Gradients:
     """How the gradients of an op are made, and what is kept for them."""
 
     parts: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
-    """Of the op's tensors and numbers: its rows, and the rest. A row of which autograd is to add
-    two gradients stands there twice.
+    """(tensors, codes) -> (rows, rest): which of the op's tensors are rows. A row for which
+    autograd is to add two gradients stands there twice.
     """
     saved: Callable[[Tensors, Any, bool], tuple[Tensors, Tensors]]
-    """Of the op's tensors and results, and whether sums are wanted, too: the rows that are kept,
-    and what else is.
+    """(tensors, outputs, sums) -> (rows, rest) to keep for the backward pass. ``sums``: whether
+    tensors of the rest want gradients, too.
     """
     of_rows: Callable[[Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
-    """Of the gradients of the results, what was kept, rows first, the op's numbers, and which of
-    its rows want gradients: those gradients.
+    """(gradients of the outputs, what was kept, codes, which rows want one) -> the gradients of the
+    rows.
     """
     of_rest: Callable[[Tensors, Tensors, Tensors, Tensors, Sequence[bool]], Tensors]
-    """The same with the gradients of the rows in the second place, of the rest."""
+    """(gradients of the outputs, those of the rows, what was kept, codes, which of the rest want
+    one) -> the gradients of the rest, sums over rows.
+    """
 
     def call(self, kernel: Callable[..., Any], tensors: Tensors, codes: Tensors) -> Any:
         """``kernel(*tensors, *codes)`` as a function of its tensors; None where kernels don't make

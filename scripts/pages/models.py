@@ -10,7 +10,7 @@ from bench.models.catalogue import MODELS
 from bench.models.variants import BF16, EAGER, PATCHED, PRECOMPUTED, SINGLE, VARIANTS
 
 from .blocks import table
-from .records import Measured, by_device, card, commands, measured, newest, runs_of, where
+from .records import Measured, by_device, card, commands, measured, newest, runs_of, span, where
 
 COMPILED, PATCHED_COMPILED = "compiled", "patched + compiled"
 MASKED = "hunyuan-video-1.5"
@@ -82,7 +82,7 @@ def equal_steps(found: list[Measured]) -> str:
     steps = "/".join(map(str, sorted(compared)))
     if different:
         return f"Latents differed in {', '.join(different)}."
-    return f"In every row the latents had all bits of eager's after each of the first {steps} steps."
+    return f"In every row the latents equalled eager's, bit for bit, after each of the first {steps} steps."
 
 
 def _headline(found: list[Measured]) -> str:
@@ -106,9 +106,8 @@ def _main(found: list[Measured]) -> str:
         rows.append(row)
     header = ["One denoising step, bfloat16", *(["GPU"] if several else []), "diffusers", "ditnorm", "", "torch.compile", "peak GB"]
     used = runs_of(found)
-    listed = "; ".join(dict.fromkeys(where(run) for run in sorted(used, key=lambda r: r["date"])))
     partly = " In brackets: layers measured, of all." if any(_partial(m.entry) for m in found) else ""
-    return f"{table(header, rows, 2 if several else 1)}\n\nMeasured {listed}. {equal_steps(found)}{partly}"
+    return f"{table(header, rows, 2 if several else 1)}\n\nMeasured {span(used)}. {equal_steps(found)}{partly}"
 
 
 def _partial(entry: Mapping[str, Any]) -> bool:

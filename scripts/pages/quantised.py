@@ -7,7 +7,7 @@ from bench.models.variants import BF16, EAGER, PATCHED
 
 from .blocks import table
 from .models import COMPILED, charts, equal_steps, full_table, main_table, place, saved, title
-from .records import Measured, commands, measured, newest, runs_of, where
+from .records import Measured, commands, measured, newest, runs_of, span, where
 
 MAIN = "float8-row"
 """The fastest law, of which README has a table."""
@@ -54,8 +54,7 @@ def _float8(found: list[Measured]) -> str:
         row.append(f"{columns[BF16.name]['step_ms']:,.1f} ms" if BF16.name in columns else "")
         rows.append(row)
     header = ["One denoising step, float8 per row", "GPU", "diffusers + torchao", "ditnorm", "", "torch.compile", "ditnorm, bfloat16"]
-    listed = "; ".join(dict.fromkeys(where(run) for run in runs_of(found)))
-    return f"{table(header, rows, 2)}\n\nMeasured {listed}. {equal_steps(found)}"
+    return f"{table(header, rows, 2)}\n\nMeasured {span(runs_of(found))}. {equal_steps(found)}"
 
 
 def in_words(docs: Path) -> str:

@@ -68,6 +68,14 @@ def where(run: Mapping[str, Any]) -> str:
     return f"{run['date'][:10]}, {environment['device']}, {', '.join(named)}"
 
 
+def span(used: list[Run]) -> str:
+    """:func:`where` of several runs at once, for README's tables."""
+    dates = sorted({run["date"][:10] for run in used})
+    found = [dict.fromkeys(run["environment"][name] for run in used) for name in ("device", "torch", "diffusers")]
+    devices, torches, diffusers = (" and ".join(values) for values in found)
+    return f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))} on {devices}, torch {torches}, diffusers {diffusers}; [each run](docs/results.md)"
+
+
 def card(device: str) -> str:
     """The short name of a device: H100 for NVIDIA H100 80GB HBM3."""
     return re.sub(r"\W.*", "", device.removeprefix("NVIDIA "))
