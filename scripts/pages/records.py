@@ -73,7 +73,7 @@ def span(used: list[Run]) -> str:
     dates = sorted({run["date"][:10] for run in used})
     found = [dict.fromkeys(run["environment"][name] for run in used) for name in ("device", "torch", "diffusers")]
     devices, torches, diffusers = (" and ".join(values) for values in found)
-    return f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))} on {devices}, torch {torches}, diffusers {diffusers}; [each run](docs/results.md)"
+    return f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))} on {devices}, torch {torches}, diffusers {diffusers}"
 
 
 def card(device: str) -> str:
