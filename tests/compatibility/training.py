@@ -1,14 +1,16 @@
 """Gradients through a patched model: full, LoRA, checkpointed."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import lora
-from .feature import Feature, arguments_of, its_output, output_of, unchanged
+from .feature import DEVICE, Feature, arguments_of, its_output, output_of, unchanged
 
 STEPS = 2
 
@@ -20,11 +22,17 @@ def _forward(model: nn.Module, family: str) -> Tensor:
     return output_of(model, arguments_of(family)).detach()
 
 
+def _repeatable_attention() -> contextlib.AbstractContextManager[None]:
+    """On a GPU the kernels of attention whose gradients don't depend on the order of threads."""
+    return sdpa_kernel([SDPBackend.MATH]) if DEVICE == "cuda" else contextlib.nullcontext()
+
+
 def _gradients(model: nn.Module, family: str) -> Tensor:
     """The output, then the gradient of every parameter that has one."""
     model.zero_grad()
-    output = output_of(model, arguments_of(family))
-    output.float().square().sum().backward()
+    with _repeatable_attention():
+        output = output_of(model, arguments_of(family))
+        output.float().square().sum().backward()
     gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return torch.cat([output.detach().float().flatten(), *gradients])
@@ -36,8 +44,8 @@ def _train(model: nn.Module, family: str) -> Tensor:
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
     for step in range(STEPS):
-        output = output_of(trained, arguments_of(family, seed=step))
-        output.float().square().mean().backward()
+        with _repeatable_attention():
+            output_of(trained, arguments_of(family, seed=step)).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return torch.cat([p.detach().float().flatten() for p in parameters])
