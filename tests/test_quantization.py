@@ -147,9 +147,11 @@ def test_gelu_before_it(law: Law, dtype: torch.dtype, device: str) -> None:
 @compiled_only
 @pytest.mark.parametrize("law", [FLOAT8_ROW, INT8_ROW], ids=str)
 def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
-    """Kernels look it up in tables, of which wide rows have one with copies for lanes."""
+    """Kernels look it up in tables, of which wide rows have one with copies for lanes, and several
+    rows a block.
+    """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for width in (2056, 8200):
+    for width in (2056, 4104, 8200):
         x = (3 * torch.randn(1027, width)).to(torch.bfloat16)
         x[::3] = every.repeat(width // 64)[: 343 * width].view(343, width).nan_to_num(0.0, 0.0, 0.0)
         x[::5] = every.nan_to_num(0.0, 0.0, 0.0)[torch.randint(2**16, (206, 1))]

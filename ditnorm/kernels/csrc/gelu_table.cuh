@@ -84,14 +84,12 @@ class GeluCopies {
 
   // By all threads of the block; another barrier has to follow.
   __device__ __forceinline__ void fill() const {
-    constexpr uint32_t kThreads = kCopies / 4, kTogether = 32 / kThreads;  // of a row; rows of a warp at a time
-    const uint32_t lane = threadIdx.x % 32;
-    for (uint32_t first = threadIdx.x / 32 * 32; first < kCount; first += blockDim.x) {
-      const uint32_t own = word(first + lane + kLeast);
+    constexpr uint32_t kParts = kCopies / 4;
+    for (uint32_t place = threadIdx.x; place < kCount; place += blockDim.x) {
+      const uint32_t value = word(place + kLeast);
 #pragma unroll
-      for (uint32_t i = 0; i < 32; i += kTogether) {
-        const uint32_t row = i + lane / kThreads, value = __shfl_sync(0xffffffffu, own, static_cast<int>(row));
-        *reinterpret_cast<uint4*>(&words_[first + row][lane % kThreads * 4]) = uint4{value, value, value, value};
+      for (uint32_t i = 0; i < kParts; ++i) {  // eight neighbours write to all banks
+        *reinterpret_cast<uint4*>(&words_[place][(place / 2 + i) % kParts * 4]) = uint4{value, value, value, value};
       }
     }
   }
@@ -104,7 +102,7 @@ class GeluCopies {
   // Wrong for what isn't finite, and for numbers below 2**-125, whose results are as small.
   template <int N>
   __device__ __forceinline__ Pack<__nv_bfloat16, N> of(const Pack<__nv_bfloat16, N>& x, Largest& largest) const {
-    const uint32_t own = threadIdx.x % kCopies * 4 - kLeast * kRow;
+    const uint32_t own = shared_address(words_) + threadIdx.x % kCopies * 4 - kLeast * kRow;
     Pack<__nv_bfloat16, N> y;
 #pragma unroll
     for (int j = 0; j < N; j += 4) {
@@ -141,9 +139,18 @@ class GeluCopies {
     return change(0) | change(1) << 16;
   }
 
-  __device__ __forceinline__ uint32_t at(uint32_t byte) const {
-    return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(words_) + byte);
+#ifdef __CUDA_ARCH__
+  // In shared memory, so that no sum of two addresses is needed.
+  static __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+  __device__ __forceinline__ uint32_t at(uint32_t address) const {
+    uint32_t word;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
   }
+#else
+  static uint32_t shared_address(const void*) { return 0; }
+  uint32_t at(uint32_t byte) const { return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(words_) + byte); }
+#endif
 
   // HALF of `pair` times FACTOR, and `more`.
   template <uint32_t FACTOR, int HALF>

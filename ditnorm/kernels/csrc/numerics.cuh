@@ -128,6 +128,21 @@ __device__ __forceinline__ void store_row(T* target, const Pack<T, N>& pack) {
   }
 }
 
+// 16 bytes into shared memory, past the registers. Who asked for them may read them after the wait.
+__device__ __forceinline__ void copy_ahead(void* target, const void* source) {
+#ifdef __CUDA_ARCH__
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(source) : "memory");
+#else
+  __builtin_memcpy(target, source, 16);
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // MULTIPLIES: by two_to_16, instead of a shift by 16 bits. The integer unit, which shifts, takes an
 // instruction every second cycle, and in some kernels has more of them than the others. ptxas, if it
 // knew the factor, would choose.

@@ -92,60 +92,83 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
 }
 
 // The same for wide rows, by a table without conflicts to speak of, for which a multiprocessor of
-// compute capability 9.0 and later has room twice.
-__global__ void __launch_bounds__(kMaxCopiesThreads, 2) gelu_copies_quantize_kernel(const QuantizeProblem p) {
+// compute capability 9.0 or 10.0 has room once. So a block has several rows at a time, each with
+// `threads` of its threads, which wait for no others. The next row is on its way to shared memory all
+// the while that this one is worked on; a thread reads what it asked for itself.
+struct GeluRows {
+  GeluCopies::Memory table;
+  uint4 next[kTableItems][kMaxCopiesThreads];
+};
+
+__global__ void __launch_bounds__(kMaxCopiesThreads, 1) gelu_copies_quantize_kernel(const QuantizeProblem p, const unsigned threads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = __nv_bfloat16;
   constexpr int N = 16 / sizeof(T);
   constexpr auto kEach = std::make_integer_sequence<int, kTableItems>{};
   // In place of a row's largest |y|: there is a number that isn't finite, or all are tiny, not all 0.
   constexpr uint32_t kNotFinite = 0x7f80u << 16, kTiny = 1, kLeast = 0x0d80u << 16;  // 2**-100
-  const GeluCopies table(launched_with<GeluCopies::Memory>(), p.gelu ? 0x5410u : 0);
+  auto& memory = launched_with<GeluRows>();
+  const GeluCopies table(memory.table, p.gelu ? 0x5410u : 0);
   __shared__ uint32_t exchange[2][kMaxWarps];
   table.fill();
-  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x) * N, step = static_cast<int>(blockDim.x) * N;
-  const auto rows = static_cast<unsigned>(p.batch * p.tokens);
-  const auto inside = [&](int i) { return first + i * step < width; };
-  const auto source = [&](unsigned row) { return static_cast<const T*>(p.x.data) + row * p.x.token_stride; };
-  Pack<T, N> x[kTableItems], y[kTableItems];
-  const auto load = [&](unsigned row) {
+  const WarpGroup group(threads);
+  const int width = static_cast<int>(p.width), first = static_cast<int>(threadIdx.x - group.first) * N,
+            step = static_cast<int>(threads) * N;
+  const auto rows = static_cast<unsigned>(p.batch * p.tokens), together = blockDim.x / threads, own = group.first / threads;
+  // Of a thread's accesses only the last may lie behind the row (kNarrowestCopiesRow), and reads its
+  // end once more then: no branch waits, and the largest is the same.
+  const bool ends_inside = first + (kTableItems - 1) * step < width;
+  const int last = ends_inside ? (kTableItems - 1) * step : width - N - first;
+  const auto inside = [&](int i) { return i < kTableItems - 1 || ends_inside; };
+  const auto source = [&](unsigned row) { return static_cast<const T*>(p.x.data) + first + row * p.x.token_stride; };
+  uint4* const next = &memory.next[0][threadIdx.x];
+  const auto fetch = [&](unsigned row) {
     const T* const from = source(row);
-    // Behind the row is its end once more: no branch waits, and the largest is the same.
-    each(kEach, [&](auto i) { x[i] = load_row<Cache::streaming, T, N>(from + (inside(i) ? first + i * step : width - N)); });
+    each(kEach, [&](auto i) { copy_ahead(next + i * blockDim.x, from + (i < kTableItems - 1 ? i * step : last)); });
   };
   wait_for_previous_kernel();
-  load(blockIdx.x);
+  // Whoever has no row of his own takes the last one, so that all go the same way, and stores nothing.
+  const auto row_of = [&](unsigned turn) { return turn + own < rows ? turn + own : rows - 1; };
+  unsigned turn = blockIdx.x * together;
+  fetch(row_of(turn));
   __syncthreads();
   constexpr unsigned kTurn = 1, kLeft = 2;  // whose places in exchange it is; rows are left for later
   unsigned state = 0;
-  for (unsigned row = blockIdx.x; row < rows; row += gridDim.x, state ^= kTurn) {
+  for (; turn < rows; state ^= kTurn) {
+    const unsigned row = row_of(turn);
+    const bool has_row = turn + own < rows;
+    Pack<T, N> x[kTableItems], y[kTableItems];
+    wait_for_copies();
+    each(kEach, [&](auto i) { x[i].words[0] = next[i * blockDim.x]; });
+    turn += gridDim.x * together;
+    if (turn < rows) fetch(row_of(turn));
     GeluCopies::Largest largest;
     each(kEach, [&](auto i) { y[i] = table.of(x[i], largest); });
-    load(row + gridDim.x < rows ? row + gridDim.x : row);
     const auto of_both = [](uint32_t halves) { return Amax<float>::larger(halves << 16, halves & 0xffff0000u); };
     uint32_t bits = of_both(largest.y);
     if (bits < kLeast && largest.x != 0) bits = kTiny;
     if (of_both(largest.x) >= kNotFinite) bits = kNotFinite;
-    bits = reduce_max(bits, exchange[state & kTurn]);
+    bits = group.reduce_max(bits, exchange[state & kTurn]);
     const bool later = bits == kTiny || bits == kNotFinite;
     if (later) state |= kLeft;
     const Divisor by = divide_by(scale_of<T>(float_of(bits), p.out.law), p.out.law);
-    if (threadIdx.x == 0) p.out.scale[row] = later ? kNaN : by.scale;
+    if (!has_row) break;
+    if (first == 0) p.out.scale[row] = later ? kNaN : by.scale;
     store_quantized(y, by, p.out.values + row * p.width + first, step, inside);
   }
   if (!unlikely((state & kLeft) != 0)) return;
-  __syncthreads();
-  for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
+  group.wait();
+  for (unsigned row = blockIdx.x * together + own; row < rows; row += gridDim.x * together) {
     if (p.out.scale[row] == p.out.scale[row]) continue;  // not NaN: done
-    const auto part = [&](int column) { return activated<true>(load_row<Cache::normal, T, N>(source(row) + column)); };
+    const auto part = [&](int column) { return activated<true>(load_row<Cache::normal, T, N>(source(row) + column - first)); };
     Amax<T> amax;
     for (int column = first; column < width; column += step) amax.take(part(column));
-    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[state & kTurn])), p.out.law), p.out.law);
+    const Divisor by = divide_by(scale_of<T>(float_of(group.reduce_max(amax.bits(), exchange[state & kTurn])), p.out.law), p.out.law);
     for (int column = first; column < width; column += step) {
       const Pack<T, N> result[1] = {part(column)};
       store_quantized(result, by, p.out.values + row * p.width + column, 0, [](int) { return true; });
     }
-    if (threadIdx.x == 0) p.out.scale[row] = by.scale;
+    if (first == 0) p.out.scale[row] = by.scale;
     state ^= kTurn;
   }
 #endif
@@ -237,14 +260,17 @@ bool table_serves(const QuantizeProblem& p) {
 }
 
 int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
-  constexpr int kBytes = sizeof(GeluCopies::Memory);
+  const int64_t rows = p.batch * p.tokens;
   const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
-  const auto grid = [&](int64_t resident) { return dim3(static_cast<unsigned>(std::min<int64_t>(p.batch * p.tokens, resident))); };
-  if (p.width >= kNarrowestCopiesRow && threads <= kMaxCopiesThreads && waits_for_previous_kernel(&gelu_copies_quantize_kernel)) {
-    const int64_t resident = resident_blocks<&gelu_copies_quantize_kernel, 2>(threads, kBytes);
-    if (resident > 0) return launch_with(kBytes, &gelu_copies_quantize_kernel, grid(resident), threads, stream, p);
+  const auto grid = [](int64_t wanted, int64_t resident) { return dim3(static_cast<unsigned>(std::min(wanted, resident))); };
+  if (p.width >= kNarrowestCopiesRow && waits_for_previous_kernel(&gelu_copies_quantize_kernel)) {
+    constexpr auto kKernel = &gelu_copies_quantize_kernel;
+    constexpr int kBytes = sizeof(GeluRows);
+    const unsigned together = kMaxCopiesThreads / threads;
+    const int64_t resident = resident_blocks<kKernel>(together * threads, kBytes), wanted = (rows + together - 1) / together;
+    if (resident > 0) return launch_with(kBytes, kKernel, grid(wanted, resident), together * threads, stream, p, threads);
   }
-  return launch(&gelu_table_quantize_kernel, grid(resident_blocks<&gelu_table_quantize_kernel>(threads)), threads, stream, p);
+  return launch(&gelu_table_quantize_kernel, grid(rows, resident_blocks<&gelu_table_quantize_kernel>(threads)), threads, stream, p);
 }
 
 template <class T, bool GELU>

@@ -134,6 +134,37 @@ __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchang
   }
 }
 
+// The warps of a block that have a row together, `threads` threads; the block has at most 15 such
+// groups.
+class WarpGroup {
+ public:
+  const unsigned first;  // thread
+
+  __device__ __forceinline__ explicit WarpGroup(unsigned threads)
+      : first(threadIdx.x / threads * threads), threads_(threads), barrier_(1 + threadIdx.x / threads) {}
+
+  // As __syncthreads, for this group alone.
+  __device__ __forceinline__ void wait() const {
+#ifdef __CUDA_ARCH__
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier_), "r"(threads_) : "memory");
+#else
+    __syncthreads();  // with all others that are still there, so that nobody waits in vain
+#endif
+  }
+
+  // As reduce_max.
+  __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchange)[kMaxWarps]) const {
+    const unsigned lane = threadIdx.x % 32;
+    bits = reduce_max_of_warp(bits);
+    if (lane == 0) exchange[threadIdx.x / 32] = bits;
+    wait();
+    return reduce_max_of_warp(lane < threads_ / 32 ? exchange[first / 32 + lane] : 0);
+  }
+
+ private:
+  const unsigned threads_, barrier_;
+};
+
 // The scale of what has this largest |x|, in float32 as it is stored.
 template <class T>
 __device__ __forceinline__ float scale_of(float amax, Law law) {

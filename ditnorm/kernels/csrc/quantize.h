@@ -9,8 +9,9 @@ namespace ditnorm {
 
 constexpr unsigned kMaxQuantizeThreads = 512, kAmaxThreads = 256;
 constexpr int64_t kMaxPartials = 1024;
-constexpr unsigned kMaxTableThreads = 576, kMaxCopiesThreads = 512, kTableItems = 4;  // see gelu_table_quantize_kernel
-constexpr int64_t kFewestTableRows = 1024, kNarrowestTableRow = 2048, kNarrowestCopiesRow = 8192;
+constexpr unsigned kTableItems = 4, kMaxTableThreads = 576;  // see gelu_table_quantize_kernel
+constexpr unsigned kMaxCopiesThreads = 1024;                 // see gelu_copies_quantize_kernel
+constexpr int64_t kFewestTableRows = 1024, kNarrowestTableRow = 2048, kNarrowestCopiesRow = 4096;
 
 // Rows of at most 256 accesses of 16 bytes, of which a block has several where there are many: a
 // block of one would move fewer bytes than its start is worth (kLeastBlockBytes in row_blocks.h).

@@ -120,21 +120,6 @@ struct WalkingMemory {
   alignas(16) T next[SHAPE::kRows][RESIDUAL ? 2 : 1][PLACE::kAccesses * PLACE::kStep];
 };
 
-// 16 bytes into shared memory, past the registers. Who asked for them may read them after the wait.
-__device__ __forceinline__ void copy_ahead(void* target, const void* source) {
-#ifdef __CUDA_ARCH__
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(source) : "memory");
-#else
-  __builtin_memcpy(target, source, 16);
-#endif
-}
-__device__ __forceinline__ void wait_for_copies() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
 __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p) {
   constexpr bool kTables = EXTRAS == Extras::tables;
