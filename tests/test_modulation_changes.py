@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from compatibility import lora
 from compatibility.feature import DEVICE, arguments_of, forward, load
-from support import tiny
+from support import quantised, tiny
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ditnorm
+from ditnorm.ops.quantization import INT8_ROW
 from ditnorm.patching.restoring import tables
 
 FAMILIES = ["Qwen-Image", "HunyuanVideo"]
@@ -104,7 +105,45 @@ def assigned(model: Any, family: str) -> None:
     model.load_state_dict({key: t * 1.5 if "mod.1" in key or "linear" in key else t for key, t in model.state_dict().items()}, assign=True)
 
 
+def in_a_buffer(model: Any, family: str) -> None:
+    layer = linear(model, family)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    forward(model, family)
+    layer.weight.mul_(2)
+
+
+def in_an_attribute(model: Any, family: str) -> None:
+    layer = linear(model, family)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
+    forward(model, family)
+    layer.weight.mul_(2)
+
+
+def in_a_part_of_a_quantised_weight(model: Any, family: str) -> None:
+    layer = linear(model, family)
+    layer.weight = nn.Parameter(quantised.weight(layer.weight, INT8_ROW), requires_grad=False)
+    forward(model, family)
+    layer.weight.scale.mul_(2)
+
+
+def scale_of_an_adapter_in_a_tensor(model: Any, family: str) -> None:
+    """As PEFT has it for adapters that are swapped under compiled code."""
+    lora.add(model)
+    layer = linear(model, family)
+    layer.scaling["a"] = torch.tensor(1.0)
+    forward(model, family)
+    layer.scaling["a"].fill_(4.0)
+
+
 CHANGES = [
+    in_a_buffer,
+    in_an_attribute,
+    in_a_part_of_a_quantised_weight,
+    scale_of_an_adapter_in_a_tensor,
     fused_and_unloaded,
     scaled_behind_the_version,
     another_parameter,
@@ -154,6 +193,37 @@ def test_scales_of_adapters_are_part_of_the_weights(family: str) -> None:
     for scale in (0.5, 2.0):
         given = arguments | {"attention_kwargs": {"scale": scale}}
         assert torch.equal(tiny.run(model, dict(given)), tiny.run(unpatched, dict(given)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_drops_at_random_has_no_rows(family: str) -> None:
+    unpatched = load(family)
+    model = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
+    for training in (True, False, True):
+        outputs = []
+        for m in (unpatched, model):
+            if training and "a" not in getattr(m, "peft_config", {}):
+                lora.add(m, lora_dropout=0.5)
+            m.train(training)
+            torch.manual_seed(3)
+            outputs.append(forward(m, family))
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_inference_mode_have_no_table(family: str) -> None:
+    """Nobody counts what is written to them."""
+    unpatched = load(family)
+    model = ditnorm.precompute_modulation(copy.deepcopy(unpatched))
+    forward(model, family)
+    for m in (unpatched, model):
+        with torch.inference_mode():
+            linear(m, family).weight = nn.Parameter(linear(m, family).weight * 2, requires_grad=False)
+    with pytest.warns(UserWarning, match=r"precomputed any more: .* inference mode"):
+        assert torch.equal(forward(model, family), forward(unpatched, family))
+    assert not tables(model)
+    with pytest.raises(RuntimeError, match=r"nothing was changed: .* inference mode"):
+        ditnorm.precompute_modulation(model)
 
 
 def test_a_table_that_is_given_up_between_two_embeddings_is_restored_once() -> None:

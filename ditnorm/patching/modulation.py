@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..fused.modulation import ModulatedModel, Modulating
 from ..fused.modulation.embedding import RowEmbedding
 from ..fused.modulation.modulating import ModulationSequential, Precomputed
-from ..fused.modulation.streaming import GROUP_OFFLOADED, send_home, spread
+from ..fused.modulation.streaming import GROUP_OFFLOADED, send_home, spread, uncounted
 from ..fused.modulation.table import ModulationTable
 from ..fused.module import unknown_version, upstream_of
 from ..models import MODULATED, NOTHING_TO_GAIN
@@ -181,7 +181,9 @@ def _weights_obstacle(plan: Plan) -> str | None:
         return reason
     if any(group_offloading(module) is not None for module in plan.model.modules()):
         return GROUP_OFFLOADED
-    for _, modulation in _modulations(plan.model, plan.units):
+    for name, modulation in _modulations(plan.model, plan.units):
+        if (reason := uncounted(modulation)) is not None:
+            return f"{name}: {reason}"
         devices |= {p.device for p in modulation.parameters() if p.device.type not in ("cpu", "meta")}
     if len(devices) > 1:
         return f"the weights of its modulations are on several devices ({', '.join(map(str, sorted(devices, key=str)))})"

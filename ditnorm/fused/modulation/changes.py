@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .modulating import Precomputed
 
@@ -35,12 +36,16 @@ class Watch:
         self.states = [(part, state) for part in self.parts.values if (state := _state(part)) or part._modules]
         stateful = {id(part) for part, _ in self.states}
         self.without_children = [part._modules for part in self.parts.values if id(part) not in stateful]
-        named = [(module._parameters, name, p) for module in self.inside for name, p in module._parameters.items() if p is not None]
-        self.weights = Links(named)
-        self.seen = [*map(_seen, self.weights.values)]
+        held = [held for module in self.inside for held in (module._parameters, module._buffers, module.__dict__)]
+        self.weights = Links([(held, name, t) for held in held for name, t in held.items() if isinstance(t, Tensor)])
+        self.counted = [t for t in self.weights.values if not t.is_inference()]
+        self.seen = [*map(_seen, self.counted)]
         self.addresses = [*map(Tensor.data_ptr, self.weights.values)]
+        self.quantised = [(t, attrgetter(*t.__tensor_flatten__()[0])) for t in self.counted if hasattr(t, "__tensor_flatten__")]
+        self.parts_seen = self._parts_seen()
         self.probes = [probe for p in self.weights.values if (probe := _probe(p)) is not None]
         self.bits = [*map(_bytes, self.probes)]
+        self.dropouts = [module for module in self.inside if isinstance(module, _DropoutNd)]
 
     def unchanged(self) -> bool:
         return (
@@ -54,10 +59,20 @@ class Watch:
             and not any(self.without_children)
             and all(_state(part) == state for part, state in self.states)
             and self.weights.unchanged()
-            and [*map(_seen, self.weights.values)] == self.seen
+            and [*map(_seen, self.counted)] == self.seen
             and [*map(Tensor.data_ptr, self.weights.values)] == self.addresses
+            and self._parts_seen() == self.parts_seen
             and [*map(_bytes, self.probes)] == self.bits
         )
+
+    def is_random(self) -> bool:
+        """Whether something is dropped, anew in each call."""
+        return any(module.training and module.p > 0 for module in self.dropouts)
+
+    def _parts_seen(self) -> list[int | None]:
+        """The versions of what quantised weights are made of, which may move to another device."""
+        found = [parts if isinstance(parts := get(t), tuple) else (parts,) for t, get in self.quantised]
+        return [_version(part) for parts in found for part in parts]
 
 
 class Links:
@@ -75,9 +90,13 @@ class Links:
 _changes, _seen, _bytes = attrgetter("modulation_changes"), attrgetter("_version", "dtype"), methodcaller("tobytes")
 
 
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
 def _probe(p: Tensor) -> Any:
     """A view of some low bytes of a tensor in host memory, as an array."""
-    if p.device.type != "cpu" or type(p) is not nn.Parameter or not p.is_contiguous() or p.nbytes < 4:
+    if p.device.type != "cpu" or type(p) not in (nn.Parameter, Tensor) or not p.is_contiguous() or p.nbytes < 4:
         return None
     array = p.detach().view(-1).view(torch.uint8).numpy()
     return array[:: max(4, len(array) // _SAMPLES // 4 * 4)]
@@ -98,5 +117,10 @@ def _adapters(module: nn.Module) -> Any:
         tuple(state.active_adapters),
         bool(getattr(state, "disable_adapters", False)),
         tuple(getattr(state, "merged_adapters", ())),
-        tuple(sorted(scaling.items())) if isinstance(scaling, dict) else None,
+        tuple((name, _scale(value)) for name, value in sorted(scaling.items())) if isinstance(scaling, dict) else None,
     )
+
+
+def _scale(value: Any) -> Any:
+    """The scale of an adapter, which PEFT writes anew where it is a tensor."""
+    return (id(value), _version(value), value) if isinstance(value, Tensor) else value  # equal identities first

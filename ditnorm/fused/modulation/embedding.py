@@ -30,7 +30,7 @@ class RowEmbedding:
             rows = []
             for i, t in enumerate(tensors):
                 of_one = None if t is None else table.rows(t, inputs, i)
-                if of_one is None and t is not None:  # given up: the weights are back
+                if of_one is None and t is not None:  # the weights are to be used
                     return embedded
                 rows.append(of_one)
         return tuple(rows) if isinstance(embedded, tuple) else rows[0]

@@ -21,6 +21,14 @@ def spread(model: nn.Module) -> str | None:
     return None
 
 
+def uncounted(module: nn.Module) -> str | None:
+    """The first parameter of which nobody counts changes, in words."""
+    for name, p in module.named_parameters():
+        if p.is_inference():
+            return f"{name} was made in inference mode, where PyTorch doesn't count what is written to it, and can't be swapped outside"
+    return None
+
+
 def send_home(module: Modulating) -> None:
     """Brings the weights of a module to host memory, pinned where CUDA is in use."""
     for p in module.modulation_weights():

@@ -19,7 +19,7 @@ from .modulating import Modulating, ModulationSequential, Precomputed
 from .route import Route
 from .rows import MADE_IN_FIRST_RUN, Entry, Key, RowNumbers, key_of
 from .schedules import Inputs, Schedules
-from .streaming import GROUP_OFFLOADED, send_home, spread, streamed
+from .streaming import GROUP_OFFLOADED, send_home, spread, streamed, uncounted
 
 DtypeOf = Callable[[nn.Module], torch.dtype | None]
 
@@ -114,8 +114,9 @@ class ModulationTable:
         """The rows of ``embedding`` [B, D], the tensor number ``output`` that the embedding module
         makes of ``inputs``: int64 [B].
 
-        None where the model was changed so that it can't take them: everything is restored then,
-        with a warning.
+        None where the weights are to be used: in this call, since something in them is random, or
+        from now on, since the model was changed so that it can't take rows. Then everything is
+        restored, with a warning.
         """
         if embedding.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._captured(embedding)
@@ -130,6 +131,8 @@ class ModulationTable:
                 warnings.warn(
                     f"ditnorm: modulations of {type(self.model).__name__} aren't precomputed any more: {reason}", UserWarning, stacklevel=2
                 )
+                return None
+            if self._watch is not None and self._watch.is_random():
                 return None
             key = key_of(embedding)
             entry = self.numbers.find(key)
@@ -148,7 +151,10 @@ class ModulationTable:
         self.numbers.fixed = True  # the compiled code holds the tables that it saw
         rows = self.rows(embedding, inputs, output)
         if rows is None:
-            raise RuntimeError("ditnorm: modulations aren't precomputed any more (a warning says why): compile the model again")
+            raise RuntimeError(
+                "ditnorm: compiled code has no rows to read: modulations aren't precomputed any more (a warning says why; compile the "
+                "model again), or an adapter in them drops at random (call eval() on the model)"
+            )
         return rows.clone()
 
     def restore(self, bring: bool = True) -> None:
@@ -241,14 +247,16 @@ class ModulationTable:
 
     def _look_for_changes(self) -> str | None:
         """Empties the table where weights have changed; a reason to give it up where they were
-        sharded.
+        sharded, or others were put in whose changes nobody counts.
         """
         if self._watch is not None and self._watch.unchanged():
             return None
         self.changes += bool(self.numbers)
         self.numbers.clear()
-        self._watch = Watch(self.modules)
-        return next((reason for _, module, _ in self.modules if (reason := spread(module)) is not None), None)
+        reason = next((reason for _, module, _ in self.modules if (reason := spread(module) or uncounted(module)) is not None), None)
+        if reason is None:
+            self._watch = Watch(self.modules)
+        return reason
 
     def _captured(self, embedding: Tensor) -> Tensor:
         """The look-up for a CUDA graph: what has no row when the graph is replayed becomes NaN."""
