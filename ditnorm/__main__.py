@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(rows: list[Row]) -> None:
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # "~" where nobody knows, as of a user without a name
     for label, text in rows:
         shown = text.replace(home, "~") if len(home) > 1 else text
         print("\n".join(wrapped(label, shown)), flush=True)
@@ -163,4 +162,9 @@ def _first_line(error: Exception) -> str:
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # what other libraries say as they are imported is no part of the text
     warnings.simplefilter("ignore")
-    sys.exit(main())
+    try:
+        status = main()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

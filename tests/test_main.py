@@ -93,6 +93,31 @@ def test_the_home_of_the_user_is_not_in_the_text(
     assert "cannot load _C.so: ~/venv/_C.so: file too short" in printed(capsys)
 
 
+def test_a_user_without_a_home_is_told_all(
+    gpus: dict[int, str | None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under a number."""
+
+    def unknown(uid: int) -> object:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert command.main([]) == 1
+    assert "diffusers" in printed(capsys)
+
+
+def test_a_reader_may_stop_reading() -> None:
+    with subprocess.Popen([sys.executable, "-m", "ditnorm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    assert "Broken pipe" not in said
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="where the kernels serve a GPU, the status is 0")
 def test_a_library_that_is_none_does_no_harm(tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
