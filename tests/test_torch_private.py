@@ -29,6 +29,7 @@ NAMES: list[tuple[Any, str]] = [
     (torch_module, "_global_forward_pre_hooks"),
     (torch_module, "_global_backward_hooks"),
     (torch_module, "_global_backward_pre_hooks"),
+    (torch.nn.Module, "_compiled_call_impl"),
     (torch._C, "_functorch"),
     (torch._C._functorch, "peek_interpreter_stack"),
     (torch._C._functorch, "is_dead_tensor_wrapper"),
@@ -61,6 +62,7 @@ def answers(private: ModuleType) -> dict[str, bool]:
         "scaled_mm": private.scaled_mm is None,
         "int_mm": private.int_mm is None,
         "hooks_for_all_modules": any(private.hooks_for_all_modules),
+        "compiled_alone": private.compiled_alone(torch.nn.Identity()),
         "outlived_transform": private.outlived_transform(torch.ones(1)),
         "in_a_batch": private.in_a_batch(torch.ones(1)),
         "transformed_or_traced": private.transformed_or_traced(),
@@ -90,6 +92,23 @@ def test_an_operator_without_the_name_of_what_it_calls_is_called_itself() -> Non
     op = torch.ops.aten.relu.default
     assert torch_private.without_frame(op) is op._op
     assert torch_private.without_frame(torch.relu) is torch.relu
+
+
+def test_the_nodes_of_a_function_are_known_by_their_class() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    assert type(Doubled.apply(torch.ones(1, requires_grad=True)).grad_fn) is torch_private.node_of(Doubled)
+    assert torch_private.node_of(object) is None  # type: ignore[arg-type]
+
+
+def test_a_module_that_is_compiled_alone_is_told_from_others() -> None:
+    module = torch.nn.Identity()
+    assert not torch_private.compiled_alone(module)
+    module.compile(backend="eager")
+    assert torch_private.compiled_alone(module)
 
 
 def test_what_a_tracer_puts_around_calls_of_modules_is_told_from_what_others_put_there() -> None:

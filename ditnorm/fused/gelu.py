@@ -19,6 +19,7 @@ from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in, full_name, replaced, replaced_functional
 from ..swapping.torch_private import (
     addmm_activation,
+    compiled_alone,
     graph_is_kept,
     hooks_for_all_modules,
     in_a_batch,
@@ -120,7 +121,7 @@ def called_otherwise(module: nn.Module) -> str:
     if "forward" in module.__dict__ and wrapped(module):
         return "its forward is wrapped or replaced"
     # Whoever replaces the call of all modules looks at them, as a hook for all modules does.
-    own = type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None
+    own = type(module).__call__ is not nn.Module.__call__ or compiled_alone(module)
     return "its calls are wrapped or replaced" if own else WATCHED
 
 
@@ -213,7 +214,7 @@ def called_as_module(module: nn.Module) -> bool:
     return (
         (call is module_call or only_traced(call))
         and ("forward" not in module.__dict__ or not wrapped(module))
-        and module._compiled_call_impl is None
+        and not compiled_alone(module)
         and not (module._forward_hooks or module._forward_pre_hooks or any(hooks_for_all_modules))
         and not (torch.is_grad_enabled() and (module._backward_hooks or module._backward_pre_hooks))
     )

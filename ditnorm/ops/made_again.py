@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..swapping.torch_private import saves_through_hooks, takes_saved_tensors_hooks
+from ..swapping.torch_private import node_of, saves_through_hooks, takes_saved_tensors_hooks
 from .autograd import Fused, Tensors, changed_in_place, kept_by, kernel_of
 from .calls import NormScaleShift
 from .context import transformed
 from .gradients_norm import GRADIENTS
 
 _NORM = "norm_scale_shift"
-_NODE: Any = Fused._backward_cls
+_NODE: Any = node_of(Fused)
 _WEIGHT = NormScaleShift._fields.index("weight")
 
 

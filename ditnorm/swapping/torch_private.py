@@ -81,6 +81,16 @@ frame is.
 """
 
 
+def compiled_alone(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called. Where that can't be seen: yes."""
+    return getattr(module, "_compiled_call_impl", _Unknown) is not None
+
+
+def node_of(function: type[torch.autograd.Function]) -> Any:
+    """The class of the nodes that calls of ``function`` make in a graph. None: it isn't known."""
+    return getattr(function, "_backward_cls", None)
+
+
 def without_frame(op: Any) -> Any:
     """An operator's overload without its Python frame: a call takes nine tenths of the time. Dynamo
     can't trace it. Where the frame can't be left out: the overload.

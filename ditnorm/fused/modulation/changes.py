@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from .modulating import Precomputed
 
@@ -45,7 +44,7 @@ class Watch:
         self.parts_seen = self._parts_seen()
         self.probes = [probe for p in self.weights.values if (probe := _probe(p)) is not None]
         self.bits = [*map(_bytes, self.probes)]
-        self.dropouts = [module for module in self.inside if isinstance(module, _DropoutNd)]
+        self.dropouts = [module for module in self.inside if isinstance(module, nn.Dropout | nn.AlphaDropout)]
 
     def unchanged(self) -> bool:
         return (
