@@ -6,7 +6,7 @@ import importlib
 import io
 import sys
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,6 +322,17 @@ def test_a_layer_of_black_forest_labs_has_the_bits_of_diffusers(bias: bool, dtyp
         assert torch.equal(twin(shared), expected)
         monkeypatch.undo()
         assert quantized_for(x, twin) is x  # on the CPU
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_without_float8_has_the_weights_of_black_forest_labs_as_numbers(
+    capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusers multiplies there. The model may have been patched before it was moved."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", sum(capability)))  # a device is asked once
+    operand = BFLOperand(SimpleNamespace(_parameters={"weight": weight}, in_features=48))
+    assert operand.takes((2, 17, 48), torch.bfloat16, None) is taken
 
 
 def test_other_configurations_are_named() -> None:

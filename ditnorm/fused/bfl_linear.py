@@ -3,6 +3,7 @@ plain weight with a scale for each row, and activations quantised as torchao doe
 float32.
 """
 
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import quantize
-from ..ops.quantization import FLOAT8_ROW_BFL, Quantized, attached
+from ..ops.quantization import FLOAT8_CAPABILITY, FLOAT8_ROW_BFL, Quantized, attached
 from ..swapping.torch_private import scaled_mm
 from .module import matches, upstream_of
 from .quantized_linear import QuantizedLinear, float8_unsupported, served_here
@@ -24,17 +25,27 @@ _MULTIPLE = 16  # of which in_features and out_features have to be multiples for
 class BFLOperand:
     """The weight of such a layer as far as an activation is concerned."""
 
-    __slots__ = ("on_gpu", "width")
+    __slots__ = ("multiplied", "width")
 
     law = FLOAT8_ROW_BFL
 
     def __init__(self, module: Any) -> None:
-        self.on_gpu: bool = module._parameters["weight"].is_cuda
+        weight: Tensor = module._parameters["weight"]
+        self.multiplied: bool = weight.is_cuda and _multiplies_float8(weight.device)
+        """Whether it is multiplied in float8 where it is now, to which it may have been moved since
+        it was patched.
+        """
         self.width: int = module.in_features
 
     def takes(self, shape: Sequence[int], dtype: torch.dtype, bias: Tensor | None) -> bool:
         """Whether an activation of this shape is quantised where the weight is."""
-        return self.on_gpu and len(shape) >= 2 and shape[-1] == self.width and 0 not in shape
+        return self.multiplied and len(shape) >= 2 and shape[-1] == self.width and 0 not in shape
+
+
+@functools.cache
+def _multiplies_float8(device: torch.device) -> bool:
+    """Whether diffusers multiplies float8 matrices on a GPU."""
+    return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 class BFLLinear(QuantizedLinear):
