@@ -215,6 +215,7 @@ def _table_of(plan: Plan) -> ModulationTable | None:
     return plan.embedding.__dict__.get("modulations")
 
 
+@torch.inference_mode(False)  # what is made in inference mode can't be written to outside, nor stand in a Parameter
 def _set_up(plan: Plan) -> ModulationTable:
     halves = plan.facts.halved if plan.facts.halved_if and getattr(plan.model, plan.facts.halved_if) else ()
     modules = []

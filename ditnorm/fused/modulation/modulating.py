@@ -107,7 +107,8 @@ def call_on(x: Tensor, module: nn.Module) -> Tensor:
     """
     if x.device.type == "cpu":
         return module(x)
-    home = {name: p for name, p in module.named_parameters() if p.device.type == "cpu"}
+    held = *module.named_parameters(), *module.named_buffers()
+    home = {name: p for name, p in held if p.device.type == "cpu"}
     if not home:
         return module(x)
     if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():

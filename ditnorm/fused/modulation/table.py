@@ -168,7 +168,8 @@ class ModulationTable:
         for _, module, _ in self.modules:
             parts = module.modulation_modules() if isinstance(module, Modulating) else list(module.children())
             for p in (p for part in parts for p in part.parameters() if bring and p.device.type == "cpu"):
-                p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
+                with torch.inference_mode(p.is_inference()):  # what is made in the other mode would change what p is
+                    p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
             for attribute in ("modulation_table", "modulation_changes"):
                 module.__dict__.pop(attribute, None)
             if issubclass(type(module), ModulationSequential):
@@ -222,7 +223,7 @@ class ModulationTable:
         """The table of a module, new or larger where need be, with the rows that it has."""
         table: Tensor | None = module.modulation_table
         fits = table is not None and (table.dtype, table.device) == (like.dtype, like.device)
-        if table is not None and fits and len(table) == self.numbers.capacity + 1:
+        if table is not None and fits and len(table) == self.numbers.capacity + 1 and not table.is_inference():
             return table
         new = like.new_full((self.numbers.capacity + 1, like.shape[-1]), float("nan"))
         if table is not None and fits:
