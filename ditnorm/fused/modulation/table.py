@@ -167,7 +167,8 @@ class ModulationTable:
         del self.embedding.__dict__["modulations"]
         for _, module, _ in self.modules:
             parts = module.modulation_modules() if isinstance(module, Modulating) else list(module.children())
-            for p in (p for part in parts for p in part.parameters() if bring and p.device.type == "cpu"):
+            held = [t for part in parts for t in (*part.parameters(), *part.buffers())] if bring else []
+            for p in (t for t in held if t.device.type == "cpu"):
                 with torch.inference_mode(p.is_inference()):  # what is made in the other mode would change what p is
                     p.data = p.data.clone() if device.type == "cpu" and p.data.is_pinned() else p.data.to(device)
             for attribute in ("modulation_table", "modulation_changes"):
