@@ -1,5 +1,7 @@
 """A tiny Wan model for the tests of patching, and what they look at."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,8 @@ from diffusers.models.transformers import transformer_wan
 from torch import Tensor, nn
 
 from ditnorm import kernels
+from ditnorm.fused import activation_sites, feed_forward
+from ditnorm.ops.options import FLOATS, HALVES
 from ditnorm.swapping import generated
 
 from . import tiny
@@ -24,7 +28,22 @@ def forward_calls() -> int:
     """Calls of ops in this process, on any path. Those of gradients are left out: where no kernel
     serves them, they are PyTorch's operations and aren't counted.
     """
+    _compare_activations()
     return sum(n for (op, _), n in kernels.counts().items() if not op.endswith("_backward"))
+
+
+@functools.cache
+def _compare_activations() -> None:
+    """On a GPU kernels of activations are compared with PyTorch's before the first call in a dtype,
+    by calls that count, too.
+    """
+    if not torch.cuda.is_available():
+        return
+    for dtype, op, grad in itertools.product(FLOATS, ("gelu", "swiglu"), (False, True)):
+        with torch.set_grad_enabled(grad):
+            activation_sites.served(op, torch.ones(1, 8, device="cuda", dtype=dtype))
+    for dtype in HALVES:
+        feed_forward._kernels_gelu_is_atens(torch.ones(1, 8, device="cuda", dtype=dtype))
 
 
 def fused_calls(call: Callable[[], object]) -> int:

@@ -181,7 +181,6 @@ constexpr NormSite kQuantizedNormSites[] = {
 // the widths of large models have one.
 constexpr NormSite kNormSitesAgain[] = {
   // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks} rows
-  {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 0,         kExactly, {{6, 1}},         12},
   {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         kExactly, {10},             12},
 };
 
