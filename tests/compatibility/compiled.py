@@ -143,7 +143,7 @@ FEATURES = (
         note=_FIRST_BLOCK,
         slow=_ALL_BUT_ONE,
     ),
-    Feature("`torch.compile`", _whole(), graphs, fused="any", bound=no_less_accurate, compiles=True, slow=_ALL),
+    Feature("`torch.compile`", _whole(), graphs, fused="any", agrees=_no_more, bound=no_less_accurate, compiles=True, slow=_ALL),
     Feature(
         "`torch.export`",
         unchanged,
