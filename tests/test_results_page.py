@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pages.models
+import pages.quantised
 import pages.versions
 import pytest
 import results
@@ -156,7 +157,19 @@ def test_the_first_screen_says_what_the_table_says(take):
     assert [row.split(" | ")[1] for row in rows] == ["H100", "H200"]
     assert "(2 of 4)" in rows[1]
     assert "equal" not in made["headline"]
-    assert "all bits of eager's" in made["models"]
+    assert "equalled eager's, bit for bit" in made["models"]
+
+
+def test_the_table_of_float8_has_the_compilers_wait_and_bfloat16(take):
+    def quantised(law, **columns):
+        made = entry(60.0, title=f"Model 1x1, {law}", quantization=law)
+        made["columns"] |= {name: made["columns"]["eager"] | column for name, column in columns.items()}
+        return made
+
+    compiled = {"compiled": {"step_ms": 70.0, "first_step_s": 116.2}, "patched, bf16": {"step_ms": 90.0}}
+    _, docs = take(run({"a, float8-row": quantised("float8-row", **compiled), "a, int8-row": quantised("int8-row")}, OTHER_CARD))
+    (row,) = [line for line in pages.quantised.written(docs)["float8"].split("\n") if line.startswith("| Model")]
+    assert row == "| Model 1x1 | H200 | 100.0 ms | 60.0 ms | **-40%** | 70.0 ms (first 116 s) | 90.0 ms |"
 
 
 def test_runs_that_differ_in_their_models_only_are_one_command():

@@ -43,7 +43,11 @@ def written(docs: Path) -> dict[str, str]:
 
 
 def _float8(found: list[Measured]) -> str:
-    """A line a model, as the table of models in bfloat16 has one."""
+    """A line a model, as the table of models in bfloat16 has one. Nothing where none was
+    measured.
+    """
+    if not found:
+        return ""
     rows = []
     for m in found:
         columns = m.entry["columns"]
