@@ -1,7 +1,6 @@
 """The benchmark of query and key: its cells, contestants and file, as far as that needs no GPU."""
 
 import dataclasses
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from bench import contestants, results
 from bench.qk import peers
 from bench.qk.cells import CELLS, QKCell
 from bench.qk.contestants import check, expression, interpreted
+from support.peers import missing_without_packages
 
 from ditnorm.ops import reference_qk
 from ditnorm.ops.table import OPS
@@ -31,20 +31,8 @@ ROTATED = [cell for cell in TINY if cell.rotary is not None]
 
 
 def test_missing_peers_are_named(monkeypatch):
-    def absent(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", absent)
-    found = peers.found.__wrapped__()
-    assert found.available == []
-    assert set(found.missing) == {
-        "sglang",
-        "sglang in place",
-        "sglang CuTe",
-        "sglang triton",
-        "comfy-kitchen",
-    }
-    assert all(found.missing.values())
+    missing = missing_without_packages(peers.found, monkeypatch)
+    assert missing.keys() == {"sglang", "sglang in place", "sglang CuTe", "sglang triton", "comfy-kitchen"}
 
 
 @pytest.mark.parametrize("cell", ROTATED, ids=lambda cell: cell.name)

@@ -3,7 +3,6 @@ tensors.
 """
 
 import dataclasses
-import importlib.metadata
 from types import SimpleNamespace
 
 import bench_quantize
@@ -13,6 +12,7 @@ from bench.cell import tensors
 from bench.quantized import peers
 from bench.quantized.cells import CELLS
 from bench.quantized.contestants import check, expression, interpreted
+from support.peers import missing_without_packages
 
 from ditnorm.ops.quantization import quantize
 
@@ -43,14 +43,7 @@ def test_bytes_are_those_of_the_rows(cell):
 
 
 def test_missing_peers_are_named(monkeypatch):
-    def absent(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", absent)
-    found = peers.found.__wrapped__()
-    assert found.available == []
-    assert found.missing.keys() == {"sglang", "comfy-kitchen"}
-    assert all(found.missing.values())
+    assert missing_without_packages(peers.found, monkeypatch).keys() == {"sglang", "comfy-kitchen"}
 
 
 def test_peers_are_asked_where_they_serve_and_understood(monkeypatch):

@@ -106,11 +106,15 @@ def assigned(model: Any, family: str) -> None:
     model.load_state_dict({key: t * 1.5 if "mod.1" in key or "linear" in key else t for key, t in model.state_dict().items()}, assign=True)
 
 
+def weight_taken_out(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight.detach()
+    del layer.weight
+    return weight
+
+
 def in_a_buffer(model: Any, family: str) -> None:
     layer = linear(model, family)
-    weight = layer.weight.detach()
-    del layer.weight
-    layer.register_buffer("weight", weight)
+    layer.register_buffer("weight", weight_taken_out(layer))
     forward(model, family)
     layer.weight.mul_(2)
 
@@ -119,9 +123,7 @@ def in_an_attribute(model: Any, family: str) -> None:
     if DEVICE != "cpu":
         pytest.skip("weights in host memory are looked for among Parameters and buffers")
     layer = linear(model, family)
-    weight = layer.weight.detach()
-    del layer.weight
-    layer.weight = weight
+    layer.weight = weight_taken_out(layer)
     forward(model, family)
     layer.weight.mul_(2)
 
