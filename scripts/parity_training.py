@@ -3,10 +3,10 @@ of real models with random weights, at full size, one block of each kind.
 
     python scripts/parity_training.py [--models NAME ...] [--plans NAME ...]
 
-The fastest attention kernels of PyTorch add gradients in an order that changes from run to run.
-Here attention runs in kernels that can repeat their sums, and eager's gradients are made twice: how
-many of them are equal then says what the comparison is worth. The exit status is 1 if a gradient
-differs that eager repeats. Real sizes need a GPU; on a CPU they take minutes.
+Left to itself, PyTorch adds the gradients of attention in an order that changes from run to run.
+Here it is asked for deterministic kernels, and eager's gradients are made twice: how many of them
+are equal then says what the comparison is worth. The exit status is 1 if a gradient differs that
+eager repeats. Real sizes need a GPU; on a CPU they take minutes.
 """
 
 import argparse
@@ -32,7 +32,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ditnorm
 
-REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+MASKED = frozenset({"hunyuan-video-480p"})
+"""Names of models whose attention has a mask, which flash attention doesn't take, and is too long
+for plain operations. They run in the kernel that is left, which can't repeat its sums.
+"""
 LORA = 0.02
 """Standard deviation of what is added to the trained weights: the gradient of a LoRA's first matrix
 is zero where the second one is.
@@ -81,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{environment_line(device)}\n")
     rows, status = [["model", "trained", "gradients", "eager repeats", "of these patched has"]], 0
-    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for name in options.models:
+            torch.use_deterministic_algorithms(True, warn_only=name in MASKED)
             for plan in (plans[name] for name in options.plans):
-                with sdpa_kernel(REPEATABLE):
+                with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION] if name in MASKED else REPEATABLE):
                     count, repeated, different = compared(MODELS[name], TRAINED[name], plan, device)
                 rows.append([MODELS[name].title, plan.name, str(count), str(repeated), str(repeated - len(different))])
                 for parameter in different:

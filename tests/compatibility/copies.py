@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from support import tiny
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ def _on_the_cpu(family: str) -> nn.Module:
 
 
 def _where_it_is(model: Any, family: str) -> Tensor:
-    return tiny.run(model, {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in arguments_of(family).items()})
+    return tiny.run(model, send_to_device(arguments_of(family), model.device))
 
 
 def _to_cuda(model: nn.Module, folder: Path) -> nn.Module:

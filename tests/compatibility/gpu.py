@@ -78,6 +78,8 @@ def _marked(model: nn.Module, family: str) -> Tensor:
     return forward(model, family).clone()
 
 
+_COPIES = "Cannot copy between CPU and CUDA tensors during CUDA graph capture"
+
 FEATURES = (
     Feature(
         "`enable_model_cpu_offload`, peak memory",
@@ -117,12 +119,9 @@ FEATURES = (
         run_with=_captured,
         fused="any",
         upstream=dict.fromkeys(
-            ("Qwen-Image", "LTX-2"),
-            Upstream(
-                "Cannot copy between CPU and CUDA tensors during CUDA graph capture",
-                "parts of their rotary embeddings are copied from the CPU in every forward pass",
-            ),
-        ),
+            ("Qwen-Image", "LTX-2"), Upstream(_COPIES, "parts of their rotary embeddings are copied from the CPU in every forward pass")
+        )
+        | {"Lumina2": Upstream(_COPIES, "Lumina 2 reads its text's lengths from the mask, on the CPU")},
         gpus=1,
     ),
     Feature(

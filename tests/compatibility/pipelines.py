@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
+from accelerate.utils import send_to_device
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from torch import Tensor
@@ -211,7 +212,7 @@ def _on_the_cpu(family: str) -> Any:
 
 
 def _where_it_is(pipe: Any, family: str) -> Tensor:
-    return generate(pipe, family, **{name: t.to(pipe.device) for name, t in _embeddings(family).items()})
+    return generate(pipe, family, **send_to_device(prompt(family), pipe.device))
 
 
 def _to_cuda(pipe: Any, folder: Path) -> Any:

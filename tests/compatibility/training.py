@@ -33,7 +33,8 @@ def _gradients(model: nn.Module, family: str) -> Tensor:
     with _repeatable_attention():
         output = output_of(model, arguments_of(family))
         output.float().square().sum().backward()
-    gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+    # Weights of precomputed modulations are in host memory, and so are their gradients.
+    gradients = [p.grad.to(output.device).float().flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return torch.cat([output.detach().float().flatten(), *gradients])
 
