@@ -297,6 +297,33 @@ def test_a_residual_of_many_rows_is_added_and_quantised_as_otherwise(shape: tupl
         assert equal(beside[:2], got[:2])
 
 
+# Just more than kCached of csrc/ops.cpp.
+UNCACHED = {"cuda": ((1, 4099, 3072), (2, 2053, 3072), (2, 1231, 5120)), "cpu_sim": ((1, 2051, 3072), (2, 1027, 3072), (2, 1027, 5120))}
+
+
+@pytest.mark.sanitize
+@compiled_only
+@pytest.mark.parametrize(("nth", "case"), [(0, "plain"), (1, "none"), (2, "tables"), (0, "per token")])
+def test_a_norm_of_more_than_fits_into_a_cache_has_the_same_bits_with_one_scale(nth: int, case: str, device: str) -> None:
+    """Kernels make it twice: for its largest element, and for its values."""
+    shape = UNCACHED[kernels.path][nth]
+    x, residual = (torch.randn(shape).to(torch.bfloat16).to(device) for _ in range(2))
+    given = {name: t.to(device) for name, t in modulations(shape, case, torch.bfloat16).items()}
+    options: dict[str, Any] = {"eps": 1e-6, "rounding": "eager", **given}
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    y, r = functional.scale_residual_norm_scale_shift(residual, x, **options)
+    got, got_r = functional.scale_residual_norm_scale_shift_quantize(residual, x, law=FLOAT8_TENSOR, **options)
+    assert torch.equal(got_r, r)
+    assert got.scale.shape == (1, 1)
+    assert equal(got[:2], expected(y, FLOAT8_TENSOR))
+    of_norm = {name: value for name, value in options.items() if "gate" not in name}
+    y = functional.norm_scale_shift(x, **of_norm)
+    assert equal(functional.norm_scale_shift_quantize(x, law=FLOAT8_TENSOR, **of_norm)[:2], expected(y, FLOAT8_TENSOR))
+    x[0, 7, 7] = float("nan")  # in the row's y, and so in the scale
+    y = functional.norm_scale_shift(x, **of_norm)
+    assert equal(functional.norm_scale_shift_quantize(x, law=FLOAT8_TENSOR, **of_norm)[:2], expected(y, FLOAT8_TENSOR))
+
+
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
     x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="scale: got"):

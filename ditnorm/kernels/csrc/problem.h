@@ -54,6 +54,12 @@ struct Quantized {
   uint32_t* maxima;
 };
 
+// The largest |y| of all rows is that of these, as bits.
+struct Partials {
+  const uint32_t* data;
+  int64_t count;
+};
+
 struct Problem {
   int64_t batch, tokens, width;
   Rows x, residual;  // residual.data is null in norm_scale_shift
@@ -73,6 +79,12 @@ struct Problem {
   bool norms_x;
   Vector x_weight;
   float mean_factor;  // 1 / width, as ATen computes it
+};
+
+// A norm whose y is made for the second time, where its scale is known.
+struct AgainProblem {
+  Problem norm;
+  Partials known;  // data is null where it is only asked whether there is a kernel
 };
 
 // The gradients of a norm site's rows, given those of its results. All rows are of one dtype.
@@ -146,6 +158,7 @@ int mean_norm(const Problem& problem, void* stream);
 int mean_norm_backward(const SiteBackward& problem, void* stream);
 // With y quantised. kNotServed where there is no kernel that does both.
 int norm_scale_shift_quantize(const Problem& problem, void* stream);
+int norm_scale_shift_quantize_again(const AgainProblem& problem, void* stream);
 int scale_residual_norm_scale_shift_quantize(const Problem& problem, void* stream);
 
 }  // namespace ditnorm

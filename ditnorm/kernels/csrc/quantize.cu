@@ -253,6 +253,10 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
   if (threadIdx.x == 0) p.partials[blockIdx.x] = largest;
 }
 
+int find_partials(const QuantizeProblem& p, void* stream) {
+  return launch(&maxima_kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
+}
+
 // Whether the table pays, and the rows lie evenly.
 bool table_serves(const QuantizeProblem& p) {
   return p.partials == nullptr && p.batch * p.tokens >= kFewestTableRows && p.width >= kNarrowestTableRow &&

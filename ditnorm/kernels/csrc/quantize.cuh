@@ -165,6 +165,15 @@ class WarpGroup {
   const unsigned threads_, barrier_;
 };
 
+// This thread's part of what reduce_max makes the largest |y| of all rows.
+__device__ __forceinline__ uint32_t largest_part(const Partials& partials) {
+  uint32_t bits = 0;
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(partials.count); i += blockDim.x) {
+    bits = Amax<float>::larger(bits, partials.data[i]);
+  }
+  return bits;
+}
+
 // The scale of what has this largest |x|, in float32 as it is stored.
 template <class T>
 __device__ __forceinline__ float scale_of(float amax, Law law) {

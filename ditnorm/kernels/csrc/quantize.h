@@ -45,6 +45,7 @@ bool has_float8();
 // As those of problem.h. A GPU before compute capability 8.9, which multiplies no float8 matrices,
 // quantises to int8 only.
 int quantize(const QuantizeProblem& problem, void* stream);
+int find_partials(const QuantizeProblem& problem, void* stream);  // of its maxima
 int dequantize_product(const ProductProblem& problem, void* stream);
 
 }  // namespace ditnorm

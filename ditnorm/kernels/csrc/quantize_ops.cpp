@@ -36,6 +36,24 @@ QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside, b
   out.scale = static_cast<float*>(scale.data());
 }
 
+namespace {
+
+// How many blocks look through the maxima of rows.
+int64_t partials_of_maxima(int64_t rows) { return std::min((rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials); }
+
+}  // namespace
+
+Partials find_largest(const QuantizedOutput& output, const Tensor& x) {
+  QuantizeProblem problem{};
+  problem.batch = 1;
+  problem.tokens = output.values.sizes()[0];
+  problem.partials = output.partials;
+  problem.partial_count = partials_of_maxima(problem.tokens);
+  problem.maxima = output.out.maxima;
+  call_kernel(&find_partials, problem, x.device_index());
+  return {problem.partials, problem.partial_count};
+}
+
 void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, bool maxima) {
   const int64_t dim = x.dim(), width = x.sizes()[dim - 1];
   const Tensor copy = width == 1 || x.strides()[dim - 1] == 1 ? Tensor() : abi::contiguous(x);
@@ -51,7 +69,7 @@ void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, bo
   const int64_t rows = problem.batch * problem.tokens;
   if (rows == 0) return;
   problem.partials = output.partials;
-  problem.partial_count = maxima ? std::min((rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials) : output.partial_count;
+  problem.partial_count = maxima ? partials_of_maxima(rows) : output.partial_count;
   problem.maxima = maxima ? output.out.maxima : nullptr;
   call_kernel(&quantize, problem, x.device_index());
 }

@@ -19,6 +19,9 @@ struct QuantizedOutput {
   int64_t partial_count = 0;
 };
 
+// Of a y that is to be made again, whose output.out.maxima are known.
+Partials find_largest(const QuantizedOutput& output, const Tensor& x);
+
 // Quantises x, [B, S, D] or [S, D], or GELU of it. `maxima`: whether out.maxima has them.
 void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, bool maxima = false);
 

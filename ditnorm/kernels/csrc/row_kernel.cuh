@@ -169,18 +169,20 @@ class Row {
   }
 
   // The row is y then, whose accesses `make` makes, and stays in registers until its largest element
-  // is known. Where somebody else reads y too it is written beside its values.
-  template <class MAKE>
+  // is known. Where somebody else reads y too it is written beside its values. AGAIN: the largest of
+  // all rows is known, and lies in `exchange`, a part of it for each lane.
+  template <bool AGAIN = false, class MAKE>
   __device__ __forceinline__ void quantize(Elements& v, MAKE make, int64_t target, uint32_t (&exchange)[kMaxWarps]) const {
     Amax<T> amax;
     place_.each([&](auto i) {
       v[i] = make(i);
-      amax.take(v[i]);
+      if constexpr (!AGAIN) amax.take(v[i]);
     });
-    const Law law = p_.quantized.law;
-    const uint32_t largest = reduce_max<SHAPE::kThreadsPerRow>(amax.bits(), exchange);
+    const Law law = AGAIN ? Law::float8_tensor : p_.quantized.law;
+    const uint32_t largest =
+        AGAIN ? reduce_max_of_warp(exchange[threadIdx.x % 32]) : reduce_max<SHAPE::kThreadsPerRow>(amax.bits(), exchange);
     const int64_t row = at_.batch * p_.tokens + at_.token;
-    if (unlikely(p_.y != nullptr)) {
+    if (!AGAIN && unlikely(p_.y != nullptr)) {
       place_.each([&](auto i) {
         T* const y = static_cast<T*>(p_.y) + target + i * kStep;
         if constexpr (SPARING) {
@@ -190,12 +192,12 @@ class Row {
         }
       });
     }
-    if (p_.quantized.maxima != nullptr) {
+    if (!AGAIN && p_.quantized.maxima != nullptr) {
       if (place_.first == 0) p_.quantized.maxima[row] = largest;
       return;
     }
     const Divisor by = divide_by(scale_of<T>(float_of(largest), law), law);
-    if (place_.first == 0) p_.quantized.scale[row] = by.scale;
+    if (place_.first == 0 && (!AGAIN || row == 0)) p_.quantized.scale[row] = by.scale;
     const auto inside = [&](int i) { return place_.inside(i); };
     if constexpr (SPARING) {
       ditnorm::store_quantized<true>(v, by, p_.quantized.values + target, kStep, inside, two_to_16());

@@ -26,18 +26,30 @@ inline bool shared_modulations(const Problem& p) {
 
 // Goes through kNormSites, or where y is quantised through kQuantizedNormSites. (Templates of
 // functions: generic lambdas that pass constants on to each other crash compilers.)
-template <class T, class M, bool RESIDUAL, bool ROUND, bool QUANTIZES>
+// AGAIN: through kNormSitesAgain.
+template <class T, class M, bool RESIDUAL, bool ROUND, bool QUANTIZES, bool AGAIN = false>
 class RowLaunch {
  public:
-  RowLaunch(const Problem& p, void* stream) : p_(p), stream_(stream), extras_(extras(p)), shared_(shared_modulations(p)) {}
+  RowLaunch(const Problem& p, void* stream, Partials known = {})
+      : p_(p), known_(known), stream_(stream), extras_(extras(p)), shared_(shared_modulations(p)) {}
 
   int run() {
-    try_sites(std::make_integer_sequence<int, QUANTIZES ? std::size(variants::kQuantizedNormSites) : std::size(variants::kNormSites)>{});
+    try_sites(std::make_integer_sequence<int, std::size(kSites)>{});
     return result_;
   }
 
  private:
-  static constexpr const NormSite& site(int i) { return QUANTIZES ? variants::kQuantizedNormSites[i] : variants::kNormSites[i]; }
+  static constexpr const auto& sites() {
+    if constexpr (AGAIN) {
+      return variants::kNormSitesAgain;
+    } else if constexpr (QUANTIZES) {
+      return variants::kQuantizedNormSites;
+    } else {
+      return variants::kNormSites;
+    }
+  }
+  static constexpr const auto& kSites = sites();
+  static constexpr const NormSite& site(int i) { return kSites[i]; }
 
   template <int... SITES>
   void try_sites(std::integer_sequence<int, SITES...>) {
@@ -63,7 +75,7 @@ class RowLaunch {
     if (!Row::serves(p_.width)) return false;
     if constexpr (kSite.rows > 1) {
       using Memory = WalkingMemory<T, M, kSite.extras == Extras::tables, RESIDUAL, Columns<T, Row, Threads>, Threads>;
-      return walk<&walking_kernel<T, M, kSite.extras, RESIDUAL, ROUND, Row, Threads>, Threads>(sizeof(Memory));
+      return walk<&walking_kernel<T, M, kSite.extras, RESIDUAL, ROUND, Row, Threads, AGAIN>, Threads>(sizeof(Memory));
     } else {
       const dim3 grid(static_cast<unsigned>(p_.tokens), static_cast<unsigned>(p_.batch));
       result_ = launch(&row_kernel<T, M, kSite.extras, RESIDUAL, ROUND, QUANTIZES, Row, Threads>, grid, Threads::kThreads, stream_, p_);
@@ -79,11 +91,13 @@ class RowLaunch {
     const int64_t groups = (p_.tokens + THREADS::kRows - 1) / THREADS::kRows;
     const int64_t most = std::max<int64_t>(1, resident / p_.batch);
     const dim3 grid(static_cast<unsigned>(std::min(groups, most)), static_cast<unsigned>(p_.batch));
-    result_ = launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_);
+    const bool asked = AGAIN && known_.data == nullptr;
+    result_ = asked ? 0 : launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_, known_);
     return true;
   }
 
   const Problem& p_;
+  const Partials known_;
   void* const stream_;
   const Extras extras_;
   const bool shared_;

@@ -177,6 +177,14 @@ constexpr NormSite kQuantizedNormSites[] = {
   {kResidualNorm, bf16, of_x,      exact,        any,    all,    1, kWithRow,  3, {6, 10}},
 };
 
+// Those of them that are made a second time, where one scale is for all rows: a kernel each, so only
+// the widths of large models have one.
+constexpr NormSite kNormSitesAgain[] = {
+  // op           x     modulation intermediates extras  sharing lanes ahead   above tiles {blocks} rows
+  {kNorm,         bf16, of_x,      rounded,      none,   shared, 4, 0,         kExactly, {{6, 1}},         12},
+  {kNorm,         bf16, of_x,      exact,        tables, shared, 4, 0,         kExactly, {10},             12},
+};
+
 // The gradients of the rows of a norm site, for each dtype of the modulations and each law. Of
 // float16, in which nobody trains, gradients go through the generic kernels.
 constexpr NormBackward kNormBackward[] = {

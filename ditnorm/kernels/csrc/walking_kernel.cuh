@@ -120,8 +120,9 @@ struct WalkingMemory {
   alignas(16) T next[SHAPE::kRows][RESIDUAL ? 2 : 1][PLACE::kAccesses * PLACE::kStep];
 };
 
-template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE>
-__global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p) {
+// AGAIN: all is made a second time, where the largest element of all rows is known.
+template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE, bool AGAIN = false>
+__global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p, const Partials known) {
   constexpr bool kTables = EXTRAS == Extras::tables;
   constexpr bool kSparing = kTables && !RESIDUAL && TILES::kCount > 3;  // where that was measured to be faster
   using R = Row<T, M, EXTRAS, false, ROUND, TILES, SHAPE, kSparing>;
@@ -151,6 +152,10 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
   wait_for_previous_kernel();
   unsigned first = blockIdx.x * SHAPE::kRows;
   fetch(own(first));
+  if constexpr (AGAIN) {  // each warp's part, so often that each lane has one
+    const uint32_t part = reduce_max_of_warp(largest_part(known));
+    if (threadIdx.x % 32 % SHAPE::kRows == warp) maxima[threadIdx.x % 32] = part;
+  }
   memory.modulations.fill(p, batch);
   __syncthreads();
   while (first < tokens) {
@@ -186,7 +191,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
       if (first < tokens) fetch(own(first));  // the statistics have read all of this row
     }
     const auto make = [&](auto i) { return memory.modulations.template modulate<kSparing>(v[i], statistics, place, i, row.two_to_16()); };
-    row.quantize(v, make, row.target(), maxima);
+    row.template quantize<AGAIN>(v, make, row.target(), maxima);
   }
 }
 
