@@ -165,6 +165,36 @@ def test_gelu_of_many_rows_is_that_of_few(law: Law, device: str) -> None:
 
 
 @pytest.mark.sanitize
+@compiled_only
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gelu_before_one_scale(dtype: torch.dtype, device: str) -> None:
+    """Where the largest number is large enough GELU's largest magnitude is that of it alone."""
+    rows = 3 * torch.randn(5, 4096)
+    rows[3] = 0
+    infinite, negative, nan = (rows.clone() for _ in range(3))
+    infinite[2, 5], negative[2, 5], nan[2, 5] = float("inf"), -float("inf"), float("nan")
+    few = (rows, rows[:4].view(2, 2, -1)[:, :, :520], rows - 20, rows * 0.05, rows * 2.0**-20, rows * 0, infinite, negative, nan)
+    # Many rows are looked up in tables.
+    many = [rows[:, :width].repeat(206, 1)[:1027] for rows in (rows, negative, rows * 2.0**-130) for width in (2056, 4096)]
+    for x in (*few, *many, many[-1].view(13, 79, -1)):
+        x = x.to(dtype).to(device)
+        expected = functional.quantize(functional.gelu(x, rounding="eager"), FLOAT8_TENSOR)
+        assert equal(functional.gelu_quantize(x, FLOAT8_TENSOR)[:2], expected[:2])
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gelu_grows_from_a_half_on_past_all_that_smaller_numbers_have(dtype: torch.dtype, device: str) -> None:
+    """What the kernel that looks for the largest takes for granted."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()].float().sort().values.to(dtype)
+    results = functional.gelu(numbers[None].to(device), rounding="eager")[0].float().cpu()
+    grows = numbers >= 0.5
+    assert (results[grows].diff() >= 0).all()
+    assert results[~grows].abs().max() <= results[grows][0]
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("law", LAWS, ids=str)
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_an_activation_and_what_stands_beside_it_are_quantised_as_one_row(law: Law, dtype: torch.dtype, device: str) -> None:

@@ -9,6 +9,7 @@
 namespace ditnorm {
 
 // The largest |x| of all rows where the law has one scale: what the blocks of amax_kernel found.
+// Each thread has a part of it.
 __device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
   uint32_t bits = 0;
   for (unsigned i = threadIdx.x; i < static_cast<unsigned>(p.partial_count); i += blockDim.x) {
@@ -55,7 +56,8 @@ __global__ void __launch_bounds__(ROWS > 1 ? ROWS * 32 : kMaxQuantizeThreads, RO
 
 // Many rows of GELU, which takes more instructions than all the rest: each block has a table of its
 // results, and goes from row to row. What a thread has of the next one is on its way while it waits
-// for the others.
+// for the others. KNOWN: all rows have one scale, which is known.
+template <bool KNOWN>
 __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kernel(const QuantizeProblem p) {
   using T = __nv_bfloat16;
   constexpr int N = 16 / sizeof(T);
@@ -77,16 +79,20 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
   wait_for_previous_kernel();
   load(blockIdx.x);
   __syncthreads();
+  const auto by_largest = [&](uint32_t bits, int turn) {
+    return divide_by(scale_of<T>(float_of(reduce_max(bits, exchange[turn])), p.out.law), p.out.law);
+  };
+  const Divisor of_all = KNOWN ? by_largest(amax_of_all(p), 0) : Divisor{};
   int turn = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
     Amax<T> amax;
     each(kEach, [&](auto i) {
       y[i] = table.of(x[i]);
-      amax.take(y[i]);
+      if constexpr (!KNOWN) amax.take(y[i]);
     });
     load(row + gridDim.x < rows ? row + gridDim.x : row);
-    const Divisor by = divide_by(scale_of<T>(float_of(reduce_max(amax.bits(), exchange[turn])), p.out.law), p.out.law);
-    if (threadIdx.x == 0) p.out.scale[row] = by.scale;
+    const Divisor by = KNOWN ? of_all : by_largest(amax.bits(), turn);
+    if (threadIdx.x == 0 && (!KNOWN || row == 0)) p.out.scale[row] = by.scale;
     store_quantized(y, by, p.out.values + row * p.width + first, step, [&](int i) { return first + i * step < width; });
   }
 }
@@ -100,6 +106,7 @@ struct GeluRows {
   uint4 next[kTableItems][kMaxCopiesThreads];
 };
 
+template <bool KNOWN>
 __global__ void __launch_bounds__(kMaxCopiesThreads, 1) gelu_copies_quantize_kernel(const QuantizeProblem p, const unsigned threads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = __nv_bfloat16;
@@ -132,8 +139,16 @@ __global__ void __launch_bounds__(kMaxCopiesThreads, 1) gelu_copies_quantize_ker
   unsigned turn = blockIdx.x * together;
   fetch(row_of(turn));
   __syncthreads();
+  const auto divisor = [&](uint32_t largest) { return divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law); };
   constexpr unsigned kTurn = 1, kLeft = 2;  // whose places in exchange it is; rows are left for later
   unsigned state = 0;
+  Divisor of_all{};
+  if constexpr (KNOWN) {
+    const uint32_t bits = reduce_max(amax_of_all(p), exchange[0]);
+    of_all = divisor(bits);
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.out.scale[0] = of_all.scale;
+    if (unlikely(bits >= kNotFinite || (bits < kLeast && bits != 0))) turn = rows, state = kLeft;
+  }
   for (; turn < rows; state ^= kTurn) {
     const unsigned row = row_of(turn);
     const bool has_row = turn + own < rows;
@@ -144,51 +159,75 @@ __global__ void __launch_bounds__(kMaxCopiesThreads, 1) gelu_copies_quantize_ker
     if (turn < rows) fetch(row_of(turn));
     GeluCopies::Largest largest;
     each(kEach, [&](auto i) { y[i] = table.of(x[i], largest); });
-    const auto of_both = [](uint32_t halves) { return Amax<float>::larger(halves << 16, halves & 0xffff0000u); };
-    uint32_t bits = of_both(largest.y);
-    if (bits < kLeast && largest.x != 0) bits = kTiny;
-    if (of_both(largest.x) >= kNotFinite) bits = kNotFinite;
-    bits = group.reduce_max(bits, exchange[state & kTurn]);
-    const bool later = bits == kTiny || bits == kNotFinite;
-    if (later) state |= kLeft;
-    const Divisor by = divide_by(scale_of<T>(float_of(bits), p.out.law), p.out.law);
+    Divisor by = of_all;
+    bool later = false;
+    if constexpr (!KNOWN) {
+      const auto of_both = [](uint32_t halves) { return Amax<float>::larger(halves << 16, halves & 0xffff0000u); };
+      uint32_t bits = of_both(largest.y);
+      if (bits < kLeast && largest.x != 0) bits = kTiny;
+      if (of_both(largest.x) >= kNotFinite) bits = kNotFinite;
+      bits = group.reduce_max(bits, exchange[state & kTurn]);
+      later = bits == kTiny || bits == kNotFinite;
+      if (later) state |= kLeft;
+      by = divisor(bits);
+    }
     if (!has_row) break;
-    if (first == 0) p.out.scale[row] = later ? kNaN : by.scale;
+    if (!KNOWN && first == 0) p.out.scale[row] = later ? kNaN : by.scale;
     store_quantized(y, by, p.out.values + row * p.width + first, step, inside);
   }
   if (!unlikely((state & kLeft) != 0)) return;
   group.wait();
   for (unsigned row = blockIdx.x * together + own; row < rows; row += gridDim.x * together) {
-    if (p.out.scale[row] == p.out.scale[row]) continue;  // not NaN: done
+    if (!KNOWN && p.out.scale[row] == p.out.scale[row]) continue;  // not NaN: done
     const auto part = [&](int column) { return activated<true>(load_row<Cache::normal, T, N>(source(row) + column - first)); };
-    Amax<T> amax;
-    for (int column = first; column < width; column += step) amax.take(part(column));
-    const Divisor by = divide_by(scale_of<T>(float_of(group.reduce_max(amax.bits(), exchange[state & kTurn])), p.out.law), p.out.law);
+    Divisor by = of_all;
+    if constexpr (!KNOWN) {
+      Amax<T> amax;
+      for (int column = first; column < width; column += step) amax.take(part(column));
+      by = divisor(group.reduce_max(amax.bits(), exchange[state & kTurn]));
+    }
     for (int column = first; column < width; column += step) {
       const Pack<T, N> result[1] = {part(column)};
       store_quantized(result, by, p.out.values + row * p.width + column, 0, [](int) { return true; });
     }
-    if (first == 0) p.out.scale[row] = by.scale;
+    if (!KNOWN && first == 0) p.out.scale[row] = by.scale;
     state ^= kTurn;
   }
 #endif
 }
 
-// The largest |x| of the rows of each block.
+// The largest |x| of the rows of each block, or of what GELU makes of them.
 template <class T, bool GELU>
 __global__ void __launch_bounds__(kAmaxThreads) amax_kernel(const QuantizeProblem p) {
   constexpr int N = 16 / sizeof(T);
-  __shared__ uint32_t exchange[kMaxWarps];
+  __shared__ uint32_t exchange[2][kMaxWarps];
   wait_for_previous_kernel();
-  Amax<T> amax;
-  for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x) {
-    const int64_t batch = row / p.tokens;
-    const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + (row - batch * p.tokens) * p.x.token_stride;
-    for (int64_t column = threadIdx.x * N; column < p.width; column += kAmaxThreads * N) {
-      amax.take(activated<GELU>(load_row<Cache::normal, T, N>(x + column)));
+  const auto amax_of = [&](auto change) {
+    Amax<T> amax;
+    for (int64_t row = blockIdx.x; row < p.batch * p.tokens; row += gridDim.x) {
+      const int64_t batch = row / p.tokens;
+      const T* const x = static_cast<const T*>(p.x.data) + batch * p.x.batch_stride + (row - batch * p.tokens) * p.x.token_stride;
+      for (int64_t column = threadIdx.x * N; column < p.width; column += kAmaxThreads * N) {
+        amax.take(change(load_row<Cache::normal, T, N>(x + column)));
+      }
     }
+    return amax;
+  };
+  const Amax<T> amax = amax_of([](const Pack<T, N>& x) { return x; });
+  uint32_t bits;
+  if constexpr (GELU) {
+    // GELU grows from here on, past all that smaller numbers have: the largest of them is enough.
+    constexpr float kGrows = 0.5f;
+    const float most = amax.most();
+    bits = reduce_max(most < kGrows ? 0 : bits_of(most) & 0x7fffffffu, exchange[0]);
+    if (bits != 0 && bits <= bits_of(INFINITY)) {
+      bits = bits_of(round_to<T>(gelu(float_of(bits))));
+    } else {
+      bits = reduce_max(amax_of([](const Pack<T, N>& x) { return activated<true>(x); }).bits(), exchange[1]);
+    }
+  } else {
+    bits = reduce_max(amax.bits(), exchange[0]);
   }
-  const uint32_t bits = reduce_max(amax.bits(), exchange);
   if (threadIdx.x == 0) p.partials[blockIdx.x] = bits;
 }
 
@@ -259,38 +298,42 @@ int find_partials(const QuantizeProblem& p, void* stream) {
 
 // Whether the table pays, and the rows lie evenly.
 bool table_serves(const QuantizeProblem& p) {
-  return p.partials == nullptr && p.batch * p.tokens >= kFewestTableRows && p.width >= kNarrowestTableRow &&
-         p.width <= kMaxTableThreads * kTableItems * 8 && (p.batch == 1 || p.x.batch_stride == p.tokens * p.x.token_stride);
+  return p.batch * p.tokens >= kFewestTableRows && p.width >= kNarrowestTableRow && p.width <= kMaxTableThreads * kTableItems * 8 &&
+         (p.batch == 1 || p.x.batch_stride == p.tokens * p.x.token_stride);
 }
 
+template <bool KNOWN>
 int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
   const int64_t rows = p.batch * p.tokens;
   const auto threads = static_cast<unsigned>((p.width / 8 + kTableItems * 32 - 1) / (kTableItems * 32) * 32);
   const auto grid = [](int64_t wanted, int64_t resident) { return dim3(static_cast<unsigned>(std::min(wanted, resident))); };
-  if (p.width >= kNarrowestCopiesRow && waits_for_previous_kernel(&gelu_copies_quantize_kernel)) {
-    constexpr auto kKernel = &gelu_copies_quantize_kernel;
+  if (p.width >= kNarrowestCopiesRow && waits_for_previous_kernel(&gelu_copies_quantize_kernel<KNOWN>)) {
+    constexpr auto kKernel = &gelu_copies_quantize_kernel<KNOWN>;
     constexpr int kBytes = sizeof(GeluRows);
     const unsigned together = kMaxCopiesThreads / threads;
     const int64_t resident = resident_blocks<kKernel>(together * threads, kBytes), wanted = (rows + together - 1) / together;
     if (resident > 0) return launch_with(kBytes, kKernel, grid(wanted, resident), together * threads, stream, p, threads);
   }
-  return launch(&gelu_table_quantize_kernel, grid(rows, resident_blocks<&gelu_table_quantize_kernel>(threads)), threads, stream, p);
+  constexpr auto kKernel = &gelu_table_quantize_kernel<KNOWN>;
+  return launch(kKernel, grid(rows, resident_blocks<kKernel>(threads)), threads, stream, p);
 }
 
 template <class T, bool GELU>
 int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   constexpr int N = 16 / sizeof(T);
-  if constexpr (GELU && std::is_same_v<T, __nv_bfloat16>) {
-    if (table_serves(p)) return launch_gelu_table_kernel(p, stream);
-  }
+  constexpr bool kTable = GELU && std::is_same_v<T, __nv_bfloat16>;
   const int64_t accesses = p.width / N;
   // Of models' rows, those with GELU have at most 16384 elements, and float16 is as rare.
   constexpr bool kWidest = !GELU && std::is_same_v<T, __nv_bfloat16>;
-  if (!kWidest && accesses > kMaxQuantizeThreads * 4) return kNotServed;
+  if (!kWidest && accesses > kMaxQuantizeThreads * 4 && !(kTable && table_serves(p))) return kNotServed;
   if (p.partials != nullptr) {
     const auto kernel = p.maxima != nullptr ? &maxima_kernel : &amax_kernel<T, GELU>;
     const int error = launch(kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
     if (error != 0) return error;
+  }
+  if constexpr (kTable) {
+    if (table_serves(p))
+      return p.partials != nullptr ? launch_gelu_table_kernel<true>(p, stream) : launch_gelu_table_kernel<false>(p, stream);
   }
   if constexpr (!GELU) {
     if (p.partials == nullptr && accesses <= kNarrowItems * 32 && p.batch * p.tokens > kManyNarrowRows) {

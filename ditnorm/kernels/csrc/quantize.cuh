@@ -43,10 +43,19 @@ __device__ __forceinline__ uint32_t smaller_halves(uint32_t a, uint32_t b) {
 #endif
 }
 
-#ifdef __CUDA_ARCH__
+// A number of T that has these bits.
+template <class T>
+__device__ __forceinline__ float number_of(uint32_t bits) {
+  const auto half = static_cast<uint16_t>(bits);
+  T value;
+  __builtin_memcpy(&value, &half, sizeof value);
+  return to_float(value);
+}
+
 // Of two numbers of T each; NaN wins. Three in a row of these nvcc makes two instructions of.
 template <class T>
 __device__ __forceinline__ uint32_t larger_of(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
   uint32_t larger;
   if constexpr (std::is_same_v<T, __half>) {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
@@ -54,9 +63,14 @@ __device__ __forceinline__ uint32_t larger_of(uint32_t a, uint32_t b) {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   }
   return larger;
+#else
+  const auto of = [](uint32_t a, uint32_t b) { return number_of<T>(a) < number_of<T>(b) || number_of<T>(b) != number_of<T>(b) ? b : a; };
+  return (of(a, b) & 0xffffu) | of(a >> 16, b >> 16) << 16;
+#endif
 }
 template <class T>
 __device__ __forceinline__ uint32_t smaller_of(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
   uint32_t smaller;
   if constexpr (std::is_same_v<T, __half>) {
     asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
@@ -64,8 +78,11 @@ __device__ __forceinline__ uint32_t smaller_of(uint32_t a, uint32_t b) {
     asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
   }
   return smaller;
-}
+#else
+  constexpr uint32_t kSigns = 0x80008000u;
+  return larger_of<T>(a ^ kSigns, b ^ kSigns) ^ kSigns;
 #endif
+}
 
 // The largest |v| so far, as bits: those of positive numbers grow with them, and those of NaN stand
 // above all. Of half precision that is the largest v or the smallest.
@@ -81,11 +98,7 @@ class Amax {
       if constexpr (sizeof(T) == 4) {
         most_ = larger(most_, word & kMagnitude);
       } else {
-#ifdef __CUDA_ARCH__
         most_ = larger_of<T>(most_, word), least_ = smaller_of<T>(least_, word);
-#else
-        most_ = larger_halves(most_, word & kMagnitude);
-#endif
       }
     }
   }
@@ -94,10 +107,13 @@ class Amax {
   __device__ __forceinline__ uint32_t bits() const {
     if constexpr (sizeof(T) == 4) return most_;
     const uint32_t both = larger_halves(most_ & kMagnitude, least_ & kMagnitude);
-    const auto half = static_cast<uint16_t>(larger(both & 0xffffu, both >> 16));
-    T value;
-    __builtin_memcpy(&value, &half, sizeof value);
-    return bits_of(to_float(value)) & 0x7fffffffu;
+    return bits_of(number_of<T>(larger(both & 0xffffu, both >> 16))) & 0x7fffffffu;
+  }
+
+  // The largest v, of half precision, and of 0. NaN where there is one, or -infinity.
+  __device__ __forceinline__ float most() const {
+    const uint32_t most = larger_of<T>(most_, most_ >> 16), least = smaller_of<T>(least_, least_ >> 16);
+    return number_of<T>(least) == -INFINITY ? kNaN : number_of<T>(most);
   }
 
   static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
