@@ -114,6 +114,36 @@ def test_many_narrow_rows_follow_it_too(law: Law, dtype: torch.dtype, device: st
     assert equal(functional.quantize(strided, law)[:2], expected(strided, law))
 
 
+# Around what one block has, with GELU or without, and a cluster of blocks, one of them on the host.
+# More are worth two kernels.
+ONE_SCALE = {
+    "cuda": ((1, 8), (1, 3072), (33, 496), (33, 504), (64, 512), (65, 512), (160, 2048), (161, 2048)),
+    "cpu_sim": ((1, 8), (1, 3072), (33, 496), (33, 504), (64, 512), (65, 512), (80, 512), (81, 512)),
+}
+
+
+@pytest.mark.sanitize
+@compiled_only
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_elements_with_one_scale_are_quantised_as_one_row(kind: str, dtype: torch.dtype, device: str) -> None:
+    """By one kernel; by two where there are gaps between the rows."""
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    for n_rows, width in ONE_SCALE[kernels.path]:
+        x = rows((n_rows, width), dtype, kind)
+        x[-1, -1] = 2 * x[x.isfinite()].abs().max()  # the last thread has the largest
+        x = x.to(device)
+        apart, unaligned = F.pad(x, (0, 8))[:, :width], F.pad(x.flatten(), (1, 0))[1:].view_as(x)
+        got = functional.quantize(x, FLOAT8_TENSOR)
+        assert equal(got[:2], expected(x, FLOAT8_TENSOR)), (n_rows, width)
+        assert (got.scale.shape, got.values.shape) == ((1, 1), (n_rows, width))
+        assert equal(functional.quantize(x[None], FLOAT8_TENSOR)[:2], got[:2])
+        of_gelu = functional.gelu_quantize(x, FLOAT8_TENSOR)
+        for other in (apart, unaligned):
+            assert equal(functional.quantize(other, FLOAT8_TENSOR)[:2], got[:2]), (n_rows, width)
+            assert equal(functional.gelu_quantize(other, FLOAT8_TENSOR)[:2], of_gelu[:2]), (n_rows, width)
+
+
 @pytest.mark.sanitize
 def test_every_quotient_is_rounded_once() -> None:
     """All bfloat16 numbers by many scales: the refined reciprocal gives what a division gives."""
@@ -267,6 +297,24 @@ def test_a_norm_site_quantises_what_it_returns_otherwise(law: Law, rounding: str
             kept, beside = functional.norm_scale_shift_and_quantize(x, law=law, **options)
             assert torch.equal(kept.nan_to_num(), y.nan_to_num())
             assert equal(beside[:2], expected(y, law))
+
+
+@pytest.mark.sanitize
+@compiled_only
+@pytest.mark.parametrize("n_rows", [1, 1024, 1025, 2048])
+def test_the_largest_of_a_norms_rows_is_that_of_all(n_rows: int, device: str) -> None:
+    """The quantiser looks for it among those of up to 1024 rows. Of more another kernel does."""
+    expected = as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize
+    for shape in ((n_rows, 64), (2, n_rows // 2 or 1, 72)):
+        x, residual = torch.randn(2, *shape).to(torch.bfloat16).to(device)
+        x[..., -1, -1] = 99
+        options: dict[str, Any] = {"eps": 1e-6, "rounding": "eager"}
+        y = functional.norm_scale_shift(x, **options)
+        assert equal(functional.norm_scale_shift_quantize(x, law=FLOAT8_TENSOR, **options)[:2], expected(y, FLOAT8_TENSOR))
+        y, _ = functional.scale_residual_norm_scale_shift(residual, x, **options)
+        kept, got, _ = functional.scale_residual_norm_scale_shift_and_quantize(residual, x, law=FLOAT8_TENSOR, **options)
+        assert torch.equal(kept, y)
+        assert equal(got[:2], expected(y, FLOAT8_TENSOR))
 
 
 MANY_ROWS = ((1, 2049, 3072), (3, 683, 1536), (1, 2051, 5120), (1, 2053, 1152), (1, 2050, 2432), (1, 2050, 1984), (2, 1031, 2048))

@@ -427,3 +427,22 @@ def test_the_pieces_of_memory_that_a_quantised_activation_takes(law: Law) -> Non
 
     assert pieces(lambda: functional.quantize(x, law)) == 2
     assert pieces(lambda: functional.norm_scale_shift_quantize(x, law=law, eps=1e-6, rounding="eager")) <= 3
+
+
+def test_the_kernels_that_one_scale_for_all_takes() -> None:
+    """One where there are few elements; behind a norm its own and another."""
+
+    def launched(call: Callable[[], object]) -> int:
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum("kernel" in event.name and event.device_type is torch.autograd.DeviceType.CUDA for event in profile.events())
+
+    options: dict[str, Any] = {"law": FLOAT8_TENSOR, "eps": 1e-6, "rounding": "eager"}
+    clusters = torch.cuda.get_device_capability() >= (9, 0)
+    for shape, few in (((1, 3072), True), ((64, 512), True), ((100, 3072), clusters), ((4096, 3072), False)):
+        x = rows(shape, torch.bfloat16)
+        assert launched(lambda x=x: functional.quantize(x, FLOAT8_TENSOR)) == (1 if few else 2)
+        assert launched(lambda x=x: functional.norm_scale_shift_quantize(x, **options)) == (2 if shape[0] <= 1024 else 3)

@@ -63,7 +63,7 @@ class ActivationOp {
 
   // In one kernel where there is one that does both, else in two.
   std::tuple<Tensor, Tensor> run_quantized(int64_t law) {
-    QuantizedOutput output(x_, law, problem_.beside_width);
+    QuantizedOutput output(x_, law, Behind::activation, problem_.beside_width);
     problem_.quantized = output.out;
     const bool empty = problem_.batch * problem_.tokens == 0;
     if (!empty && call_kernel(&activate_quantized, problem_, x_.device_index()) == kNotServed) quantize_into(output, run(), false);
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> swiglu_backward_op(const Tensor& dy, const Tensor& x,
 
 std::tuple<Tensor, Tensor> gelu_quantize_op(const Tensor& x, const Optional& beside, int64_t law) {
   if (!beside) {
-    QuantizedOutput output(x, law);
+    QuantizedOutput output(x, law, Behind::gelu);
     quantize_into(output, x, true);
     return {std::move(output.values), std::move(output.scale)};
   }

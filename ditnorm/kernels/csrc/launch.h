@@ -88,27 +88,78 @@ int resident_blocks(unsigned, int = 0) {
 }
 #endif
 
-// `bytes`: of shared memory, for launched_with.
-template <class... Params, class... Args>
-int launch_with(int bytes, void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
+// A cluster of blocks, which read each other's shared memory, is what GPUs of compute capability 9.0
+// and later run. The host runs one block at a time, and so a cluster of one.
 #ifdef __CUDACC__
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+constexpr unsigned kClusterBlocks = 8;  // no more run on all of them
+
+// Whether the current GPU runs a kernel as a cluster of blocks of at most `threads` threads, always
+// the same number.
+template <auto KERNEL>
+bool runs_as_cluster(unsigned threads) {
+  constexpr int kDevices = 64;
+  static std::atomic<int8_t> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
+  int device, clusters = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int8_t answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {kClusterBlocks, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(kClusterBlocks);
+    config.blockDim = dim3(threads);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    const bool asked = waits_for_previous_kernel(KERNEL) && cudaOccupancyMaxActiveClusters(&clusters, KERNEL, &config) == cudaSuccess;
+    if (!asked) cudaGetLastError();
+    answer = asked && clusters > 0 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+#else
+constexpr unsigned kClusterBlocks = 1;
+template <auto>
+bool runs_as_cluster(unsigned) {
+  return true;
+}
+#endif
+
+// `bytes`: of shared memory, for launched_with. `cluster`: whether all blocks are one cluster (see
+// runs_as_cluster).
+template <class... Params, class... Args>
+int launch_as(int bytes, bool cluster, void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
+#ifdef __CUDACC__
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (waits_for_previous_kernel(kernel)) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {grid.x, 1, 1};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = waits_for_previous_kernel(kernel) ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error != cudaSuccess) cudaGetLastError();  // clear it: PyTorch's next check would report it as its own
   return error;
 #else
-  (void)stream, (void)bytes;
+  (void)stream, (void)bytes, (void)cluster;
   return sim_launch(kernel, grid, dim3(threads), args...);
 #endif
+}
+
+template <class... Params, class... Args>
+int launch_with(int bytes, void (*kernel)(Params...), dim3 grid, unsigned threads, void* stream, const Args&... args) {
+  return launch_as(bytes, false, kernel, grid, threads, stream, args...);
 }
 
 template <class... Params, class... Args>

@@ -40,7 +40,7 @@ bool made_twice(const Call& call, const QuantizedOutput& output, const Tensor& x
 // takes y itself, where somebody else reads it.
 QuantizedOutput run_quantized(Call& call, const Tensor& x, int64_t law, int (*both)(const Problem&, void*),
                               int (*plain)(const Problem&, void*), Tensor* kept = nullptr) {
-  QuantizedOutput output(x, law, 0, /*with_maxima=*/true);
+  QuantizedOutput output(x, law, Behind::norm);
   call.problem.quantized = output.out;
   const bool per_row = output.out.law != Law::float8_tensor;
   Tensor own;

@@ -8,8 +8,8 @@
 
 namespace ditnorm {
 
-// The largest |x| of all rows where the law has one scale: what the blocks of amax_kernel found.
-// Each thread has a part of it.
+// The largest |x| of all rows where the law has one scale: what the blocks of amax_kernel found, or a
+// norm of few rows. Each thread has a part of it.
 __device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) {
   uint32_t bits = 0;
   for (unsigned i = threadIdx.x; i < static_cast<unsigned>(p.partial_count); i += blockDim.x) {
@@ -52,6 +52,34 @@ __global__ void __launch_bounds__(ROWS > 1 ? ROWS * 32 : kMaxQuantizeThreads, RO
   const Divisor by = divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law);
   if (thread == 0 && (!known || row == 0)) p.out.scale[row] = by.scale;
   store_quantized(v, by, p.out.values + row * p.width + first, step, inside);
+}
+
+// One wide row by one scale: each block of a cluster has a part of it.
+__global__ void __launch_bounds__(kMaxClusterThreads) cluster_quantize_kernel(const QuantizeProblem p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  using T = __nv_bfloat16;
+  constexpr int N = 16 / sizeof(T);
+  constexpr auto kEach = std::make_integer_sequence<int, kClusterItems>{};
+  __shared__ uint32_t exchange[kMaxWarps], found[kClusterBlocks];
+  const Cluster cluster;
+  const int width = static_cast<int>(p.width), first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * N,
+            step = static_cast<int>(kClusterBlocks * blockDim.x) * N;
+  const auto inside = [&](int i) { return first + i * step < width; };
+  const T* const x = static_cast<const T*>(p.x.data) + first;
+  Pack<T, N> v[kClusterItems];
+  wait_for_previous_kernel();
+  each(kEach, [&](auto i) {
+    if (inside(i)) v[i] = load_row<Cache::streaming, T, N>(x + i * step);
+  });
+  Amax<T> amax;
+  each(kEach, [&](auto i) {
+    if (inside(i)) amax.take(v[i]);
+  });
+  constexpr Law kLaw = Law::float8_tensor;
+  const Divisor by = divide_by(scale_of<T>(float_of(cluster.reduce_max(amax.bits(), exchange, found)), kLaw), kLaw);
+  if (first == 0) *p.out.scale = by.scale;
+  store_quantized(v, by, p.out.values + first, step, inside);
+#endif
 }
 
 // Many rows of GELU, which takes more instructions than all the rest: each block has a table of its
@@ -293,6 +321,7 @@ __global__ void __launch_bounds__(kAmaxThreads) any_quantize_kernel(const Quanti
 }
 
 int find_partials(const QuantizeProblem& p, void* stream) {
+  if (p.maxima == p.partials) return 0;
   return launch(&maxima_kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
 }
 
@@ -318,15 +347,35 @@ int launch_gelu_table_kernel(const QuantizeProblem& p, void* stream) {
   return launch(kKernel, grid(rows, resident_blocks<kKernel>(threads)), threads, stream, p);
 }
 
+// Of the widest row that a block has. Of models' rows, those with GELU have at most 16384 elements,
+// and float16 is as rare.
+template <class T, bool GELU>
+constexpr bool kWidest = !GELU && std::is_same_v<T, __nv_bfloat16>;
+constexpr int64_t most_accesses(bool widest) { return kMaxQuantizeThreads * (widest ? 8 : 4); }
+
+// Whether a row by one scale takes a cluster less time than a block, or than two kernels all its
+// blocks.
+bool cluster_serves(int64_t accesses) {
+  constexpr int64_t kLeast = kMaxQuantizeThreads * 4, kMost = kClusterBlocks * kMaxClusterThreads * kClusterItems;
+  return accesses > kLeast && accesses <= kMost && runs_as_cluster<&cluster_quantize_kernel>(kMaxClusterThreads);
+}
+
+int launch_cluster_kernel(const QuantizeProblem& p, void* stream) {
+  constexpr unsigned kElements = kClusterBlocks * kClusterItems * 32 * 8;  // of a warp of each block
+  const auto threads = (static_cast<unsigned>(p.width) + kElements - 1) / kElements * 32;
+  return launch_as(0, true, &cluster_quantize_kernel, dim3(kClusterBlocks), threads, stream, p);
+}
+
 template <class T, bool GELU>
 int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   constexpr int N = 16 / sizeof(T);
   constexpr bool kTable = GELU && std::is_same_v<T, __nv_bfloat16>;
   const int64_t accesses = p.width / N;
-  // Of models' rows, those with GELU have at most 16384 elements, and float16 is as rare.
-  constexpr bool kWidest = !GELU && std::is_same_v<T, __nv_bfloat16>;
-  if (!kWidest && accesses > kMaxQuantizeThreads * 4 && !(kTable && table_serves(p))) return kNotServed;
-  if (p.partials != nullptr) {
+  if constexpr (kWidest<T, GELU>) {
+    if (p.batch * p.tokens == 1 && p.out.law == Law::float8_tensor && cluster_serves(accesses)) return launch_cluster_kernel(p, stream);
+  }
+  if (accesses > most_accesses(kWidest<T, GELU>) && !(kTable && table_serves(p))) return kNotServed;
+  if (p.partials != nullptr && p.partials != p.maxima) {
     const auto kernel = p.maxima != nullptr ? &maxima_kernel : &amax_kernel<T, GELU>;
     const int error = launch(kernel, dim3(static_cast<unsigned>(p.partial_count)), kAmaxThreads, stream, p);
     if (error != 0) return error;
@@ -348,8 +397,8 @@ int launch_quantize_kernel(const QuantizeProblem& p, void* stream) {
   };
   if (accesses <= 256) return go(Constant<1>{});
   if (accesses <= 768) return go(Constant<2>{});
-  if constexpr (kWidest) {
-    if (accesses > kMaxQuantizeThreads * 4) return go(Constant<8>{});
+  if constexpr (kWidest<T, GELU>) {
+    if (accesses > most_accesses(false)) return go(Constant<8>{});
   }
   return go(Constant<4>{});
 }
@@ -367,7 +416,6 @@ int launch_any_quantize_kernel(const QuantizeProblem& p, void* stream) {
 template <bool GELU>
 int quantize_after(const QuantizeProblem& p, void* stream) {
   const bool fits = p.tokens <= 0x7fffffff && p.batch <= 0xffff && p.width * bytes(p.x.dtype) % 16 == 0 &&
-                    p.width * bytes(p.x.dtype) <= kMaxQuantizeThreads * 8 * 16 &&
                     aligned16(p.x.data, p.x.dtype, p.x.batch_stride, p.x.token_stride);
   int result = kNotServed;
   if (fits && p.x.dtype == DType::bf16) result = launch_quantize_kernel<__nv_bfloat16, GELU>(p, stream);
@@ -398,6 +446,13 @@ bool has_float8() { return true; }
 int quantize(const QuantizeProblem& p, void* stream) {
   if (p.out.law != Law::int8_row && !has_float8()) return cudaErrorNotSupported;
   return p.gelu ? quantize_after<true>(p, stream) : quantize_after<false>(p, stream);
+}
+
+int quantizes_as_row(const OnePiece& x, void*) {
+  const int64_t accesses = x.elements / 8;
+  const bool widest = x.dtype == DType::bf16 && !x.gelu;
+  if (x.dtype == DType::f32 || x.elements % 8 != 0) return kNotServed;
+  return accesses <= most_accesses(widest) || (widest && cluster_serves(accesses)) ? 0 : kNotServed;
 }
 
 constexpr int kProductThreads = 256;

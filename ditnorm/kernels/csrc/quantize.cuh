@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "launch.h"
 #include "numerics.cuh"
 #include "quantize.h"
 #include "unroll.cuh"
@@ -149,6 +150,39 @@ __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchang
     return bits;
   }
 }
+
+// The blocks of a grid that is one cluster (launch.h).
+class Cluster {
+ public:
+  __device__ __forceinline__ Cluster() {
+#ifdef __CUDA_ARCH__
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+  }
+
+  // As ditnorm::reduce_max, of the threads of all blocks; once. `found`: that of each block, in all.
+  __device__ __forceinline__ uint32_t reduce_max(uint32_t bits, uint32_t (&exchange)[kMaxWarps], uint32_t (&found)[kClusterBlocks]) const {
+    bits = ditnorm::reduce_max(bits, exchange);
+#ifdef __CUDA_ARCH__
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // until all blocks are there
+    if (threadIdx.x < kClusterBlocks) {
+      const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(&found[blockIdx.x]));
+      asm volatile(
+          "{ .reg .u32 other;\n"
+          "mapa.shared::cluster.u32 other, %0, %1;\n"
+          "st.shared::cluster.u32 [other], %2; }" ::"r"(own),
+          "r"(threadIdx.x), "r"(bits)
+          : "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    return reduce_max_of_warp(threadIdx.x % 32 < kClusterBlocks ? found[threadIdx.x % 32] : 0);
+#else
+    (void)found;
+    return bits;
+#endif
+  }
+};
 
 // The warps of a block that have a row together, `threads` threads; the block has at most 15 such
 // groups.

@@ -8,7 +8,34 @@
 
 namespace ditnorm {
 
-QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside, bool with_maxima) {
+namespace {
+
+// Whether the rows of x are one row in memory.
+bool in_one_piece(const Tensor& x) {
+  const int64_t dim = x.dim(), *sizes = x.sizes(), *strides = x.strides();
+  int64_t elements = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    if (sizes[i] != 1 && strides[i] != elements) return false;
+    elements *= sizes[i];
+  }
+  return reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
+}
+
+// Whether all rows, which have one scale, are quantised as a single one: in one kernel instead of
+// two. A norm finds the largest of each row in its own.
+bool as_one_row(const Tensor& x, Behind behind, int64_t elements) {
+  if (behind == Behind::norm || (behind != Behind::activation && !in_one_piece(x))) return false;
+  return call_kernel(&quantizes_as_row, OnePiece{float_dtype(x), elements, behind == Behind::gelu}, x.device_index()) != kNotServed;
+}
+
+// How many numbers have the largest of those maxima of rows among them.
+int64_t partials_of_maxima(int64_t rows) {
+  return rows <= kMaxPartials ? rows : std::min((rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials);
+}
+
+}  // namespace
+
+QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, Behind behind, int64_t beside) {
   check(law >= 0 && law < kLaws, "ditnorm: law");
   const int64_t dim = x.dim();
   check(dim == 2 || dim == 3, "ditnorm: x must be [B, S, D] or [S, D]");
@@ -18,30 +45,24 @@ QuantizedOutput::QuantizedOutput(const Tensor& x, int64_t law, int64_t beside, b
   out.law = static_cast<Law>(law);
   const bool int8 = out.law == Law::int8_row, per_row = out.law != Law::float8_tensor;
   check(per_row || rows > 0, "ditnorm: the largest value of nothing");
-  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {rows, 1};
+  const int64_t values_sizes[] = {rows, width}, scale_sizes[] = {per_row ? rows : 1, 1};
   values = abi::empty(2, values_sizes, int8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_float8_e4m3fn(), x);
-  if (per_row) {
+  if (per_row || as_one_row(x, behind, rows * width)) {
     scale = abi::empty(2, scale_sizes, aoti_torch_dtype_float32(), x);
   } else {
     // In one piece of memory with what is needed to find it: the host has more to do for each piece
     // than for these few bytes.
     partial_count = std::min(rows, kMaxPartials);
-    const int64_t count = 1 + partial_count + (with_maxima ? rows : 0);
+    const bool many = behind == Behind::norm && rows > kMaxPartials;
+    const int64_t count = 1 + partial_count + (many ? rows : 0);
     const Tensor all = abi::empty(1, &count, aoti_torch_dtype_float32(), x);
     scale = abi::first_element(all);
     partials = static_cast<uint32_t*>(all.data()) + 1;
-    out.maxima = with_maxima ? partials + partial_count : nullptr;
+    if (behind == Behind::norm) out.maxima = many ? partials + partial_count : partials;
   }
   out.values = static_cast<uint8_t*>(values.data());
   out.scale = static_cast<float*>(scale.data());
 }
-
-namespace {
-
-// How many blocks look through the maxima of rows.
-int64_t partials_of_maxima(int64_t rows) { return std::min((rows + kAmaxThreads - 1) / kAmaxThreads, kMaxPartials); }
-
-}  // namespace
 
 Partials find_largest(const QuantizedOutput& output, const Tensor& x) {
   QuantizeProblem problem{};
@@ -68,6 +89,10 @@ void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, bo
   problem.gelu = gelu;
   const int64_t rows = problem.batch * problem.tokens;
   if (rows == 0) return;
+  if (output.out.law == Law::float8_tensor && output.partials == nullptr) {
+    problem.batch = problem.tokens = 1;
+    problem.width = rows * width;
+  }
   problem.partials = output.partials;
   problem.partial_count = maxima ? partials_of_maxima(rows) : output.partial_count;
   problem.maxima = maxima ? output.out.maxima : nullptr;
@@ -77,7 +102,7 @@ void quantize_into(const QuantizedOutput& output, const Tensor& x, bool gelu, bo
 namespace {
 
 std::tuple<Tensor, Tensor> quantize_op(const Tensor& x, int64_t law) {
-  QuantizedOutput output(x, law);
+  QuantizedOutput output(x, law, Behind::nothing);
   quantize_into(output, x, false);
   return {std::move(output.values), std::move(output.scale)};
 }
