@@ -21,6 +21,7 @@ from ..swapping.fingerprint import fingerprint
 from ..swapping.norm_kinds import norm_kind, unknown_norm
 from ..swapping.originals import full_name
 from ..swapping.swapped import untouched
+from ..swapping.torch_private import asked_once, traced_as
 from .laws import hooked, law_for, quantized_base
 from .module import FusedModule, Part, upstream_of
 from .norms import LendsWeight, dtype_of
@@ -198,6 +199,25 @@ class FusedAttention(FusedModule):
             return ("norm_q", "norm_k")
         return ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
+    @asked_once
+    def fuses_now(self) -> bool:
+        """Whether :meth:`fuses` finds a processor, as Dynamo asks it."""
+        return self.fuses() is not None
+
+    def traced_fuses(self) -> Processor | None:
+        """:meth:`fuses`, as Dynamo traces it: it looks at what Dynamo would guard on in upstream's
+        forward.
+        """
+        if not self.fuses_now():
+            return None
+        cls, eps = type(self.processor), self.norm_q.eps
+        for name in self.norms(self):
+            if self._modules[name].eps != eps:
+                return None
+        known = self.known[cls]
+        return known if known.still(cls) else None
+
+    @traced_as(traced_fuses)
     def fuses(self) -> Processor | None:
         """The processor, where a call takes the fused path: it is known, the norms are ours and
         alike, and nobody watches them.
@@ -263,6 +283,11 @@ OWN, ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"
 """The projections of an attention module's own stream, and of the second one, the text."""
 
 
+def _no_laws(attention: Any, *streams: Any) -> tuple[None, ...]:
+    return (None,) * len(streams)
+
+
+@traced_as(_no_laws)
 def laws_in(attention: Any, *streams: tuple[Tensor, tuple[str, ...]]) -> tuple[Wanted | None, ...]:
     """:meth:`FusedAttention.laws` of an attention module that may be unfused."""
     return attention.laws(*streams) if isinstance(attention, FusedAttention) else (None,) * len(streams)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..functional import gelu_quantize, quantize
 from ..ops.quantization import FLOAT8_CAPABILITY, FLOAT8_ROW_BFL, Law, Quantized, Wanted
+from ..swapping.torch_private import traced_as
 from .activation_sites import Activation
 from .bfl_linear import quantized_body
 from .gelu import FusedGELU, unlike_torchs
-from .laws import hooked, law_for
+from .laws import hooked, law_for, no_law
 from .module import FusedModule, upstream_of
 from .quantized_linear import QuantizedLinear
 
@@ -54,6 +55,11 @@ class FusedFeedForward(FeedForwardBody):
         ):
             yield Activation("net.0", "GELU and its quantiser in one call")
 
+    def traced_forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:
+        """``forward``, as Dynamo traces it: upstream's, which has the same layers called."""
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    @traced_as(traced_forward)
     def forward(self, hidden_states: Tensor | Quantized, *args: Any, **kwargs: Any) -> Tensor:
         layers = list(self._modules["net"]._modules.values())
         if args or kwargs or not self.intact() or len(layers) != 3 or not _quantises(*layers):
@@ -73,6 +79,7 @@ class FusedFeedForward(FeedForwardBody):
         return law_for(x, gelu._modules["proj"]) if isinstance(gelu, FusedGELU) and not hooked(gelu) else None
 
 
+@traced_as(no_law)
 def law_in_feed_forward(module: Any, x: Tensor) -> Wanted | None:
     """:meth:`FeedForwardBody.law` of a module that may be unfused."""
     return module.law(x) if isinstance(module, FeedForwardBody) else None

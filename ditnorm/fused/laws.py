@@ -3,6 +3,10 @@ that all of them share, or both.
 
 Whoever makes an activation asks :func:`law_for` before, since a norm or GELU can quantise in the
 same kernel.
+
+Nothing is quantised before a layer that a compiler traces (see
+:func:`ditnorm.fused.quantized_linear.served_here`). So Dynamo is given that answer instead of the
+questions.
 """
 
 import functools
@@ -18,10 +22,24 @@ from ..ops.quantization import BESIDE, Beside, Law, Quantized, Wanted, attach, a
 from ..swapping.hook_chains import wrapped
 from ..swapping.originals import defined_in
 from ..swapping.swapped import untouched
+from ..swapping.torch_private import traced_as
 from .lora_linear import LoraLinear
 from .quantized_linear import QuantizedLinear, served_here
 
 
+def no_law(*asked: Any, width: int | None = None) -> None:
+    """:func:`law_for`, as Dynamo traces it."""
+
+
+def _as_it_is(x: Any, *linears: Any) -> Any:
+    return x
+
+
+def _dense(x: Tensor, linear: Any) -> Tensor:
+    return x.contiguous()
+
+
+@traced_as(no_law)
 def law_for(x: Tensor, *linears: Any, width: int | None = None) -> Wanted | None:
     """The law by which all of ``linears`` quantise an activation that has the shape and dtype of
     ``x``, or ``width`` columns if that is given.
@@ -96,6 +114,7 @@ def shared_law(first: Wanted | None, second: Wanted | None) -> Wanted | None:
     return BESIDE[laws[0]] if laws[0] is laws[1] else None
 
 
+@traced_as(_as_it_is)
 def quantized_for(x: Any, *linears: Any) -> Any:
     """``x`` in the form in which all of ``linears`` take it: as it is, quantised, or with what it
     was quantised to attached. An ``x`` that comes quantised is returned as it is.
@@ -108,6 +127,7 @@ def quantized_for(x: Any, *linears: Any) -> Any:
     return x if law is None else quantize(x, law)
 
 
+@traced_as(_dense)
 def dense_for(x: Tensor, linear: Any) -> Any:
     """``x``, a slice of a larger tensor, for ``linear`` to read: quantised, or else contiguous."""
     law = law_for(x, linear)

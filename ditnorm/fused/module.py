@@ -11,6 +11,7 @@ from ..swapping.fingerprint import fingerprint
 from ..swapping.generated import origin_of
 from ..swapping.originals import full_name
 from ..swapping.swapped import Swapped
+from ..swapping.torch_private import asked_once, traced_as
 from .activation_sites import Activation
 from .norms import dtype_of, layer_for, layers_at, norm_call, shape_of
 from .sites import FusedCall, Site
@@ -119,6 +120,18 @@ class FusedModule(Swapped):
         cls._modulated = tuple((path, layers_at(expected, path not in cls.unmodulated)) for path, expected in norms)
         return True
 
+    @asked_once
+    def intact_now(self) -> bool:
+        """:meth:`intact` of this class, as Dynamo asks it."""
+        return FusedModule.intact(self)
+
+    def traced_intact(self) -> bool:
+        """:meth:`intact`, as Dynamo traces it. Dynamo doesn't guard on methods of upstream's
+        classes, and it does on functions that these call: so only those are looked at.
+        """
+        return self.intact_now() and (not self.functions or self._inlines())
+
+    @traced_as(traced_intact)
     def intact(self) -> bool:
         """Whether the body still computes what upstream's class does, and all its norms take
         modulation. If not, upstream's forward is to run.

@@ -19,7 +19,7 @@ from ..functional.quantised import values_and_scale
 from ..ops.options import HALVES
 from ..ops.quantization import FLOAT8_CAPABILITY, INT8_ROW, Law, Quantized, attached
 from ..swapping.originals import replaced, replaced_functional
-from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm
+from ..swapping.torch_private import any_autocast_enabled, int_mm, scaled_mm, traced_as
 from .int8_product import int8_product
 from .module import FusedModule, upstream_of
 from .quantized_sites import QuantizedProduct
@@ -92,6 +92,11 @@ class QuantizedLinear(FusedModule):
         values, scale, shape, dtype, _ = x
         return product(values, scale, shape, dtype, operand_of(parameters["weight"]), parameters["bias"])
 
+    def traced_forward(self, input: Tensor | Quantized) -> Tensor:
+        """``forward``, as Dynamo traces it: torchao's, unless the block around it ran eagerly."""
+        return self.multiplied(input, self) if isinstance(input, Quantized) else nn.Linear.forward(self, input)  # type: ignore[arg-type]
+
+    @traced_as(traced_forward)
     def forward(self, input: Tensor | Quantized) -> Tensor:
         parameters = self._parameters
         try:

@@ -10,7 +10,17 @@ from ..functional import norm_scale_shift, norm_scale_shift_and_quantize, norm_s
 from ..ops import calls, reference
 from ..ops.quantization import Law, Wanted, attach
 from ..swapping.swapped import untouched
+from ..swapping.torch_private import traced_as
 from .base import NormLayer, parameter
+
+
+def _traced_call(self: Any, x: Tensor, *scale_shift: Tensor | None, **modulation: Any) -> Any:
+    """A layer's ``__call__``, as Dynamo traces it: past that of ``nn.Module``."""
+    if untouched(self):
+        return self.forward(x, *scale_shift, **modulation)
+    if scale_shift or modulation:
+        return self._unfused(x, *scale_shift, **modulation)
+    return nn.Module.__call__(self, x)
 
 
 class NormScaleShiftLayer(NormLayer):
@@ -49,6 +59,7 @@ class NormScaleShiftLayer(NormLayer):
             rounding=self.rounding,
         )
 
+    @traced_as(_traced_call)
     def __call__(self, x: Tensor, *scale_shift: Tensor | None, **modulation: Any) -> Any:
         if (scale_shift or modulation) and not untouched(self):
             return self._unfused(x, *scale_shift, **modulation)

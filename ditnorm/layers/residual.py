@@ -15,7 +15,18 @@ from ..functional import (
 from ..ops import calls, reference
 from ..ops.quantization import Law, Quantized, Wanted, attach
 from ..swapping.swapped import untouched
+from ..swapping.torch_private import traced_as
 from .base import NormLayer, nothing_modulated, parameter
+
+
+def _traced_call(self: Any, residual: Tensor, x: Tensor | None = None, *gate_scale_shift: Tensor | None, **modulation: Any) -> Any:
+    """A layer's ``__call__``, as Dynamo traces it: past that of ``nn.Module``."""
+    if x is None:
+        nothing_modulated(*gate_scale_shift, **modulation)
+        return nn.Module.__call__(self, residual)
+    if untouched(self):
+        return self.forward(residual, x, *gate_scale_shift, **modulation)
+    return self._unfused(residual, x, *gate_scale_shift, **modulation)
 
 
 class ScaleResidualNormScaleShift(NormLayer):
@@ -102,6 +113,7 @@ class ScaleResidualNormScaleShift(NormLayer):
             rounding=self.rounding,
         )
 
+    @traced_as(_traced_call)
     def __call__(self, residual: Tensor, x: Tensor | None = None, *gate_scale_shift: Tensor | None, **modulation: Any) -> Any:
         if x is None:
             nothing_modulated(*gate_scale_shift, **modulation)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import block_registry
+from .torch_private import traced_like
 
 _MADE = "__ditnorm_made__"
 _classes: "weakref.WeakSet[type]" = weakref.WeakSet()
@@ -89,7 +90,7 @@ def instances() -> list[Any]:
 
 
 def _make(body: type, origin: type, rounding: str) -> type:
-    attributes: dict[str, Any] = {"origin": origin, "rounding": rounding, "__module__": __name__}
+    attributes: dict[str, Any] = {"origin": origin, "rounding": rounding, "__module__": __name__, **traced_like(origin)}
     metaclass = Generated if issubclass(Generated, type(origin)) else _joined(type(origin))
     generated = metaclass(origin.__name__, (body, origin), attributes)
     _classes.add(generated)

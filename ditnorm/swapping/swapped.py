@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from .hook_chains import only_moves_weights
 from .originals import function_of
-from .torch_private import hooks_for_all_modules, module_call, only_traced
+from .torch_private import asked_once, hooks_for_all_modules, module_call, only_traced, traced_as
 
 _forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks = hooks_for_all_modules
 
@@ -50,6 +50,7 @@ class Swapped:
         raise NotImplementedError
 
     @classmethod
+    @asked_once
     def as_made(cls) -> bool:
         """Whether the class and the upstream class run what they ran when this one was made. Others
         replace methods of classes, and torch's functions, for the whole process.
@@ -60,6 +61,11 @@ class Swapped:
         same = origin is None or (origin.forward is cls.known_forward and (function is None or getattr(F, cls.function) is function))
         return same or cls._look()
 
+    @asked_once
+    def only_moves_weights_now(self) -> bool:
+        """Whether what wraps the forward of this instance, if anything does, moves weights only."""
+        return only_moves_weights(self)  # type: ignore[arg-type]  # a module, whose class this stands in front of
+
     @classmethod
     def _look(cls) -> bool:
         if torch.compiler.is_compiling() or not cls.knows(cls.origin):
@@ -69,6 +75,34 @@ class Swapped:
         return True
 
 
+@asked_once
+def _all_watched() -> bool:
+    """Whether somebody sees all modules. Dynamo itself guards on the hooks for all modules."""
+    hooked = _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks
+    return bool(hooked) or (Module.__call__ is not module_call and not only_traced(Module.__call__))
+
+
+def _traced_untouched(*modules: Any) -> bool:
+    """:func:`untouched`, as Dynamo traces it: classes and the hooks for all modules are asked once,
+    and PyTorch's functions read for Dynamo to guard on them.
+    """
+    if _all_watched() or F.layer_norm is None or F.rms_norm is None:
+        return False
+    for module in modules:
+        state = module.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            return False
+        if torch.is_grad_enabled() and (state["_backward_hooks"] or state["_backward_pre_hooks"]):
+            return False
+        if isinstance(module, Swapped):
+            if ("forward" in state and not module.only_moves_weights_now()) or not module.as_made():
+                return False
+        elif "forward" in state and not only_moves_weights(module):
+            return False
+    return True
+
+
+@traced_as(_traced_untouched)
 def untouched(*modules: Any) -> bool:
     """Whether nobody but callers and bodies (or upstream's classes) sees what goes into ``modules``
     and comes out of them.

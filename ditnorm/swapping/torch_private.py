@@ -8,7 +8,7 @@ those names, so they stay.)
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad
@@ -16,6 +16,9 @@ import torch.fx
 import torch.overrides
 import torch.utils._device
 from torch.nn.modules import module as _module
+
+F = TypeVar("F", bound=Callable[..., Any])
+Q = TypeVar("Q", bound=Callable[..., bool])
 
 
 class _Unknown:
@@ -96,6 +99,35 @@ def without_frame(op: Any) -> Any:
     can't trace it. Where the frame can't be left out: the overload.
     """
     return getattr(op, "_op", op)
+
+
+def asked_once(question: Q) -> Q:
+    """A method that is asked without arguments, or a function of none, with a bool for an answer.
+    Dynamo asks it while it traces, takes the answer for a constant, and guards on nothing that was
+    read for it. Where it doesn't know that: it traces the question.
+    """
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
+
+
+def traced_as(stand_in: Callable[..., Any]) -> Callable[[F], F]:
+    """For a function that Dynamo is to trace as ``stand_in``, which does the same with fewer reads:
+    each is a guard that every call of a compiled block checks. Where it doesn't know that: it
+    traces the function itself.
+    """
+
+    def mark(function: F) -> F:
+        function._torchdynamo_inline = stand_in  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def traced_like(origin: type) -> dict[str, Any]:
+    """What a class that stands in for ``origin`` has among its attributes for Dynamo to take its
+    modules as it takes those of ``origin``: PyTorch's own need fewer guards.
+    """
+    return {"_dynamo_marked_static": True} if origin.__module__.startswith("torch.nn.modules.") else {}
 
 
 def without_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
