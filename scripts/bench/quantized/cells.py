@@ -77,6 +77,7 @@ CELLS = (
     *(QuantizedCell(op, *size, tables=True) for op in (NSS, SRNSS) for size in ((32760, 1536), (27280, 3072), (75600, 5120))),
     *(QuantizedCell(op, 27030, 3072, "int8-row") for op in (QUANTIZE, NSS, SRNSS)),
     QuantizedCell(GELU, 27030, 12288, "int8-row"),
+    *(QuantizedCell(QUANTIZE, rows, 3072, "float8-tensor") for rows in (1, 64)),
     *(QuantizedCell(op, *size, "float8-tensor") for op in (QUANTIZE, NSS) for size in ((128, 3072), (4096, 3072), (27030, 3072))),
     *(QuantizedCell(GELU, rows, 12288, "float8-tensor") for rows in (128, 4096, 27030)),
     QuantizedCell(QUANTIZE, 27030, 3072, "float8-row-bfl"),
