@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(kMaxTableThreads, 2) gelu_table_quantize_kerne
   wait_for_previous_kernel();
   load(blockIdx.x);
   __syncthreads();
+  const Law law = KNOWN ? Law::float8_tensor : p.out.law;
   const auto by_largest = [&](uint32_t bits, int turn) {
-    return divide_by(scale_of<T>(float_of(reduce_max(bits, exchange[turn])), p.out.law), p.out.law);
+    return divide_by(scale_of<T>(float_of(reduce_max(bits, exchange[turn])), law), law);
   };
   const Divisor of_all = KNOWN ? by_largest(amax_of_all(p), 0) : Divisor{};
   int turn = 0;
@@ -167,7 +168,8 @@ __global__ void __launch_bounds__(kMaxCopiesThreads, 1) gelu_copies_quantize_ker
   unsigned turn = blockIdx.x * together;
   fetch(row_of(turn));
   __syncthreads();
-  const auto divisor = [&](uint32_t largest) { return divide_by(scale_of<T>(float_of(largest), p.out.law), p.out.law); };
+  const Law law = KNOWN ? Law::float8_tensor : p.out.law;
+  const auto divisor = [&](uint32_t largest) { return divide_by(scale_of<T>(float_of(largest), law), law); };
   constexpr unsigned kTurn = 1, kLeft = 2;  // whose places in exchange it is; rows are left for later
   unsigned state = 0;
   Divisor of_all{};
