@@ -402,6 +402,22 @@ def test_a_norm_of_more_than_fits_into_a_cache_has_the_same_bits_with_one_scale(
     assert equal(functional.norm_scale_shift_quantize(x, law=FLOAT8_TENSOR, **of_norm)[:2], expected(y, FLOAT8_TENSOR))
 
 
+@compiled_only
+@pytest.mark.sanitize
+def test_rows_that_are_left_for_later_blocks_are_quantised_as_otherwise(device: str) -> None:
+    """Of a residual's rows, from six for each warp of a GPU on (an H200 has 2112), the last are for
+    blocks that start where another has ended.
+    """
+    shape = (1, 12701, 1536)
+    x, residual = (rows(shape, torch.bfloat16).clamp(-1e4, 1e4).to(device) for _ in range(2))
+    modulation = {name: t.to(device) for name, t in modulations(shape, "tables", torch.bfloat16).items()}
+    options: dict[str, Any] = {"eps": 1e-6, "rounding": "eager", **modulation}
+    y, r = functional.scale_residual_norm_scale_shift(residual, x, **options)
+    got, got_r = functional.scale_residual_norm_scale_shift_quantize(residual, x, law=INT8_ROW, **options)
+    assert torch.equal(got_r.nan_to_num(), r.nan_to_num())
+    assert equal(got[:2], (as_on_a_gpu if kernels.path == "cpu_sim" else quantization.quantize)(y, INT8_ROW))
+
+
 def test_errors_of_a_quantised_norm_site_are_those_of_both_ops() -> None:
     x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="scale: got"):

@@ -83,17 +83,28 @@ class RowLaunch {
     return true;
   }
 
-  // As many blocks as run at the same time. False on a GPU with too little shared memory.
+  // As many blocks as run at the same time, and with a residual others that follow. False on a GPU with
+  // too little shared memory.
   template <auto KERNEL, class THREADS>
   bool walk(int bytes) {
     const int64_t resident = resident_blocks<KERNEL>(THREADS::kThreads, bytes);
     if (resident == 0) return false;
     const int64_t groups = (p_.tokens + THREADS::kRows - 1) / THREADS::kRows;
-    const int64_t most = std::max<int64_t>(1, resident / p_.batch);
-    const dim3 grid(static_cast<unsigned>(std::min(groups, most)), static_cast<unsigned>(p_.batch));
+    const int64_t walkers = std::min(groups, std::max<int64_t>(1, resident / p_.batch));
+    const Deal deal = RESIDUAL ? deal_to(walkers, THREADS::kRows) : Deal{};
+    const auto batch = static_cast<unsigned>(p_.batch);
+    const dim3 grid = RESIDUAL ? dim3(batch, deal.walkers + deal.enders) : dim3(static_cast<unsigned>(walkers), batch);
     const bool asked = AGAIN && known_.data == nullptr;
-    result_ = asked ? 0 : launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_, known_);
+    result_ = asked ? 0 : launch_with(bytes, KERNEL, grid, THREADS::kThreads, stream_, p_, known_, deal);
     return true;
+  }
+
+  // Nine tenths of the rows are shared, as measured on an H200; few turns leave nothing for others.
+  Deal deal_to(int64_t walkers, int64_t rows) const {
+    constexpr int64_t kFewestTurns = 6, kMostBlocks = 0xffff;
+    const int64_t turn = walkers * rows, shared = p_.tokens < kFewestTurns * turn ? p_.tokens : p_.tokens * 9 / 10 / turn * turn;
+    const int64_t enders = std::min((p_.tokens - shared + rows - 1) / rows, kMostBlocks - walkers);
+    return {static_cast<unsigned>(walkers), static_cast<unsigned>(shared), static_cast<unsigned>(enders)};
   }
 
   const Problem& p_;

@@ -120,9 +120,17 @@ struct WalkingMemory {
   alignas(16) T next[SHAPE::kRows][RESIDUAL ? 2 : 1][PLACE::kAccesses * PLACE::kStep];
 };
 
+// Who has which rows of a sample, where they have a residual. `walkers` blocks run from the beginning,
+// and have the first `shared` rows in turn. Multiprocessors get unequal shares of the memory's
+// bandwidth, and so the rest is for blocks that start where one of these has ended: `enders`, with a
+// row for each of their warps.
+struct Deal {
+  unsigned walkers, shared, enders;
+};
+
 // AGAIN: all is made a second time, where the largest element of all rows is known.
 template <class T, class M, Extras EXTRAS, bool RESIDUAL, bool ROUND, class TILES, class SHAPE, bool AGAIN = false>
-__global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p, const Partials known) {
+__global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kernel(const Problem p, const Partials known, const Deal deal) {
   constexpr bool kTables = EXTRAS == Extras::tables;
   constexpr bool kSparing = kTables && !RESIDUAL && TILES::kCount > 3;  // where that was measured to be faster
   using R = Row<T, M, EXTRAS, false, ROUND, TILES, SHAPE, kSparing>;
@@ -132,11 +140,14 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
   __shared__ Exchange exchange;  // of rows that several warps have: unused, as the next
   __shared__ uint32_t maxima[kMaxWarps];
   const Place place(p);
-  const int64_t batch = blockIdx.y;
-  const unsigned tokens = static_cast<unsigned>(p.tokens), warp = threadIdx.x / 32;
+  const int64_t batch = RESIDUAL ? blockIdx.x : blockIdx.y;
+  const unsigned warp = threadIdx.x / 32;
+  const bool walks = blockIdx.y < deal.walkers;
+  const unsigned stride = walks ? deal.walkers : deal.enders, step = (RESIDUAL ? stride : gridDim.x) * SHAPE::kRows;
+  const unsigned tokens = RESIDUAL && walks ? deal.shared : static_cast<unsigned>(p.tokens);
   // The warps of a block that have no row of their own work on the last one too: so all of them go
   // the same way, and the compiler knows it.
-  const auto own = [&](unsigned first) { return first + warp < tokens ? first + warp : tokens - 1; };
+  const auto own = [&](unsigned first) { return RESIDUAL ? first : first + warp < tokens ? first + warp : tokens - 1; };
   const auto rows_of = [&](const Rows& rows) { return static_cast<const T*>(rows.data) + batch * rows.batch_stride + place.first; };
   const T *const x = rows_of(p.x), *const residual = RESIDUAL ? rows_of(p.residual) : x;
   T* const next = &memory.next[warp][0][place.first];
@@ -150,8 +161,8 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
     }
   };
   wait_for_previous_kernel();
-  unsigned first = blockIdx.x * SHAPE::kRows;
-  fetch(own(first));
+  unsigned first = RESIDUAL ? blockIdx.y + (walks ? 0 : deal.shared - deal.walkers) + warp * stride : blockIdx.x * SHAPE::kRows;
+  if (!RESIDUAL || first < tokens) fetch(own(first));
   if constexpr (AGAIN) {  // each warp's part, so often that each lane has one
     const uint32_t part = reduce_max_of_warp(largest_part(known));
     if (threadIdx.x % 32 % SHAPE::kRows == warp) maxima[threadIdx.x % 32] = part;
@@ -173,7 +184,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
         v[i] = memory.modulations.add(v[i], load_row<Cache::normal, T, R::N>(next_branch + i * Place::kStep), place, i);
         store_row<Cache::normal>(static_cast<T*>(p.r) + row.target() + i * Place::kStep, v[i]);
       });
-      first += gridDim.x * SHAPE::kRows;
+      first += step;
       keep_packed(v);
       if (first < tokens) fetch(own(first));
     }
@@ -187,7 +198,7 @@ __global__ void __launch_bounds__(SHAPE::kThreads, TILES::kBlocks) walking_kerne
     const Statistics statistics = row.statistics(v, none, exchange);
     keep_packed(v);
     if constexpr (!RESIDUAL) {
-      first += gridDim.x * SHAPE::kRows;
+      first += step;
       if (first < tokens) fetch(own(first));  // the statistics have read all of this row
     }
     const auto make = [&](auto i) { return memory.modulations.template modulate<kSparing>(v[i], statistics, place, i, row.two_to_16()); };
