@@ -173,7 +173,7 @@ def test_no_kernel_rounds_to_bfloat16_number_by_number(opcodes: dict[str, set[st
 
 def test_library_is_small(library: Path) -> None:
     """A kernel that no served model selects isn't built. A twentieth more than it was last."""
-    assert library.stat().st_size <= 11.4e6
+    assert library.stat().st_size <= 12.0e6
 
 
 def test_library_needs_libtorch_and_the_system_only(library: Path) -> None:
