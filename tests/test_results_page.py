@@ -121,29 +121,29 @@ def test_quantised_models_and_plans_of_training_have_their_records(take):
 
 
 def test_a_run_of_ops_is_the_record_unless_it_has_fewer_cells(take):
-    def ops(*cells):
-        return {"environment": {"command": "python /x/scripts/bench_qk.py"}, "cells": [{"name": name} for name in cells]}
+    def ops(*cells, gpu="A"):
+        return {"environment": {"command": "python /x/scripts/bench_qk.py", "gpu": gpu}, "cells": [{"name": name} for name in cells]}
 
-    said, docs = take(ops("a", "b"), ops("c"), {"environment": {"command": "python demo.py"}})
+    said, docs = take(ops("a", "b"), ops("c", gpu="B"), {"environment": {"command": "python demo.py"}})
     assert json.loads((docs / "qk.json").read_text()) == ops("a", "b")
     assert "left out: it has 1 cells" in said[1]
     assert "not a record" in said[2]
 
 
-def test_cells_measured_again_replace_those_of_the_record_on_the_same_card_only(take):
+def test_cells_measured_later_join_the_record_of_the_same_card_only(take):
     def ops(options, gpu="A", bars=(), **cells):
         environment = {"command": f"python /x/scripts/bench_qk.py{options}", "gpu": gpu, "driver": "1", "torch": "2", "cuda": "3"}
         made = [{"name": name, "us": us, "contestants": {"ditnorm": {}}} for name, us in cells.items()]
         return {"environment": environment, "bars": list(bars), "cells": made}
 
-    said, docs = take(ops("", a=1, b=2), ops(" --cells b", b=3), ops(" --cells a", gpu="B", a=4))
+    said, docs = take(ops("", a=1, b=2, c=3), ops(" --cells b d", b=4, d=5), ops(" --cells a", gpu="B", a=6))
     record = json.loads((docs / "qk.json").read_text())
-    assert [cell["us"] for cell in record["cells"]] == [1, 3]
-    assert record["environment"]["again"] == ["python /x/scripts/bench_qk.py --cells b"]
+    assert [cell["us"] for cell in record["cells"]] == [1, 4, 3, 5]
+    assert record["environment"]["again"] == ["python /x/scripts/bench_qk.py --cells b d"]
     assert "left out: it has 1 cells" in said[2]
-    fewer = ops(" --cells a", a=5)
+    whole, fewer = dict.fromkeys("abcd", 1), ops(" --cells a", a=5)
     fewer["cells"][0]["contestants"] = {}  # what was measured beside is lost
-    said, docs = take(ops("", a=1, b=2), fewer, ops("", a=1, b=2, bars=["judged together"]), ops(" --cells a", a=6))
+    said, docs = take(ops("", **whole), fewer, ops("", **whole, bars=["judged together"]), ops(" --cells a", a=6))
     assert "left out" in said[1]
     assert "left out" in said[3]
 

@@ -129,7 +129,7 @@ def _take_ops(path: Path, docs: Path, script: str, document: Run) -> str:
     again = {cell["name"]: cell for cell in document["cells"]}
     if not cells or not _joins(old, document, again):
         return f"{path}: left out: it has {cells} cells, where docs/{record.name} has {before}"
-    old["cells"] = [again.get(cell["name"], cell) for cell in old["cells"]]
+    old["cells"] = list(({cell["name"]: cell for cell in old["cells"]} | again).values())
     command = document["environment"]["command"]
     old["environment"]["again"] = [*(c for c in old["environment"].get("again", []) if c != command), command]
     record.write_text(json.dumps(old, indent=1) + "\n")
@@ -144,7 +144,7 @@ def _joins(old: Run, new: Run, again: Mapping[str, Any]) -> bool:
     if old.get("bars") or any(old["environment"].get(name) != new["environment"].get(name) for name in versions):
         return False
     before = {cell["name"]: cell.get("contestants", {}).keys() for cell in old["cells"]}
-    return all(name in before and before[name] <= cell.get("contestants", {}).keys() for name, cell in again.items())
+    return all(before.get(name, set()) <= cell.get("contestants", {}).keys() for name, cell in again.items())
 
 
 def _script(document: Mapping[str, Any]) -> str | None:
