@@ -224,6 +224,9 @@ __device__ __forceinline__ uint32_t largest_part(const Partials& partials) {
   return bits;
 }
 
+// The same of what the blocks of amax_kernel found, or a norm of few rows.
+__device__ __forceinline__ uint32_t amax_of_all(const QuantizeProblem& p) { return largest_part({p.partials, p.partial_count}); }
+
 // The scale of what has this largest |x|, in float32 as it is stored.
 template <class T>
 __device__ __forceinline__ float scale_of(float amax, Law law) {
