@@ -93,7 +93,7 @@ class QuantizedLinear(FusedModule):
         return product(values, scale, shape, dtype, operand_of(parameters["weight"]), parameters["bias"])
 
     def traced_forward(self, input: Tensor | Quantized) -> Tensor:
-        """``forward``, as Dynamo traces it: torchao's, unless the block around it ran eagerly."""
+        """``forward``, as Dynamo traces it: torchao's, but where ``input`` is quantised already."""
         return self.multiplied(input, self) if isinstance(input, Quantized) else nn.Linear.forward(self, input)  # type: ignore[arg-type]
 
     @traced_as(traced_forward)

@@ -102,7 +102,7 @@ class GeluCopies {
   // Wrong for what isn't finite, and for numbers below 2**-125, whose results are as small.
   template <int N>
   __device__ __forceinline__ Pack<__nv_bfloat16, N> of(const Pack<__nv_bfloat16, N>& x, Largest& largest) const {
-    const uint32_t own = shared_address(words_) + threadIdx.x % kCopies * 4 - kLeast * kRow;
+    const uint32_t own = address() + threadIdx.x % kCopies * 4 - kLeast * kRow;
     Pack<__nv_bfloat16, N> y;
 #pragma unroll
     for (int j = 0; j < N; j += 4) {
@@ -141,14 +141,14 @@ class GeluCopies {
 
 #ifdef __CUDA_ARCH__
   // In shared memory, so that no sum of two addresses is needed.
-  static __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+  __device__ __forceinline__ uint32_t address() const { return shared_address(words_); }
   __device__ __forceinline__ uint32_t at(uint32_t address) const {
     uint32_t word;
     asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
     return word;
   }
 #else
-  static uint32_t shared_address(const void*) { return 0; }
+  uint32_t address() const { return 0; }
   uint32_t at(uint32_t byte) const { return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(words_) + byte); }
 #endif
 

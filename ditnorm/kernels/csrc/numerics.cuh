@@ -128,11 +128,15 @@ __device__ __forceinline__ void store_row(T* target, const Pack<T, N>& pack) {
   }
 }
 
+#ifdef __CUDA_ARCH__
+// Of what lies in shared memory, for instructions that take no other address.
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+#endif
+
 // 16 bytes into shared memory, past the registers. Who asked for them may read them after the wait.
 __device__ __forceinline__ void copy_ahead(void* target, const void* source) {
 #ifdef __CUDA_ARCH__
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(source) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
 #else
   __builtin_memcpy(target, source, 16);
 #endif

@@ -166,11 +166,10 @@ class Cluster {
 #ifdef __CUDA_ARCH__
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // until all blocks are there
     if (threadIdx.x < kClusterBlocks) {
-      const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(&found[blockIdx.x]));
       asm volatile(
           "{ .reg .u32 other;\n"
           "mapa.shared::cluster.u32 other, %0, %1;\n"
-          "st.shared::cluster.u32 [other], %2; }" ::"r"(own),
+          "st.shared::cluster.u32 [other], %2; }" ::"r"(shared_address(&found[blockIdx.x])),
           "r"(threadIdx.x), "r"(bits)
           : "memory");
     }

@@ -31,7 +31,8 @@ struct QuantizeProblem {
   // Room for partial_count numbers where one scale is for several rows, else null.
   uint32_t* partials;
   int64_t partial_count;
-  // The bits of the largest |x| of each row, where they are known, or null. Few are the partials.
+  // The bits of the largest |x| of each row, where they are known, or null. Those of few rows are the
+  // partials themselves.
   const uint32_t* maxima;
 };
 
